@@ -1,0 +1,1009 @@
+"""Text-Guided Video Masked Autoencoder (Fan et al., ECCV 2024) in one file.
+
+A video MAE that hides the cubes which CLIP finds most similar to the video's caption, and that can
+also align the mean of what stays visible with the caption by a contrastive loss.
+
+    torchrun train.py --mask tgm --vt      # pre-train on the toy world: no download, any machine
+
+The file follows one clip from the video file to the loss, a section a step:
+
+    Config -> Reading -> Augmentation -> Cubes -> Maskers -> CLIP -> Transformer -> Losses -> TGMAE
+           -> Weights in and out
+
+Each section can be lifted out: its banner names what it needs.
+
+Shapes, the same letters everywhere:
+    B batch    T,H,W frames, height, width    C = 3    S = image_size
+    t,h,w the grid of cubes (t = T/2, h = H/16, w = W/16)    N = t*h*w cubes
+    Nv visible, Nm masked (Nv + Nm = N)    P = 2*16*16*3 values in a cube
+    D embed_dim    Dd decoder_embed_dim    E text_dim
+
+A mask is (B,N) bool and True means MASKED, everywhere.
+"""
+
+import argparse
+import bisect
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import urllib.error
+import urllib.request
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
+from torchvision.transforms.v2 import functional as TF
+
+# =================================================================================================
+# Config: every size of the model, and the presets.
+# Needs: dataclass, fields. Paper: 4.2; presets: VideoMAE (Tong et al. 2022), modeling_pretrain.py.
+# =================================================================================================
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the model. A value that cannot be is a ValueError that prints it."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    num_frames: int = 16
+    tubelet_size: int = 2
+    in_chans: int = 3
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    decoder_embed_dim: int = 384
+    decoder_depth: int = 4
+    decoder_num_heads: int = 6
+    norm_pix_loss: bool = True  # the target is each cube normalised by its own mean and std
+    text_dim: int = 512
+    temperature: float = 0.07  # of InfoNCE; the paper does not give it
+    layer_norm_eps: float = 1e-6
+    drop_path: float = 0.0
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("drop_path", "norm_pix_loss") and not value > 0:
+                raise ValueError(f"{field.name}={value}: must be positive")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path={self.drop_path}: must be in [0, 1)")
+        for whole, part in (
+            ("image_size", "patch_size"),
+            ("num_frames", "tubelet_size"),
+            ("embed_dim", "num_heads"),
+            ("decoder_embed_dim", "decoder_num_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole}={getattr(self, whole)} is not divisible by {part}={getattr(self, part)}"
+                )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(t,h,w): how many cubes along time, height and width."""
+        side = self.image_size // self.patch_size
+        return self.num_frames // self.tubelet_size, side, side
+
+    @property
+    def num_patches(self) -> int:
+        """N = t*h*w."""
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def patch_dim(self) -> int:
+        """P: values in one cube."""
+        return self.tubelet_size * self.patch_size**2 * self.in_chans
+
+
+def _preset(width, depth, heads, decoder_width, decoder_depth, decoder_heads, **other):
+    return Config(
+        embed_dim=width, depth=depth, num_heads=heads, decoder_embed_dim=decoder_width,
+        decoder_depth=decoder_depth, decoder_num_heads=decoder_heads, **other,
+    )  # fmt: skip
+
+
+PRESETS = {
+    "toy": _preset(128, 4, 4, 96, 2, 3, image_size=64, patch_size=8, num_frames=4, text_dim=64),
+    "small": _preset(384, 12, 6, 192, 4, 3),
+    "base": _preset(768, 12, 12, 384, 4, 6),  # the paper's backbone
+    "large": _preset(1024, 24, 16, 512, 12, 8),
+    "huge": _preset(1280, 32, 16, 640, 12, 8),
+}
+
+# =================================================================================================
+# Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both.
+# Needs: av, bisect, contextlib, functools, json, os, warnings, NamedTuple, Path, numpy as np, torch,
+# torch.nn.functional as F.
+# A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
+# =================================================================================================
+
+MOTION_CELL = 8  # pixels: the codec's smallest block
+
+
+class VideoError(ValueError):
+    """A video that cannot be read. The message is one line that names the file."""
+
+
+class NoMotionVectors(UserWarning):
+    """The codec exported no motion vectors, and the difference of frames stands in for them."""
+
+
+class VideoInfo(NamedTuple):
+    frames: int
+    fps: float
+    size: tuple[int, int]  # (height, width) as shown, so after rotation
+
+
+class _Index(NamedTuple):
+    pts: list[int] | None  # of every frame, sorted; None if the file has no usable ones
+    keys: list[int]  # pts of the key frames, sorted
+    frames: int
+    fps: float
+    time_base: float  # seconds in a unit of pts
+
+
+@contextlib.contextmanager
+def _open_video(path):
+    """Yields (container, best video stream); whatever libav finds wrong becomes a VideoError."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise VideoError(f"{path}: no video stream that can be decoded")
+            # Loaders run a process a core; and with several threads in one decoder the number of
+            # motion vectors changes from run to run.
+            stream.codec_context.thread_count = 1
+            yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from error
+
+
+@functools.lru_cache(maxsize=64)  # probe_video, then read_clip: one pass over the packets, not two
+def _scan(path, _stamp):
+    # Headers lie about the number of frames (Matroska says 0), so the packets are counted, undecoded.
+    with _open_video(path) as (container, stream):
+        packets = [
+            (packet.pts, packet.is_keyframe)
+            for packet in container.demux(stream)
+            if packet.size and not packet.is_discard  # edit lists discard packets
+        ]
+        fps, time_base = float(stream.average_rate or 0), float(stream.time_base or 0)
+    if not packets:
+        raise VideoError(f"{path}: no frames")
+    pts = [pts for pts, _ in packets]
+    if None in pts or len(set(pts)) < len(pts):  # old AVI files: count the frames while decoding
+        return _Index(None, [], len(packets), fps, time_base)
+    keys = sorted(pts for pts, is_keyframe in packets if is_keyframe)
+    return _Index(sorted(pts), keys, len(packets), fps, time_base)
+
+
+def _index(path):
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror}") from error
+    return _scan(str(path), (stat.st_size, stat.st_mtime_ns))
+
+
+def probe_video(path) -> VideoInfo:
+    """Frame count, frames per second and (height, width) of a video; decodes its first frame.
+
+    Raises VideoError if there is no video stream or no frame that can be decoded."""
+    index = _index(path)
+    with _open_video(path) as (container, stream):
+        for frame in container.decode(stream):
+            turned = frame.rotation % 180 != 0
+            size = (frame.width, frame.height) if turned else (frame.height, frame.width)
+            return VideoInfo(index.frames, index.fps, size)
+    raise VideoError(f"{path}: no frame that can be decoded")
+
+
+def frame_range(path, start=None, end=None) -> tuple[int, int]:
+    """Numbers [first, stop) of the frames shown between `start` and `end` seconds; all by default."""
+    index = _index(path)
+    if index.pts is None:  # no timestamps: the frame rate has to do
+        times = [number / (index.fps or 1) for number in range(index.frames)]
+    else:
+        times = [(pts - index.pts[0]) * index.time_base for pts in index.pts]
+    first = 0 if start is None else bisect.bisect_left(times, start - 1e-6)
+    stop = len(times) if end is None else bisect.bisect_left(times, end - 1e-6)
+    if first >= stop:
+        raise VideoError(f"{path}: no frame between start={start} s and end={end} s")
+    return first, stop
+
+
+def clip_indices(first, stop, num_frames, stride, *, generator=None) -> list[int]:
+    """num_frames numbers, `stride` apart, from a random place in [first, stop).
+
+    A video shorter than num_frames*stride repeats its last frame, as in VideoMAE's kinetics.py."""
+    span = stop - first - num_frames * stride
+    start = first + int(torch.randint(max(0, span) + 1, (), generator=generator))
+    return [min(start + i * stride, stop - 1) for i in range(num_frames)]
+
+
+def _numbered_frames(container, stream, index, first, last, seek):
+    """Yields (number, frame) from the decoder, first <= number <= last."""
+    if seek and index.pts:
+        # Seek only where it saves decoding: if a later key frame than the first one will do.
+        at = bisect.bisect_right(index.keys, index.pts[first]) - 1
+        if at > 0:
+            container.seek(index.keys[at], stream=stream)
+    for count, frame in enumerate(container.decode(stream)):
+        number = count
+        if index.pts is not None:
+            number = bisect.bisect_left(index.pts, frame.pts)
+            if number == index.frames or index.pts[number] != frame.pts:
+                continue  # a frame that no packet announced
+        if first <= number <= last:
+            yield number, frame
+        if number >= last:
+            return
+
+
+def _to_rgb(frame, width, height):
+    if frame.format.components[0].bits > 8:  # straight to rgb24 swscale is off by up to 3 levels
+        frame = frame.reformat(format="yuv420p")
+    rgb = frame.to_ndarray(format="rgb24", width=width, height=height)
+    return np.rot90(rgb, round(frame.rotation / 90))  # the metadata's rotation is not applied by itself
+
+
+def _block_motion(frame, rows, cols):
+    """Length of the frame's motion vectors in pixels, (rows,cols) cells of 8x8; NaN: no vector."""
+    total, count = np.zeros(rows * cols), np.zeros(rows * cols)
+    data = frame.side_data.get("MOTION_VECTORS")  # None on key frames
+    if data is not None:
+        v = data.to_ndarray()
+        length = np.hypot(v["motion_x"], v["motion_y"]) / v["motion_scale"]
+        # dst is a block's centre; a block of 16 covers two cells, one of 8 covers one.
+        left = (v["dst_x"] - v["w"] // 2) // MOTION_CELL
+        top = (v["dst_y"] - v["h"] // 2) // MOTION_CELL
+        for dy in (0, 1):
+            for dx in (0, 1):
+                y, x = top + dy, left + dx
+                inside = (v["w"] > dx * MOTION_CELL) & (v["h"] > dy * MOTION_CELL)
+                inside &= (0 <= y) & (y < rows) & (0 <= x) & (x < cols)
+                cell = (y * cols + x)[inside]
+                total += np.bincount(cell, length[inside], rows * cols)  # two in a B-block: the mean
+                count += np.bincount(cell, minlength=rows * cols)
+    with np.errstate(invalid="ignore"):
+        motion = (total / count).reshape(rows, cols).astype(np.float32)
+    return np.rot90(motion, round(frame.rotation / 90))
+
+
+def _fill_missing(motion):
+    """NaN cells of (F,h',w') take the value of the nearest frame that has one (the later of two:
+    a key frame often opens a new shot), 0 where none has."""
+    last = len(motion) - 1
+    number = np.arange(last + 1)[:, None, None]
+    known = ~np.isnan(motion)
+    before = np.maximum.accumulate(np.where(known, number, -2 * last - 2))
+    after = np.minimum.accumulate(np.where(known, number, 3 * last + 3)[::-1])[::-1]
+    nearest = np.where(number - before < after - number, before, after).clip(0, last)
+    return np.nan_to_num(np.take_along_axis(motion, nearest, axis=0))
+
+
+def _frame_difference(frames):
+    """(T,H,W,3) uint8 -> (T,h',w'): mean absolute difference to the frame before, in grey levels."""
+    grey = frames.float().mean(-1)
+    change = (grey[1:] - grey[:-1]).abs() if len(grey) > 1 else torch.zeros_like(grey)
+    change = torch.cat([change[:1], change])[: len(grey)]
+    return F.avg_pool2d(change[:, None], MOTION_CELL, ceil_mode=True)[:, 0]
+
+
+def read_clip(path, frames, *, motion=False):
+    """Reads the frames with the given numbers (sorted, repeats allowed), all in one decode.
+
+    Returns frames (T,H,W,3) uint8; with motion=True (frames, motion): motion (T,H/8,W/8) float32,
+    rounded up, is the length of the codec's motion vectors in pixels of the source. A block without
+    one borrows from the nearest decoded frame that has one. A codec that exports none (HEVC, VP9,
+    AV1) gives the absolute difference of frames instead, and a NoMotionVectors warning.
+    Raises ValueError for a number out of range, VideoError for a file that cannot be read."""
+    index, frames = _index(path), list(frames)
+    if not frames or frames != sorted(frames) or frames[0] < 0 or frames[-1] >= index.frames:
+        raise ValueError(f"{path}: frame numbers {frames}: must be sorted and in 0..{index.frames - 1}")
+    for seek in (True, False):  # a seek that lands too late is told by missing frames: from the start, then
+        rgb, fields = {}, {}
+        with _open_video(path) as (container, stream):
+            if motion:
+                stream.codec_context.options = {"flags2": "+export_mvs"}
+            for number, frame in _numbered_frames(container, stream, index, frames[0], frames[-1], seek):
+                if not rgb and not fields:
+                    width, height = frame.width, frame.height  # should they change: as the first
+                if number in frames:
+                    rgb[number] = _to_rgb(frame, width, height)
+                if motion:
+                    cells = -(-height // MOTION_CELL), -(-width // MOTION_CELL)
+                    fields[number] = _block_motion(frame, *cells)
+        if rgb.keys() >= set(frames):
+            break
+    else:
+        raise VideoError(f"{path}: frame {min(set(frames) - rgb.keys())} cannot be decoded")
+    clip = torch.from_numpy(np.stack([rgb[number] for number in frames]))
+    if not motion:
+        return clip
+    numbers = sorted(fields)
+    stacked = np.stack([fields[number] for number in numbers])
+    if np.isnan(stacked).all():
+        warnings.warn(NoMotionVectors(f"{path}: no motion vectors, frame differences instead"), stacklevel=2)
+        unique = sorted(set(frames))
+        change = _frame_difference(torch.from_numpy(np.stack([rgb[number] for number in unique])))
+        return clip, change[[unique.index(number) for number in frames]]
+    filled = _fill_missing(stacked)[[numbers.index(number) for number in frames]]
+    return clip, torch.from_numpy(filled)
+
+
+def read_manifest(path, split=None):
+    """Records of a manifest (JSON lines, one clip each) as dicts, with `path` made from `video`, which
+    is relative to the manifest's folder; of one split, where a record without one is of any.
+
+    Raises ValueError that names file and line for a line that is not such a record."""
+    path, records = Path(path), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as a manifest: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error}): {line[:60]}") from error
+        captions = record.get("captions", []) if isinstance(record, dict) else None
+        if captions is None or not isinstance(record.get("video"), str):
+            raise ValueError(f'{path}:{number}: no "video" in {line[:60]}')
+        if not isinstance(captions, list) or not all(isinstance(c, str) and c.strip() for c in captions):
+            raise ValueError(f"{path}:{number}: captions must be a list of non-empty texts: {captions!r}")
+        if split is None or record.get("split", split) == split:
+            records.append({**record, "path": str(path.parent / record["video"])})
+    if not records:
+        raise ValueError(f"{path}: no clips" + (f" of split {split!r}" if split else ""))
+    return records
+
+
+# =================================================================================================
+# Augmentation: one crop and flip for frames, motion and text maps alike.
+# Needs: NamedTuple, torch, torchvision.transforms.v2.functional as TF.
+# Paper: 4.2 and Table 8; the crop is VideoMAE's GroupMultiScaleCrop.
+# =================================================================================================
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Crop(NamedTuple):
+    """A box in pixels of the source, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+
+
+def multi_scale_crop(size, *, flip=True, scales=(1, 0.875, 0.75, 0.66), generator=None) -> Crop:
+    """A random box in a frame of (height, width): sides that are neighbours in `scales` times the
+    short side, at one of 13 places (corners, centre, and between); mirrored half the time."""
+
+    def draw(count):
+        return int(torch.randint(count, (), generator=generator))
+
+    sides = [int(min(size) * scale) for scale in scales]
+    pairs = [(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1]
+    height, width = pairs[draw(len(pairs))]
+    places = [(y, x) for y in range(5) for x in range(5) if (y % 2 == x % 2)]  # quarters of the slack
+    y, x = places[draw(len(places))]
+    top, left = y * ((size[0] - height) // 4), x * ((size[1] - width) // 4)
+    return Crop(top, left, height, width, flip and draw(2) == 1)
+
+
+def crop_frames(frames, crop, size):
+    """(T,H,W,3) uint8 -> (3,T,size,size) uint8: cut, resized bilinearly with antialiasing, mirrored."""
+    video = TF.resized_crop(
+        frames.permute(0, 3, 1, 2), crop.top, crop.left, crop.height, crop.width, [size, size]
+    )
+    video = video.flip(-1) if crop.flip else video
+    return video.transpose(0, 1).contiguous()
+
+
+def area_weights(cells, out, start, stop):
+    """(out,cells): the share of each input cell in each of `out` equal parts of [start, stop), which
+    is given in input cells. Rows sum to 1; a part outside takes the nearest cell."""
+    edges = torch.linspace(start, stop, out + 1, dtype=torch.float64).clamp(0, cells)
+    low, high = edges[:-1, None], edges[1:, None]
+    left = torch.arange(cells)
+    overlap = (torch.minimum(high, left + 1) - torch.maximum(low, left)).clamp(min=0)
+    outside = overlap.sum(1) == 0
+    nearest = low[outside, 0].long().clamp(max=cells - 1)
+    overlap[outside, nearest] = 1
+    return (overlap / overlap.sum(1, keepdim=True)).float()
+
+
+def crop_motion(motion, crop, grid, cell=8):
+    """(T,h',w') motion of the whole frame -> (T,h,w) of the crop, each cell's mean by area."""
+    _, h, w = grid
+    rows = area_weights(motion.shape[-2], h, crop.top / cell, (crop.top + crop.height) / cell)
+    cols = area_weights(motion.shape[-1], w, crop.left / cell, (crop.left + crop.width) / cell)
+    cropped = rows @ motion @ cols.T
+    return cropped.flip(-1) if crop.flip else cropped
+
+
+def normalize(video):
+    """(B,3,T,H,W) uint8 -> float32 with ImageNet's mean and std taken out."""
+    mean, std = (video.new_tensor(v, dtype=torch.float32).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (video.float() / 255 - mean) / std
+
+
+# =================================================================================================
+# Cubes: video <-> cubes, and picking some of them.
+# Needs: torch. Paper: 3.1, equation (1).
+# =================================================================================================
+
+
+def patchify(video, patch_size, tubelet_size):
+    """(B,C,T,H,W) -> (B,N,P). A cube's values are ordered (frame, row, column, channel), as in VideoMAE."""
+    B, C, T, H, W = video.shape
+    if T % tubelet_size or H % patch_size or W % patch_size:
+        raise ValueError(
+            f"video of {T}x{H}x{W} (frames x height x width) does not divide into cubes of "
+            f"{tubelet_size}x{patch_size}x{patch_size}"
+        )
+    t, h, w = T // tubelet_size, H // patch_size, W // patch_size
+    x = video.reshape(B, C, t, tubelet_size, h, patch_size, w, patch_size)
+    x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, t,h,w, frame,row,column, C)
+    return x.reshape(B, t * h * w, tubelet_size * patch_size**2 * C)
+
+
+def unpatchify(patches, grid, patch_size, tubelet_size):
+    """(B,N,P) -> (B,C,T,H,W): the exact inverse of patchify."""
+    (B, N, P), (t, h, w) = patches.shape, grid
+    C, rest = divmod(P, tubelet_size * patch_size**2)
+    if N != t * h * w or rest:
+        raise ValueError(
+            f"patches of shape {tuple(patches.shape)} are not the cubes of a grid {t}x{h}x{w} "
+            f"with tubelet_size={tubelet_size}, patch_size={patch_size}"
+        )
+    x = patches.reshape(B, t, h, w, tubelet_size, patch_size, patch_size, C)
+    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B,C, t,frame, h,row, w,column)
+    return x.reshape(B, C, t * tubelet_size, h * patch_size, w * patch_size)
+
+
+def split_mask(mask, device=None):
+    """mask (B,N) bool, True = masked -> ids_keep (B,Nv), ids_mask (B,Nm), each ascending, on `device`.
+
+    Raises ValueError if the rows mask different numbers of cubes. The counts decide shapes, so
+    they are needed on the host: keep masks on the CPU and no GPU ever waits for this."""
+    counts = mask.sum(1).tolist()
+    if mask.dtype != torch.bool or len(set(counts)) != 1 or not 0 < counts[0] < mask.shape[1]:
+        raise ValueError(
+            f"mask {mask.dtype} {tuple(mask.shape)} masks {counts} cubes a video: must be bool, the "
+            "same number in each, and neither none nor all"
+        )
+    B = len(mask)
+    keep, hide = (~mask).nonzero()[:, 1].view(B, -1), mask.nonzero()[:, 1].view(B, -1)
+    return keep.to(device, non_blocking=True), hide.to(device, non_blocking=True)
+
+
+def take(x, ids):
+    """x (B,N,D), ids (B,K) -> (B,K,D): each row's own tokens. A gather, since x[mask] would mix rows."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+# =================================================================================================
+# Maskers: scores (B,t,h,w) -> mask (B,N). Every masker is a top-k over a score volume.
+# Needs: torch, torch.nn.functional as F; motion_scores needs area_weights of Augmentation.
+# Paper: 3.3 (text); tube: VideoMAE; motion: MGM. In the paper all mask the same number in each slice.
+# =================================================================================================
+
+MASK_RATIOS = {"tube": 0.9, "mgm": 0.75, "tgm": 0.6}  # VideoMAE, MGM, and the paper's Figure 3(a)
+
+
+def topk_mask(scores, mask_ratio, *, bottom_k=False, generator=None):
+    """scores (B,t,h,w) -> mask (B,N) bool, True = masked: the int(mask_ratio*h*w) highest scores of
+    every time slice (the lowest with bottom_k: the paper's Figure 3(b)), ties broken at random."""
+    B, t, h, w = scores.shape
+    k = int(mask_ratio * h * w)
+    if not 0 < k < h * w:
+        raise ValueError(f"mask_ratio={mask_ratio} masks {k} of {h * w} patches in a slice: 1 to {h * w - 1} can be")
+    scores = scores.flatten(2)
+    # Shuffled first: whichever of two equal scores the sort puts first, it is a random one.
+    device = scores.device if generator is None else generator.device
+    shuffle = torch.rand(scores.shape, generator=generator, device=device).argsort(-1).to(scores.device)
+    order = scores.gather(-1, shuffle).argsort(-1, descending=not bottom_k)
+    chosen = shuffle.gather(-1, order[..., :k])  # (B,t,k)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True).flatten(1)
+
+
+def tube_scores(batch, grid, *, generator=None):
+    """-> (B,t,h,w): noise shared over time, so that a patch is masked in every slice or in none."""
+    t, h, w = grid
+    noise = torch.rand(batch, 1, h, w, generator=generator, device=generator.device if generator else None)
+    return noise.expand(batch, t, h, w)
+
+
+def motion_scores(motion, grid):
+    """motion (B,T,h',w') -> (B,t,h,w): the mean over a cube's frames and, by area, over its cells."""
+    t, h, w = grid
+    B, T, rows, cols = motion.shape
+    if T % t:
+        raise ValueError(f"motion of {T} frames does not divide into {t} time slices")
+    slices = motion.reshape(B, t, T // t, rows, cols).mean(2)
+    down = area_weights(rows, h, 0, rows).to(motion)
+    across = area_weights(cols, w, 0, cols).to(motion)
+    return down @ slices @ across.T
+
+
+def bf16_is_fast(device) -> bool:
+    """Whether bf16 autocast pays on this device: on GPUs, and on CPUs with bf16 matrix units."""
+    if torch.device(device).type != "cpu":
+        return torch.device(device).type == "cuda"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+@torch.no_grad()
+def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
+    """The paper's text-guided scores (3.3): every patch of each tubelet's first frame is resized to
+    CLIP's input, and its embedding compared with the caption's.
+
+    clip: an open_clip model. video (B,3,T,H,W): ImageNet-normalised. text (B,E): the captions'
+    embeddings. -> cosine similarity (B,t,h,w) float32. `chunk` patches at a time bound the memory."""
+    frames = video[:, :, ::tubelet_size].transpose(1, 2)  # (B,t,3,H,W)
+    B, t, C, H, W = frames.shape
+    h, w = H // patch_size, W // patch_size
+    patches = frames.reshape(B * t, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(-1, C, patch_size, patch_size)  # (B*t*h*w, 3, p, p)
+
+    cfg = clip.visual.preprocess_cfg
+    mean, std, clip_mean, clip_std = (
+        video.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD, cfg["mean"], cfg["std"])
+    )
+    size = clip.visual.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    similarity = []
+    for start in range(0, len(patches), chunk):
+        part = (patches[start : start + chunk] * std + mean).clamp(0, 1)
+        part = F.interpolate(part, size, mode=cfg.get("interpolation", "bicubic"), align_corners=False)
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16_is_fast(video.device)):
+            image = clip.encode_image((part.clamp(0, 1) - clip_mean) / clip_std)
+        owner = torch.arange(start, start + len(part), device=text.device) // (t * h * w)
+        similarity.append(F.cosine_similarity(image.float(), text[owner].float(), dim=-1))
+    return torch.cat(similarity).view(B, t, h, w)
+
+# =================================================================================================
+# CLIP: any model that open_clip loads, frozen, and its text embeddings.
+# Needs: os, urllib.error, urllib.request, Path, torch, torch.nn.functional as F. Paper: 3.3.
+# =================================================================================================
+
+
+def work_offline_if_no_hub(timeout=5):
+    """Asks the Hugging Face hub once whether it is there. If not, open_clip and transformers are told
+    to use what is on disk, and fail at once where that is not enough, not after a minute of retries.
+
+    Call before they are imported. Returns whether the hub may be used."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            urllib.request.urlopen(constants.ENDPOINT, timeout=timeout).close()
+        except urllib.error.HTTPError:
+            pass  # it answered
+        except OSError:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            constants.HF_HUB_OFFLINE = True
+    return not constants.HF_HUB_OFFLINE
+
+
+def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
+    """-> (clip, tokenizer): a frozen open_clip model in eval mode.
+
+    name: a model of open_clip, hf-hub:..., or local-dir:FOLDER; pretrained: a tag of open_clip or a
+    file of weights, ignored for the last two. Plain ViT-B-32 would run OpenAI's weights with the
+    wrong activation. Raises ValueError with the ways out if the weights cannot be had."""
+    on_disk = name.startswith("local-dir:") or Path(str(pretrained)).is_file()
+    online = True if on_disk else work_offline_if_no_hub()
+    import open_clip  # here: seconds that a run with text maps, or without text, need not spend
+
+    tag = None if name.startswith(("local-dir:", "hf-hub:")) else str(pretrained)
+    try:
+        # A missing file otherwise means random weights and a mere warning.
+        clip = open_clip.create_model(name, tag, device=device, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if online else "the hub cannot be reached"
+        raise ValueError(
+            f"--clip {name} --clip-pretrained {pretrained}: {reason}. Ways out: --clip-pretrained FILE "
+            "(weights on disk), --clip local-dir:FOLDER (an open_clip folder), or a manifest with text maps"
+        ) from error
+    return clip.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def encode_text(clip, tokenizer, captions):
+    """Captions, B strings -> (B,E) float32 unit vectors on CLIP's device: the projected [EOS] state."""
+    device = next(clip.parameters()).device
+    return F.normalize(clip.encode_text(tokenizer(list(captions)).to(device)).float(), dim=-1)
+
+
+# =================================================================================================
+# Transformer: visible cubes (B,Nv,P) -> Encoder (B,Nv,D);  tokens (B,N,Dd) -> Decoder (B,Nm,P).
+# Needs: torch, torch.nn as nn, torch.nn.functional as F, checkpoint, StochasticDepth; take of Cubes.
+# Paper: 3.1, 4.2; names and order as in VideoMAE's modeling_finetune.py and modeling_pretrain.py.
+# =================================================================================================
+
+
+def sinusoid(positions, dim):
+    """-> (positions,dim) fixed sine-cosine table over the flattened index of the cubes."""
+    position = torch.arange(positions, dtype=torch.float64)[:, None]
+    channel = torch.arange(dim, dtype=torch.float64)
+    angle = position / 10000 ** (2 * (channel // 2) / dim)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+class Attention(nn.Module):
+    """Joint space-time self-attention. q and v have a bias; k's would cancel in the softmax."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)  # (B,N,3D)
+        q, k, v = qkv.view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B,heads,N,D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B,heads,N,D/heads)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each with a residual."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, eps, drop_path=0.0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def _run_blocks(blocks, x, grad_checkpointing):
+    for block in blocks:
+        if grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, use_reentrant=False)  # trades a second forward for memory
+        else:
+            x = block(x)
+    return x
+
+
+class PatchEmbed(nn.Module):
+    """Cubes (B,n,P) -> embeddings (B,n,D): VideoMAE's Conv3d, as the matrix product that it is."""
+
+    def __init__(self, patch_dim, embed_dim):
+        super().__init__()
+        self.proj = nn.Linear(patch_dim, embed_dim)
+
+    def forward(self, cubes):
+        return self.proj(cubes)
+
+
+class Encoder(nn.Module):
+    """Cubes (B,N,P) and ids_keep (B,Nv), or None for all -> (B,Nv,D) after the final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.patch_embed = PatchEmbed(c.patch_dim, c.embed_dim)
+        self.register_buffer("pos_embed", sinusoid(c.num_patches, c.embed_dim), persistent=False)
+        rates = torch.linspace(0, c.drop_path, c.depth).tolist()  # deeper blocks are dropped more often
+        self.blocks = nn.ModuleList(
+            Block(c.embed_dim, c.num_heads, c.mlp_ratio, c.layer_norm_eps, rate) for rate in rates
+        )
+        self.norm = nn.LayerNorm(c.embed_dim, eps=c.layer_norm_eps)
+        self.grad_checkpointing = False
+
+    def forward(self, cubes, ids_keep=None):
+        pos = self.pos_embed
+        if ids_keep is not None:  # only visible cubes are embedded
+            cubes, pos = take(cubes, ids_keep), pos[ids_keep]
+        x = self.patch_embed(cubes) + pos  # (B,Nv,D)
+        return self.norm(_run_blocks(self.blocks, x, self.grad_checkpointing))
+
+
+class Decoder(nn.Module):
+    """Tokens (B,N,Dd), the masked ones last -> predicted cubes (B,Nm,P)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.blocks = nn.ModuleList(
+            Block(c.decoder_embed_dim, c.decoder_num_heads, c.mlp_ratio, c.layer_norm_eps)
+            for _ in range(c.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(c.decoder_embed_dim, eps=c.layer_norm_eps)
+        self.head = nn.Linear(c.decoder_embed_dim, c.patch_dim)
+        self.grad_checkpointing = False
+
+    def forward(self, x, num_masked):
+        x = _run_blocks(self.blocks, x, self.grad_checkpointing)
+        return self.head(self.norm(x[:, -num_masked:]))
+
+
+# =================================================================================================
+# Losses: reconstruction of the masked cubes, and InfoNCE between videos and captions over all ranks.
+# Needs: torch, torch.distributed as dist, torch.nn.functional as F; patchify, split_mask, take of
+# Cubes, IMAGENET_MEAN and IMAGENET_STD of Augmentation. Paper: 3.1, 3.4, equation (4).
+# =================================================================================================
+
+
+def reconstruction_target(video, mask, config):
+    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N) -> (target (B,Nm,P), mean, std (B,Nm,1,3)).
+
+    Pixels are brought back to [0,1]; then each cube is normalised per channel over its own pixels
+    (unbiased variance, std + 1e-6), as in VideoMAE. target*std + mean are pixels again."""
+    c = config
+    _, ids_mask = split_mask(mask, video.device)
+    cubes = take(patchify(video, c.patch_size, c.tubelet_size), ids_mask)
+    cubes = cubes.unflatten(-1, (-1, c.in_chans))  # (B,Nm,P/3,3)
+    if c.in_chans == 3:
+        cubes = cubes * cubes.new_tensor(IMAGENET_STD) + cubes.new_tensor(IMAGENET_MEAN)
+    var, mean = torch.var_mean(cubes, dim=2, keepdim=True)
+    std = var.sqrt() + 1e-6
+    if not c.norm_pix_loss:
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
+    return ((cubes - mean) / std).flatten(2), mean, std
+
+
+def reconstruction_loss(pred, video, mask, config):
+    """Mean squared error over the masked cubes, equation (3). pred (B,Nm,P), masked cubes ascending;
+    video (B,3,T,H,W) ImageNet-normalised; mask (B,N), True = masked. -> scalar, in float32 at least."""
+    with torch.no_grad():
+        target, _, _ = reconstruction_target(video, mask, config)
+    return F.mse_loss(pred.to(target.dtype), target)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Every rank computed the whole loss, so the sum is world size times the gradient, and DDP's
+        # mean over ranks brings it back to that of one process with the whole batch.
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    """(B,...) of each rank -> (world*B,...) of all, in order of ranks, with gradient. One process: x."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    return _Gather.apply(x)
+
+
+def info_nce(video_emb, text_emb, temperature, *, groups=None):
+    """Symmetric InfoNCE, equation (4): the mean of video->text and text->video.
+
+    video_emb, text_emb (B,E), a pair a row, normalised here. groups (B,) ints: clips of one group
+    (of one video, under --repeat) are no negatives of each other. -> scalar, in float32 at least."""
+    with torch.autocast(video_emb.device.type, enabled=False):
+        dtype = torch.promote_types(video_emb.dtype, torch.float32)
+        video_emb = F.normalize(video_emb.to(dtype), dim=-1)
+        text_emb = F.normalize(text_emb.to(dtype), dim=-1)
+        logits = video_emb @ text_emb.T / temperature  # (B,B)
+        if groups is not None:
+            same = groups[:, None] == groups[None, :]
+            same.fill_diagonal_(False)
+            logits = logits.masked_fill(same, float("-inf"))
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# =================================================================================================
+# TGMAE: the model. video (B,3,T,H,W), mask (B,N), text (B,E) -> losses.
+# Needs: torch, torch.nn as nn, torch.nn.functional as F; Config, Cubes, Transformer, Losses.
+# Paper: 3.5, Figure 2.
+# =================================================================================================
+
+
+class TGMAE(nn.Module):
+    """Video MAE with an optional video-text contrastive loss on the visible tokens."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = c = config
+        self.encoder = Encoder(c)
+        self.encoder_to_decoder = nn.Linear(c.embed_dim, c.decoder_embed_dim, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_embed_dim))
+        self.register_buffer("pos_embed", sinusoid(c.num_patches, c.decoder_embed_dim), persistent=False)
+        self.decoder = Decoder(c)
+        # SimCLR's head with a global BatchNorm. It sees the embeddings of all ranks, see forward.
+        self.predictor = nn.Sequential(
+            nn.Linear(c.embed_dim, c.embed_dim), nn.BatchNorm1d(c.embed_dim), nn.ReLU(inplace=True),
+            nn.Linear(c.embed_dim, c.text_dim),
+        )  # fmt: skip
+        self.apply(self._init_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def set_grad_checkpointing(self, on=True):
+        """Recompute activations in the backward pass: less memory, a third more time."""
+        self.encoder.grad_checkpointing = self.decoder.grad_checkpointing = on
+
+    def _check(self, video, mask):
+        c = self.config
+        shape = (c.in_chans, c.num_frames, c.image_size, c.image_size)
+        if video.ndim != 5 or video.shape[1:] != shape:
+            raise ValueError(f"video has shape {tuple(video.shape)}, the model takes (B, {', '.join(map(str, shape))})")
+        if mask is not None and mask.shape != (len(video), c.num_patches):
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}, this video has ({len(video)}, {c.num_patches}) cubes"
+            )
+
+    def encode(self, video, mask=None):
+        """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), True = masked -> (B,Nv,D) after the
+        final norm; all N cubes without a mask. Shapes that do not fit: ValueError."""
+        self._check(video, mask)
+        ids_keep = None if mask is None else split_mask(mask, video.device)[0]
+        return self.encoder(patchify(video, self.config.patch_size, self.config.tubelet_size), ids_keep)
+
+    def decode(self, latent, mask):
+        """latent (B,Nv,D) of the visible cubes, mask (B,N) -> predicted masked cubes (B,Nm,P)."""
+        ids_keep, ids_mask = split_mask(mask, latent.device)
+        visible = self.encoder_to_decoder(latent) + self.pos_embed[ids_keep]  # (B,Nv,Dd)
+        masked = self.mask_token + self.pos_embed[ids_mask]  # (B,Nm,Dd)
+        x = torch.cat([visible, masked.to(visible.dtype)], dim=1)  # (B,N,Dd)
+        return self.decoder(x, ids_mask.shape[1])
+
+    def forward(self, video, mask, text=None, *, mae=True, watch=False, groups=None):
+        """-> dict of `mae` and `pred` (B,Nm,P), unless mae=False (then no decoder runs), and `vt` if
+        there is text (B,E).
+
+        watch: take the contrastive loss on detached features: only the predictor learns from it
+        (the paper's Figure 4). groups: see info_nce. Mask on the CPU: see split_mask."""
+        latent = self.encode(video, mask)  # (B,Nv,D)
+        out = {}
+        if mae:
+            out["pred"] = self.decode(latent, mask)  # (B,Nm,P)
+            out["mae"] = reconstruction_loss(out["pred"], video, mask, self.config)
+        if text is not None:
+            pooled = latent.mean(dim=1)  # (B,D)
+            pooled = gather(pooled.detach() if watch else pooled)  # (world*B,D)
+            groups = groups if groups is None else gather(groups)
+            out["vt"] = info_nce(self.predictor(pooled), gather(text), self.config.temperature, groups=groups)
+        return out
+
+
+# =================================================================================================
+# Weights in and out: VideoMAE's official names are ours, except for the patch embedding's shape.
+# Needs: argparse, importlib.metadata, Path, torch; work_offline_if_no_hub of CLIP for hub names.
+# =================================================================================================
+
+# transformers' name <- our name, the first that fits; the order matters when read backwards.
+_HUGGINGFACE = (
+    ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),
+    ("encoder.blocks.", "videomae.encoder.layer."),
+    ("encoder.norm.", "videomae.layernorm."),
+    ("decoder.blocks.", "decoder.decoder_layers."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+    ("head.", "classifier."),
+)
+
+
+def from_videomae(state_dict):
+    """The state dict of an official VideoMAE model, or of transformers' VideoMAE, for pre-training or
+    fine-tuned -> in our names, without the predictor, which they lack. Fine-tuned ones bring
+    fc_norm and head. Raises ValueError for anything else."""
+    old, new = dict(state_dict), {}
+    if any(name.startswith(("embeddings.", "videomae.")) for name in old):
+        for name, value in old.items():
+            if name.startswith(("embeddings.", "encoder.layer.", "layernorm.")):  # a bare VideoMAEModel
+                name = "videomae." + name
+            for ours, theirs in _HUGGINGFACE:
+                name = name.replace(theirs, ours) if ours != "head." or name.startswith(theirs) else name
+            name = name.replace(".attention.attention.", ".attn.")
+            name = name.replace(".query.bias", ".q_bias").replace(".value.bias", ".v_bias")  # since 5.0
+            new[name] = value
+        for name in [name for name in new if name.endswith(".query.weight")]:
+            stem = name.removesuffix("query.weight")
+            parts = [new.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")]
+            new[f"{stem}qkv.weight"] = torch.cat(parts)
+    elif any(name.endswith("patch_embed.proj.weight") for name in old):
+        bare = "patch_embed.proj.weight" in old  # fine-tuned: no encoder. in front
+        for name, value in old.items():
+            ours = bare and name.startswith(("patch_embed.", "blocks.", "norm."))
+            new["encoder." + name if ours else name] = value
+    else:
+        raise ValueError(f"not VideoMAE's weights: names like {', '.join(list(old)[:3])}")
+    weight = new["encoder.patch_embed.proj.weight"]  # (D,C,frame,row,column) -> (D,P)
+    new["encoder.patch_embed.proj.weight"] = weight.permute(0, 2, 3, 4, 1).flatten(1)
+    return new
+
+
+def to_huggingface(model):
+    """TGMAE -> state dict of transformers' VideoMAEForPreTraining (config: use_mean_pooling=False)."""
+    c, new = model.config, {}
+    five = int(importlib.metadata.version("transformers").split(".")[0]) >= 5
+    for name, value in model.state_dict().items():
+        if name.startswith("predictor."):
+            continue
+        if name == "encoder.patch_embed.proj.weight":  # (D,P) -> (D,C,frame,row,column)
+            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans).permute(0, 4, 1, 2, 3)
+        for ours, theirs in _HUGGINGFACE[:-1]:
+            name = name.replace(ours, theirs)
+        name = name.replace(".attn.q_bias", ".attn.query.bias" if five else ".attn.q_bias")
+        name = name.replace(".attn.v_bias", ".attn.value.bias" if five else ".attn.v_bias")
+        if name.endswith(".attn.qkv.weight"):
+            stem = name.removesuffix("attn.qkv.weight")
+            for part, third in zip(("query", "key", "value"), value.chunk(3)):
+                new[f"{stem}attention.attention.{part}.weight"] = third.contiguous()
+        else:
+            new[name.replace(".attn.", ".attention.attention.")] = value.contiguous()
+    return new
+
+
+def load_weights(source):
+    """Weights in our names from a checkpoint of train.py, an official VideoMAE .pth, or a folder or
+    hub name of transformers. No pickled code is run. Raises ValueError if they cannot be had."""
+    if Path(source).is_file():
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # official files hold their flags
+                saved = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a file of other contents makes torch raise
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{source}: cannot be loaded as weights: {reason}") from error
+        state = next((saved[key] for key in ("model", "module") if key in saved), saved)
+        return state if "config" in saved else from_videomae(state)
+    if not Path(source).is_dir():
+        work_offline_if_no_hub()
+    from transformers import VideoMAEForPreTraining
+
+    try:
+        return from_videomae(VideoMAEForPreTraining.from_pretrained(source).state_dict())
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source}: neither a checkpoint nor a folder or hub name of transformers: {reason}") from error

@@ -1,0 +1,351 @@
+"""An offline world on which text-guided masking can be seen, measured and trained in minutes.
+
+    python toy.py                          # builds data/toy: 1000 H.264 clips and a tiny CLIP
+    python toy.py --out /tmp/w --clips 64  # a smaller one: 64 training clips and 16 test clips
+    python toy.py coverage                 # what does each masker hide? (the README's table)
+
+Each clip shows an ACTOR (shape x colour x direction) that its three captions name, and a DISTRACTOR
+that they do not, over a textured background that pans faster than either: what moves most is not
+what the caption names. The class, shape x direction of the actor (16), needs the video; distractors
+have shapes that no class uses. A tiny CLIP (open_clip's own class, opened with local-dir:) is trained
+on captioned crops. Everything follows from the seed; two CPU cores take about two minutes.
+"""
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import tgmae
+
+SIZE, FRAMES, FPS = 64, 24, 12
+ACTORS = ("circle", "square", "triangle", "cross")
+DISTRACTORS = ("ring", "star", "diamond")
+COLOURS = {
+    "red": (225, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230),
+    "yellow": (235, 215, 40), "magenta": (215, 50, 205), "cyan": (50, 210, 215),
+}  # fmt: skip
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+CAPTIONS = (
+    "a {colour} {shape} moving {direction}",
+    "the {colour} {shape} goes {direction}",
+    "a {shape} in {colour} drifts {direction}",
+)
+NOTHING = ("an empty textured background", "the background with nothing on it", "a plain grey pattern")
+
+
+# =================================================================================================
+# The world: a random generator -> frames, masks, words.
+# =================================================================================================
+
+
+def _distance(shape, x, y, r):
+    """Signed distance in pixels, roughly, to the outline of a shape of radius r; negative inside."""
+    d, ax, ay = np.hypot(x, y), abs(x), abs(y)
+    if shape == "circle":
+        return d - r
+    if shape == "square":
+        return np.maximum(ax, ay) - 0.88 * r
+    if shape == "triangle":
+        return np.maximum(0.89 * ax - 0.45 * y, y) - 0.5 * r  # (x, y) = (0, 0) is its centroid, tip up at y = -r
+    if shape == "cross":
+        return np.minimum(np.maximum(ax - 0.38 * r, ay - r), np.maximum(ay - 0.38 * r, ax - r))
+    if shape == "ring":
+        return abs(d - 0.75 * r) - 0.28 * r
+    if shape == "star":
+        return d - r * (0.68 + 0.32 * np.cos(5 * np.arctan2(x, -y)))
+    return (ax + ay) * 0.71 - 0.8 * r  # diamond
+
+
+def _path(rng, direction, r):
+    """(F,2) centres of an object that crosses the frame in a straight line and stays in it."""
+    step = np.array(DIRECTIONS[direction]) * rng.uniform(1.0, 1.3)
+    way = step * (FRAMES - 1)
+    low, high = r + 1 - np.minimum(way, 0), SIZE - r - 1 - np.maximum(way, 0)
+    return (rng.uniform(low, high) + step * np.arange(FRAMES)[:, None]).astype(np.float32)
+
+
+def _background(rng, y, x):
+    """(F,S,S,3): long waves in two greyish tones that pan by 5 to 6.5 pixels a frame, faster than any
+    object. Long and strong, so that a tiny model learns in minutes to predict what is masked."""
+    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(5, 6.5)
+    shift = np.float32(speed) * np.arange(FRAMES, dtype=np.float32)[:, None, None]
+    x, y = x + shift * np.cos(angle), y + shift * np.sin(angle)
+    wave = 0.5
+    for turn in (rng.uniform(-0.5, 0.5), rng.uniform(1.0, 2.1)):  # one along the way, one across
+        length, phase = rng.uniform(96, 160), rng.uniform(0, 2 * np.pi)
+        along = x * np.cos(angle + turn) + y * np.sin(angle + turn)
+        wave = wave + np.sin(2 * np.pi * along / length + phase) / 4  # (F,S,S) in 0..1
+    dark, light = rng.uniform(15, 45) + rng.uniform(-15, 15, 3), rng.uniform(210, 240) + rng.uniform(-15, 15, 3)
+    return (dark + wave[..., None] * (light - dark)).astype(np.float32)
+
+
+def make_clip(rng, label):
+    """-> frames (F,64,64,3) uint8, actor and distractor masks (F,64,64) bool, what each is called."""
+    shape, direction = ACTORS[label // 4], list(DIRECTIONS)[label % 4]
+    colour, other = rng.choice(list(COLOURS), 2, replace=False)
+    radius, other_radius = rng.uniform(12, 14), rng.uniform(7, 9)
+    path = _path(rng, direction, radius)
+    distractor = {
+        "shape": str(rng.choice(DISTRACTORS)), "colour": str(other),
+        "direction": str(rng.choice(list(DIRECTIONS))),
+    }  # fmt: skip
+    tries = [_path(rng, distractor["direction"], other_radius) for _ in range(30)]
+    other_path = max(tries, key=lambda way: np.linalg.norm(way - path, axis=1).min())  # the least overlap
+
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    frames, masks = _background(rng, y, x), []
+    objects = (distractor["shape"], other, other_radius, other_path), (shape, colour, radius, path)
+    for shape_, colour_, r, way in objects:  # the actor in front
+        dx, dy = x - way[:, 0, None, None], y - way[:, 1, None, None]
+        alpha = np.clip(0.5 - _distance(shape_, dx, dy, r), 0, 1)[..., None]
+        shade = 1.05 - 0.5 * (np.hypot(dx + 3, dy + 3) / r)[..., None]  # lit from the upper left
+        frames = frames * (1 - alpha) + alpha * np.clip(np.array(COLOURS[colour_], np.float32) * shade, 0, 255)
+        masks = [mask & (alpha[..., 0] < 0.5) for mask in masks] + [alpha[..., 0] >= 0.5]
+    actor = {"shape": shape, "colour": str(colour), "direction": direction}
+    return frames.round().clip(0, 255).astype(np.uint8), masks[1], masks[0], actor, distractor
+
+
+def captions_of(words):
+    return [caption.format(**words) for caption in CAPTIONS]
+
+
+def write_video(path, frames, *, fps=FPS, codec="libx264", options=None):
+    """(F,H,W,3) uint8 -> a video file, H.264 unless another codec is named."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.codec_context.thread_count = 1  # the same file on every machine
+        stream.options = {"crf": "15", "g": "12", "bf": "0"} if options is None else options
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+# =================================================================================================
+# A tiny CLIP, trained on captioned crops of that world.
+# =================================================================================================
+
+CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
+}
+
+
+def _crops(rng, stills, count):
+    """Random boxes, half of them patches of 8 pixels -> images (count,3,16,16) in [0,1], captions, and
+    groups (count,): crops that show the same thing."""
+    images, captions, groups = [], [], []
+    names = [None, *((shape, colour) for shape in ACTORS + DISTRACTORS for colour in COLOURS)]
+    for number in rng.integers(len(stills), size=count):
+        frame, actor_mask, distractor_mask, actor, distractor = stills[number]
+        side = 8 if rng.random() < 0.5 else int(rng.integers(8, SIZE + 1))
+        top, left = rng.integers(SIZE - side + 1, size=2)
+        box = np.s_[top : top + side, left : left + side]
+        # How much of the crop each fills, or how much of each is in the crop, whichever is more.
+        seen = [max(mask[box].mean(), mask[box].sum() / 300) for mask in (actor_mask, distractor_mask)]
+        words = (actor, distractor)[int(seen[1] > seen[0])] if max(seen) > 0.25 else None
+        image = torch.from_numpy(np.ascontiguousarray(frame[box])).permute(2, 0, 1)[None].float() / 255
+        images.append(F.interpolate(image, (16, 16), mode="bicubic", align_corners=False, antialias=side > 16))
+        captions.append(str(rng.choice(captions_of(words) if words else NOTHING)))
+        groups.append(names.index((words["shape"], words["colour"]) if words else None))
+    return torch.cat(images).clamp(0, 1), captions, torch.tensor(groups)
+
+
+def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
+    """Trains open_clip's CLIP class at toy size and saves it as a folder that local-dir: opens."""
+    from open_clip import CLIP, SimpleTokenizer
+    from safetensors.torch import save_file
+
+    rng = np.random.default_rng(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = CLIP(**CLIP_CONFIG["model_cfg"])
+    tokenizer = SimpleTokenizer(context_length=CLIP_CONFIG["model_cfg"]["text_cfg"]["context_length"])
+    mean, std = (torch.tensor(CLIP_CONFIG["preprocess_cfg"][key]).view(3, 1, 1) for key in ("mean", "std"))
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    bar = tqdm(range(steps), desc="toy CLIP", unit="step")
+    for _ in bar:
+        images, captions, groups = _crops(rng, stills, batch)
+        image, text = clip.encode_image((images - mean) / std), clip.encode_text(tokenizer(captions))
+        loss = tgmae.info_nce(image, text, 0.07, groups=groups)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+
+
+# =================================================================================================
+# Building it, once.
+# =================================================================================================
+
+
+def build(out="data/toy", clips=800, seed=0):
+    """Makes the world in folder `out` unless it is there: manifest.jsonl, clips/, clip/ (the CLIP) and
+    truth.npz (masks of the test split). `clips` training clips and a quarter as many test clips.
+
+    Built beside and renamed at the end, so that an interrupted build never looks finished."""
+    out = Path(out)
+    if (out / "world.json").exists():
+        return out
+    if out.exists():
+        raise ValueError(f"{out}: exists and is not a toy world; name another folder, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _build(work, clips, seed)
+        (work / "world.json").write_text(json.dumps({"clips": clips, "seed": seed}))
+        work.chmod(0o755)
+        os.rename(work, out)
+    except OSError:
+        if not (out / "world.json").exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _clip_of(out, seed, clips, number):
+    """Makes clip `number` and writes its file -> its manifest record, and 3 stills (training clips) or
+    the packed masks (test clips). A function of its arguments alone, whichever process runs it."""
+    split = "train" if number < clips else "test"
+    rng = np.random.default_rng([seed, number])
+    frames, actor_mask, distractor_mask, actor, distractor = make_clip(rng, number % 16)
+    video = f"clips/{split}-{number:05d}.mp4"
+    write_video(out / video, frames)
+    record = {
+        "video": video, "label": f"{actor['shape']} {actor['direction']}", "split": split,
+        "captions": captions_of(actor), "distractor_captions": captions_of(distractor),
+    }  # fmt: skip
+    if split == "test":
+        return record, np.packbits(np.stack([actor_mask, distractor_mask]))
+    some = rng.choice(FRAMES, 3, replace=False)
+    return record, [(frames[i], actor_mask[i], distractor_mask[i], actor, distractor) for i in some]
+
+
+def _build(out, clips, seed):
+    records, stills, truth = [], [], {}
+    (out / "clips").mkdir()
+    total = clips + clips // 4
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total), chunksize=8)
+        for record, extra in tqdm(made, desc="toy world", unit="clip", total=total):
+            records.append(record)
+            if record["split"] == "train":
+                stills += extra
+            else:
+                truth[record["video"]] = extra
+    (out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    np.savez_compressed(out / "truth.npz", **truth)
+    train_clip(out / "clip", stills, seed=seed)
+
+
+def read_truth(folder):
+    """{video: (actor, distractor) masks (F,64,64) bool} of the test split."""
+    with np.load(Path(folder) / "truth.npz", allow_pickle=False) as truth:
+        return {
+            video: np.unpackbits(truth[video]).reshape(2, FRAMES, SIZE, SIZE).astype(bool) for video in truth.files
+        }
+
+
+# =================================================================================================
+# What does each masker hide? The mask follows the words, measured against the drawn truth.
+# =================================================================================================
+
+
+def auc(positive, negative):
+    """Area under the ROC curve: how often a score of `positive` lies above one of `negative`."""
+    scores = torch.cat([positive, negative]).double()
+    rank = torch.empty_like(scores)
+    rank[scores.argsort()] = torch.arange(1, len(scores) + 1, dtype=scores.dtype)
+    n = len(positive)
+    return ((rank[:n].sum() - n * (n + 1) / 2) / (n * len(negative))).item()
+
+
+def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
+    """-> {masker: (share of the actor's area masked, share of the distractor's)}, and the ROC AUC of the
+    caption's similarity for cubes of the actor against cubes of the distractor and of the background."""
+    config, folder = tgmae.PRESETS["toy"], Path(folder)
+    t, h, w = config.grid
+    records = tgmae.read_manifest(folder / "manifest.jsonl", "test")[:clips]
+    truth = read_truth(folder)
+    numbers = [i * stride for i in range(config.num_frames)]
+    videos, motions, masks = [], [], []
+    for record in records:
+        frames, motion = tgmae.read_clip(record["path"], numbers, motion=True)
+        videos.append(frames.permute(3, 0, 1, 2))
+        motions.append(motion)
+        masks.append(torch.from_numpy(truth[record["video"]][:, numbers]))
+    video, B = tgmae.normalize(torch.stack(videos)), len(records)
+    area = torch.stack(masks).float().flatten(0, 1)  # (2B,T,S,S)
+    area = tgmae.patchify(area[:, None], config.patch_size, config.tubelet_size).mean(-1)
+    actor, distractor = area.view(B, 2, t, h, w).unbind(1)  # share of each cube that it fills
+
+    clip = tgmae.load_clip(f"local-dir:{folder / 'clip'}")
+    size = config.patch_size, config.tubelet_size
+    words, others = (
+        tgmae.text_scores(clip[0], video, tgmae.encode_text(*clip, [r[key][i % 3] for i, r in enumerate(records)]), *size)
+        for key in ("captions", "distractor_captions")
+    )
+    generator = torch.Generator().manual_seed(0)
+    table = {}
+    for name, scores, bottom_k in (
+        ("text", words, False), ("text, the distractor's words", others, False), ("text, bottom-k", words, True),
+        ("tube", tgmae.tube_scores(B, config.grid, generator=generator), False),
+        ("motion", tgmae.motion_scores(torch.stack(motions), config.grid), False),
+    ):  # fmt: skip
+        mask = tgmae.topk_mask(scores, mask_ratio, bottom_k=bottom_k, generator=generator).view(B, t, h, w)
+        table[name] = tuple((mask * part).sum().item() / part.sum().item() for part in (actor, distractor))
+    of_actor = words[actor > 0.5]
+    aucs = auc(of_actor, words[(distractor > 0.25) & (actor == 0)]), auc(of_actor, words[(actor == 0) & (distractor == 0)])
+    return table, aucs
+
+
+def print_coverage(folder):
+    table, aucs = coverage(folder)
+    print("| masker, ratio 0.25 | actor masked | distractor masked |\n| --- | --- | --- |")
+    for name, (actor, distractor) in table.items():
+        print(f"| {name} | {actor:.1%} | {distractor:.1%} |")
+    print(f"ROC AUC of the similarity, actor against distractor {aucs[0]:.4f}, against background {aucs[1]:.4f}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Make the toy world, or measure on it what each masker hides.")
+    parser.add_argument("command", nargs="?", default="build", choices=("build", "coverage"), help="default: build")
+    parser.add_argument("--out", type=Path, default=Path("data/toy"), help="folder of the world (default: data/toy)")
+    parser.add_argument("--clips", type=int, default=800, help="training clips; a quarter as many test clips (default: 800)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything in it (default: 0)")
+    args = parser.parse_args(argv)
+    if args.clips < 16:
+        parser.error(f"--clips {args.clips}: at least 16, one a class")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        build(args.out, args.clips, args.seed)
+        if args.command == "coverage":
+            print_coverage(args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"toy.py: {error}")

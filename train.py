@@ -1,0 +1,616 @@
+"""Pre-trains a (text-guided) video masked autoencoder.
+
+    torchrun train.py --mask tgm --vt                      # toy world: no download, any machine
+    torchrun --nproc_per_node 8 train.py --data k400.jsonl --preset base --mask tgm --vt
+
+Loss = MAE + vt_weight * VT (3.5). The paper's eight runs (Table 2): --mask tube|mgm|tgm, with nothing
+more (MAE), with --vt (MAE + VT), with --vt --no-mae (VT).
+
+The first command builds the toy world (data/toy) and ends by itself in about four minutes on two CPU
+cores; the MAE loss ends near 0.6 (1.0 is predicting each cube's mean) and samples.png shows clip,
+mask and reconstruction. Run again, any command goes on from where its last checkpoint stands.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from tqdm import tqdm
+
+import tgmae
+from tgmae import MASK_RATIOS, PRESETS, VideoError
+
+TOY = {"preset": "toy", "epochs": 10, "warmup_epochs": 1, "batch_size": 16, "blr": 0.048, "min_lr": 1e-4,
+       "stride": 4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
+REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, "blr": 1.5e-4, "min_lr": 1e-5,
+        "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
+MAX_REPLACEMENTS = 100  # bad videos in a row before all are thought to be bad
+MAX_NON_FINITE = 10  # steps in a row before the run stops
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Pre-train a text-guided video MAE.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
+
+    def either(name, help, **more):  # a flag whose default depends on the data
+        key = name[2:].replace("-", "_")
+        more.setdefault("default", argparse.SUPPRESS)
+        add(name, help=f"{help} (toy: {TOY[key]}, other data: {REAL[key]})", **more)
+
+    add("--data", default="toy", help="toy, or a manifest (JSON lines, see captions.py)")
+    add("--split", default="train", help="split of the manifest to train on")
+    add("--val-split", default=argparse.SUPPRESS, help="split for held-out losses after each epoch (none)")
+    either("--preset", "size of the model", choices=PRESETS)
+    add("--mask", default="tube", choices=MASK_RATIOS, help="what to mask: noise, most motion, or most like the caption")
+    add("--mask-ratio", type=float, default=argparse.SUPPRESS, help=f"share of cubes masked ({MASK_RATIOS})")
+    add("--bottom-k", action=yes_no, default=False, help="mask the lowest scores instead of the highest")
+    add("--vt", action=yes_no, default=False, help="optimise the video-text contrastive loss")
+    add("--mae", action=yes_no, default=True, help="optimise the reconstruction loss")
+    add("--vt-weight", type=float, default=1.0, help="weight of the contrastive loss")
+    add("--temperature", type=float, default=0.07, help="of the contrastive loss")
+    either("--clip", "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is watched where not optimised")
+    add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
+    add("--num-captions", type=int, default=0, help="captions of a video to draw from, evenly spread (0: all)")
+    add("--init", default=argparse.SUPPRESS, help="start from weights: a checkpoint of ours, VideoMAE's or transformers'")
+    add("--grad-checkpointing", action=yes_no, default=False, help="less memory for about a third more time")
+    either("--epochs", "passes over the data", type=int)
+    either("--warmup-epochs", "epochs of linear warm-up", type=float)
+    either("--batch-size", "clips per process and forward", type=int)
+    add("--accum", type=int, default=1, help="forwards per step")
+    add("--repeat", type=int, default=1, help="clips from each decoded video")
+    either("--blr", "learning rate per 256 clips of global batch", type=float)
+    either("--min-lr", "last learning rate per 256 clips", type=float)
+    add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
+    add("--clip-grad", type=float, default=0.0, help="largest gradient norm (0: no limit)")
+    either("--stride", "frames from one frame of a clip to the next", type=int)
+    either("--flip", "mirror half the clips", action=yes_no)
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
+    add("--amp", action=yes_no, default=argparse.SUPPRESS, help="bf16 autocast (where the hardware has it)")
+    add("--compile", action=yes_no, default=False, help="torch.compile the model")
+    add("--seed", type=int, default=0, help="of weights, order, crops and masks")
+    add("--out", default=argparse.SUPPRESS, help="run folder (runs/DATA-MASK...)")
+    add("--resume", action=yes_no, default=True, help="go on from the run folder's last.pt")
+    args = parser.parse_args(argv)
+
+    given, defaults = vars(args), TOY if args.data == "toy" else REAL
+    name = "-".join([Path(args.data).stem, args.mask] + ["no-mae"] * (not args.mae) + ["vt"] * args.vt)
+    late = {"mask_ratio": MASK_RATIOS[args.mask], "val_split": None, "init": None, "amp": None, "out": f"runs/{name}"}
+    args.watch = not args.vt and (args.data == "toy" or "clip" in given)
+    for key, value in {**defaults, **late}.items():
+        given.setdefault(key, value)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    for name in ("epochs", "batch_size", "accum", "repeat", "stride", "temperature"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if not 0 < args.mask_ratio < 1:
+        raise ValueError(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
+    if not (args.mae or args.vt):
+        raise ValueError("--no-mae without --vt leaves nothing to optimise")
+    if args.batch_size % args.repeat:
+        raise ValueError(f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}")
+    if not 0 <= args.warmup_epochs <= args.epochs:
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie between 0 and --epochs {args.epochs}")
+
+
+# =================================================================================================
+# Data: everything random about a sample is a function of (seed, epoch, index), never of a worker's
+# history, so a run that is resumed in the middle of an epoch sees what it would have seen.
+# =================================================================================================
+
+
+class Clips(Dataset):
+    """Samples for training: `repeat` clips of a video, their masks (unless CLIP has to see them first)
+    and captions."""
+
+    def __init__(self, records, config, args, *, text, replace_bad=True):
+        self.records, self.config, self.args, self.text = records, config, args, text
+        self.attempts = min(len(records), MAX_REPLACEMENTS) if replace_bad else 1
+        self.epoch = 0
+
+    def __len__(self):
+        return len(self.records)
+
+    def seed(self, index, *more):
+        return int(np.random.SeedSequence([self.args.seed, self.epoch, index, *more]).generate_state(1, np.uint64)[0] >> 1)
+
+    def __getitem__(self, index):
+        bad, others = [], []
+        for attempt in range(self.attempts):
+            if attempt == 1:  # it was bad, and who takes its place follows from the same numbers
+                order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed(index, 0)))
+                others = [i for i in order[: self.attempts + 1].tolist() if i != index]
+            place = others[attempt - 1] if attempt else index
+            try:
+                return {**self.load(place, self.seed(index, 1)), "bad": bad}
+            except VideoError as error:
+                bad.append((self.records[place]["video"], str(error)))
+        raise VideoError(f"{len(bad)} video(s) in a row cannot be read, the last: {bad[-1][1]}")
+
+    def load(self, place, seed):
+        record, args, c = self.records[place], self.args, self.config
+        generator = torch.Generator().manual_seed(seed)
+        first, stop = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
+        clips = [
+            tgmae.clip_indices(first, stop, c.num_frames, args.stride, generator=generator)
+            for _ in range(args.repeat)
+        ]
+        wanted = sorted(set(sum(clips, [])))  # all clips in one decode
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", tgmae.NoMotionVectors)
+            read = tgmae.read_clip(record["path"], wanted, motion=args.mask == "mgm")
+        frames, motion = read if args.mask == "mgm" else (read, None)
+        videos, masks = [], []
+        for clip in clips:
+            rows = [wanted.index(number) for number in clip]
+            crop = tgmae.multi_scale_crop(frames.shape[1:3], flip=args.flip, generator=generator)
+            videos.append(tgmae.crop_frames(frames[rows], crop, c.image_size))
+            if args.mask == "tgm":
+                continue  # in `prepare`, on the device, where CLIP is
+            if args.mask == "tube":
+                scores = tgmae.tube_scores(1, c.grid, generator=generator)
+            else:
+                scores = tgmae.motion_scores(tgmae.crop_motion(motion[rows], crop, c.grid)[None], c.grid)
+            masks.append(tgmae.topk_mask(scores, args.mask_ratio, bottom_k=args.bottom_k, generator=generator)[0])
+        captions = []
+        if self.text:
+            texts = record["captions"]
+            count = min(args.num_captions or len(texts), len(texts))
+            texts = [texts[(2 * i + 1) * len(texts) // (2 * count)] for i in range(count)]
+            captions = [texts[int(torch.randint(count, (), generator=generator))] for _ in clips]
+        return {
+            "video": torch.stack(videos), "mask": torch.stack(masks) if masks else None, "captions": captions,
+            "group": place, "seed": seed, "no_motion": len(caught) > 0,
+        }  # fmt: skip
+
+
+def collate(samples):
+    """Samples -> a batch of their clips: video (B,3,T,S,S) uint8, mask (B,N) or None, captions, ..."""
+    repeat = len(samples[0]["video"])
+    masks = [sample["mask"] for sample in samples]
+    return {
+        "video": torch.cat([sample["video"] for sample in samples]),
+        "mask": None if masks[0] is None else torch.cat(masks),
+        "captions": sum((sample["captions"] for sample in samples), []),
+        "groups": torch.tensor([sample["group"] for sample in samples]).repeat_interleave(repeat),
+        "seeds": [sample["seed"] + i for sample in samples for i in range(repeat)],
+        "bad": sum((sample["bad"] for sample in samples), []),
+        "no_motion": sum(sample["no_motion"] for sample in samples),
+    }
+
+
+def batches(dataset, args, rank, world, step, steps_per_epoch):
+    """Micro-batches from global step `step` on, to the end of the last epoch."""
+    sampler = DistributedSampler(dataset, world, rank, seed=args.seed, drop_last=True)
+    videos = args.batch_size // args.repeat
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        dataset.epoch = epoch
+        sampler.set_epoch(epoch)
+        done = (step % steps_per_epoch) * args.accum * videos if epoch == step // steps_per_epoch else 0
+        order = list(sampler)[done : steps_per_epoch * args.accum * videos]
+        yield from DataLoader(
+            dataset, videos, sampler=order, num_workers=args.workers, collate_fn=collate,
+            pin_memory=args.device == "cuda",
+        )  # fmt: skip
+
+
+def prepare(batch, clip, args, config):
+    """A batch on the device -> video (B,3,T,S,S) float, mask (B,N) on the CPU, text (B,E) or None."""
+    video = tgmae.normalize(batch["video"].to(args.device, non_blocking=True))
+    text = tgmae.encode_text(*clip, batch["captions"]) if clip else None
+    mask = batch["mask"]
+    if mask is None:
+        scores = tgmae.text_scores(clip[0], video, text, config.patch_size, config.tubelet_size).cpu()
+        mask = torch.cat([
+            tgmae.topk_mask(score[None], args.mask_ratio, bottom_k=args.bottom_k,
+                            generator=torch.Generator().manual_seed(seed))
+            for score, seed in zip(scores, batch["seeds"])
+        ])  # fmt: skip
+    return video, mask, text
+
+
+# =================================================================================================
+# Optimisation.
+# =================================================================================================
+
+
+def learning_rate(step, args, steps_per_epoch, global_batch):
+    """Linear warm-up from 0, then a cosine to min_lr; both rates scale with the global batch."""
+    peak, last = args.blr * global_batch / 256, args.min_lr * global_batch / 256
+    warmup, total = int(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
+    if step < warmup:
+        return peak * step / max(1, warmup - 1)
+    return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_optimizer(model, args):
+    """AdamW as in VideoMAE: betas .9/.95, no decay on 1-D parameters and the mask token."""
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decay = [p for name, p in params if p.ndim > 1 and name != "mask_token"]
+    rest = [p for name, p in params if p.ndim <= 1 or name == "mask_token"]
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def freeze_unused(model, args, text):
+    """What gets no gradient is frozen: DDP would wait for it, and stop at the second step."""
+    if not text:
+        model.predictor.requires_grad_(False)
+    if not args.mae:
+        for part in (model.decoder, model.encoder_to_decoder):
+            part.requires_grad_(False)
+        model.mask_token.requires_grad_(False)
+
+
+def clip_together(model, args):
+    """Parts whose gradient norms --clip-grad limits each by itself: a predictor that only watches must
+    not change what the others learn."""
+    if args.vt:
+        return [model]
+    others = torch.nn.ModuleList([part for name, part in model.named_children() if name != "predictor"])
+    others.register_parameter("mask_token", model.mask_token)
+    return [others, model.predictor]
+
+
+# =================================================================================================
+# The run folder.
+# =================================================================================================
+
+# What a resumed run must share with the checkpoint, beside the sizes of the model.
+SAME = (
+    "data", "split", "mask", "mask_ratio", "bottom_k", "mae", "vt", "vt_weight", "seed",
+    "epochs", "batch_size", "accum", "repeat", "world",
+)  # fmt: skip
+
+
+def save_checkpoint(path, **state):
+    """Written beside, flushed, renamed: whatever happens, `path` is a whole checkpoint."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def resume(path, model, optimizer, args, world):
+    """Loads a checkpoint of the same run; another one's is refused. Returns its step."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    then, now = saved["args"] | {"world": saved["world"]}, vars(args) | {"world": world}
+    then, now = then | saved["config"], now | asdict(model.config)
+    changed = [f"{key} {then[key]} -> {now[key]}" for key in (*SAME, *saved["config"]) if then[key] != now[key]]
+    if changed:
+        raise ValueError(f"{path} is of another run ({', '.join(changed)}): another --out, or --no-resume to start over")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+def cut_log(path, step):
+    """Drops the lines after `step`: those steps will be taken again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+def append(path, line):
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_bad(path):
+    return {line.split("\t")[0] for line in path.read_text().splitlines()} if path.exists() else set()
+
+
+def note_bad(path, bad, known):
+    """Lists videos that could not be read, once each, with the reason."""
+    new = {video: reason for video, reason in bad if video not in known}
+    known.update(new)
+    if new:
+        with open(path, "a") as file:
+            file.write("".join(f"{video}\t{reason}\n" for video, reason in new.items()))
+
+
+@torch.no_grad()
+def draw_samples(path, model, video, mask, captions):
+    """samples.png: for each clip its frames, the frames with the mask, and the reconstruction, in which
+    masked cubes have their own mean and std put back."""
+    c = model.config
+    model.eval()
+    cubes = tgmae.patchify(video, c.patch_size, c.tubelet_size)  # (B,N,P)
+    std, mean = (cubes.new_tensor(v).repeat(c.patch_dim // 3) for v in (tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN))
+    cubes = cubes * std + mean
+    _, mean, std = tgmae.reconstruction_target(video, mask, c)
+    pred = model(video, mask)["pred"].float().unflatten(-1, (-1, 3)) * std + mean
+    _, ids_mask = tgmae.split_mask(mask, video.device)
+    ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)
+    volumes = (cubes, cubes.scatter(1, ids_mask, 0.5), cubes.scatter(1, ids_mask, pred.flatten(2)))
+    rows = [tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size)[:, :, :: c.tubelet_size] for volume in volumes]
+    rows = torch.stack(rows, 1).clamp(0, 1).mul(255).byte().cpu()  # (B, 3 rows, C, t, S, S)
+    B, _, _, t, S, _ = rows.shape
+    scale, margin = max(1, 96 // S), 16
+    S = S * scale
+    sheet = Image.new("RGB", (90 + t * (S + 2), B * (3 * (S + 2) + margin)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for b in range(B):
+        top = b * (3 * (S + 2) + margin)
+        draw.text((4, top + 2), captions[b] if captions else "", fill="black")
+        for row, name in enumerate(("clip", "masked", "reconstructed")):
+            y = top + margin + row * (S + 2)
+            draw.text((4, y + S // 2), name, fill="black")
+            for i in range(t):
+                frame = Image.fromarray(rows[b, row, :, i].permute(1, 2, 0).numpy())
+                sheet.paste(frame.resize((S, S), Image.NEAREST), (90 + i * (S + 2), y))
+    sheet.save(path)
+
+
+# =================================================================================================
+# The run.
+# =================================================================================================
+
+
+def start_processes(args):
+    """Joins torchrun's process group, if it is torchrun that started us. -> rank, world size."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.amp is None:
+        args.amp = tgmae.bf16_is_fast(args.device)
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ:
+        return 0, 1
+    # Long enough for rank 0 to build the toy world.
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def load_data(args, rank, world):
+    """-> training records, validation records or None, whether there is text."""
+    manifest = Path(args.data)
+    if args.data == "toy":
+        import toy
+
+        if rank == 0:
+            toy.build("data/toy")
+        if world > 1:
+            dist.barrier()
+        manifest = Path("data/toy/manifest.jsonl")
+    records = tgmae.read_manifest(manifest, args.split)
+    val = tgmae.read_manifest(manifest, args.val_split) if args.val_split else None
+    silent = next((record for record in records + (val or []) if not record.get("captions")), None)
+    if silent and (args.mask == "tgm" or args.vt):
+        raise ValueError(
+            f"{manifest}: {silent['video']} has no captions, which --mask tgm and --vt need; "
+            f"python captions.py caption {manifest} --source ... makes them"
+        )
+    for part, name in ((records, args.split), (val, args.val_split)):
+        if part is not None and len(part) < world * args.batch_size // args.repeat * args.accum:
+            raise ValueError(
+                f"{manifest}: {len(part)} clips of split {name!r} are fewer than a step takes "
+                f"({world} processes x --batch-size {args.batch_size} x --accum {args.accum} / --repeat {args.repeat})"
+            )
+    return records, val, args.mask == "tgm" or args.vt or (args.watch and not silent)
+
+
+def build_model(args, text):
+    """-> model on the device, and (clip, tokenizer) or None."""
+    clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device) if text else None
+    config = replace(PRESETS[args.preset], temperature=args.temperature)
+    if clip:
+        config = replace(config, text_dim=tgmae.encode_text(*clip, ["a"]).shape[1])
+    tgmae.topk_mask(torch.zeros(1, *config.grid), args.mask_ratio)  # refuses a ratio that masks none or all
+    torch.manual_seed(args.seed)
+    model = tgmae.TGMAE(config)
+    if args.init:
+        weights = tgmae.load_weights(args.init)
+        try:
+            missing = model.load_state_dict(weights, strict=False).missing_keys
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise ValueError(f"--init {args.init}: does not fit --preset {args.preset}: {reason}") from error
+        if any(name.startswith("encoder.") for name in missing):
+            raise ValueError(f"--init {args.init}: has no {missing[0]}")
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    freeze_unused(model, args, text)
+    return model.to(args.device), clip
+
+
+def describe(args, model, clip, data, world, steps_per_epoch):
+    c = model.config
+    count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    t, h, w = c.grid
+    batch = args.batch_size * world
+    mask = f"{args.mask}, {'lowest' if args.bottom_k else 'highest'} {int(args.mask_ratio * h * w)} of {h * w} patches"
+    mask += f" in each of {t} slices"
+    if args.mask == "tgm":
+        mask += f"; similarity from CLIP online ({args.clip}), {c.num_patches} image embeddings a clip"
+    loss = " + ".join(["MAE"] * args.mae + [f"{args.vt_weight:g} VT"] * args.vt)
+    if clip:
+        loss += "" if args.vt else ", VT watched"
+        loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
+    print(
+        f"model   {args.preset}, {sum(count.values()):.1f} M parameters (encoder {count['encoder']:.1f}, decoder "
+        f"{count['decoder']:.1f}); clips of {c.num_frames} frames {c.image_size}x{c.image_size}, {c.num_patches} cubes\n"
+        f"data    {args.data}, split {args.split}: {len(data)} videos, stride {args.stride}, "
+        f"{args.repeat} clip(s) a decode, flip {'on' if args.flip else 'off'}\n"
+        f"mask    {mask}\nloss    {loss}\n"
+        f"steps   {args.epochs} epochs x {steps_per_epoch} steps; global batch {batch * args.accum} = {world} "
+        f"process(es) x {args.batch_size} x {args.accum}; learning rate {args.blr * batch * args.accum / 256:.3g}\n"
+        f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {args.out}",
+        flush=True,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def validate(net, data, clip, args, rank, world):
+    """Held-out losses, of the same clips and masks each time."""
+    net.eval()
+    sampler = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
+    loader = DataLoader(
+        data, args.batch_size // args.repeat, sampler=sampler, num_workers=args.workers, collate_fn=collate, drop_last=True
+    )
+    losses = []
+    for batch in loader:
+        video, mask, text = prepare(batch, clip, args, data.config)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            out = net(video, mask, text, mae=args.mae)
+        losses.append([out[name].item() for name in ("mae", "vt") if name in out])
+    net.train()
+    mean = torch.tensor(losses).mean(0).to(args.device)
+    if world > 1:
+        dist.all_reduce(mean)
+    names = ["val_mae"] * args.mae + ["val_vt"] * bool(clip)
+    return dict(zip(names, (mean / world).tolist()))
+
+
+def losses_and_gradients(net, batch, clip, args, config):
+    """One forward and backward -> (4,) sums to log: mae, vt, bad videos, clips without motion vectors."""
+    video, mask, text = prepare(batch, clip, args, config)
+    groups = batch["groups"].to(args.device)
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+        out = net(video, mask, text, mae=args.mae, watch=not args.vt, groups=groups)
+    zero = torch.zeros((), device=args.device)
+    mae, vt = out.get("mae", zero), out.get("vt", zero)
+    # Watched, VT moves the predictor alone, which nothing else depends on: its weight is of no matter.
+    ((mae + args.vt_weight * vt) / args.accum).backward()
+    counts = zero.new_tensor([len(batch["bad"]), batch["no_motion"]])
+    return torch.cat([torch.stack([mae.detach().float(), vt.detach().float()]) / args.accum, counts])
+
+
+def train(args, rank, world, model, clip, data, val):
+    out = Path(args.out)
+    steps_per_epoch = len(data) // world // (args.batch_size // args.repeat) // args.accum
+    total, global_batch = args.epochs * steps_per_epoch, args.batch_size * args.accum * world
+    optimizer = make_optimizer(model, args)
+    out.mkdir(parents=True, exist_ok=True)
+    step = 0
+    if args.resume and (out / "last.pt").exists():
+        step = resume(out / "last.pt", model, optimizer, args, world)
+    elif args.resume and (out / "log.jsonl").exists() and rank == 0:
+        print(f"{out} has no checkpoint yet: starting over", flush=True)
+    if rank == 0:
+        cut_log(out / "log.jsonl", step)
+        (out / "args.json").write_text(json.dumps(vars(args) | {"world": world, "torch": torch.__version__}, indent=1))
+        describe(args, model, clip, data, world, steps_per_epoch)
+        if step:
+            print(f"resume  at step {step} of {total}" + (": finished, --no-resume starts over" if step == total else ""))
+    net = torch.compile(model) if args.compile else model
+    if world > 1:  # no device_ids: inputs stay where they are; the predictor's buffers are equal anyway
+        net = DistributedDataParallel(net, broadcast_buffers=False)
+    clipped = [[p for p in part.parameters() if p.requires_grad] for part in clip_together(model, args)]
+
+    stream = batches(data, args, rank, world, step, steps_per_epoch)
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
+    known_bad, skipped = read_bad(out / "bad_videos.txt"), 0
+    while step < total:
+        lr = learning_rate(step, args, steps_per_epoch, global_batch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        began, waited, sums = time.perf_counter(), 0.0, 0
+        for micro in range(args.accum):
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - asked
+            note_bad(out / "bad_videos.txt", batch["bad"], known_bad)
+            with contextlib.nullcontext() if world == 1 or micro == args.accum - 1 else net.no_sync():
+                sums = sums + losses_and_gradients(net, batch, clip, args, model.config)
+        norms = [torch.nn.utils.clip_grad_norm_(part, args.clip_grad or math.inf).item() for part in clipped if part]
+        # Gradients are DDP's mean over ranks: a bad number on one is seen by all, who skip together.
+        finite = all(map(math.isfinite, norms))
+        skipped = 0 if finite else skipped + 1
+        if finite:
+            optimizer.step()
+        step += 1
+        if world > 1:
+            dist.all_reduce(sums)
+        took = time.perf_counter() - began
+        mae, vt, bad, no_motion = sums.tolist()
+        line = {"step": step, "epoch": (step - 1) // steps_per_epoch}
+        line |= {"mae": round(mae / world, 6)} if args.mae else {}
+        line |= {"vt": round(vt / world, 6)} if clip else {}
+        line |= {"lr": lr, "grad_norm": round(norms[0], 4), "clips_per_s": round(global_batch / took, 2)}
+        line |= {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
+        line |= {} if finite else {"skipped": skipped}
+        bar.set_postfix({key: line[key] for key in ("mae", "vt", "wait") if key in line}, refresh=False)
+        bar.update()
+        if rank == 0:
+            append(out / "log.jsonl", line)
+        if skipped == MAX_NON_FINITE:
+            raise ValueError(f"{skipped} steps in a row without a finite gradient, the last is step {step}; {out}/last.pt is as it was")
+        if step % steps_per_epoch == 0:
+            if rank == 0:
+                save_checkpoint(
+                    out / "last.pt", config=asdict(model.config), model=model.state_dict(), optimizer=optimizer.state_dict(),
+                    epoch=step // steps_per_epoch, step=step, args=vars(args), world=world,
+                )  # fmt: skip
+            if val:
+                losses = validate(net, val, clip, args, rank, world)
+                if rank == 0:
+                    append(out / "log.jsonl", {"step": step, "epoch": line["epoch"], **losses})
+    bar.close()
+
+
+def finish(args, model, clip, data):
+    """The pictures, and what the reader should know."""
+    out = Path(args.out)
+    data.epoch = 0
+    batch = collate([data[i * len(data) // 4] for i in range(min(4, len(data)))])
+    video, mask, _ = prepare(batch, clip, args, model.config)
+    draw_samples(out / "samples.png", model, video, mask, batch["captions"])
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "lr" in line]
+    last = steps[-max(1, len(steps) // 20) :]
+    means = (f"{name} {sum(line[name] for line in last) / len(last):.3f}" for name in ("mae", "vt") if name in last[0])
+    print(f"done    {', '.join(means)} (mean of the last {len(last)} steps); {out}/samples.png, {out}/last.pt")
+    bad, no_motion = (sum(line[name] for line in steps) for name in ("bad", "no_motion"))
+    if bad:
+        print(f"bad     {bad} times a video could not be read and another took its place: {out}/bad_videos.txt")
+    if no_motion:
+        print(f"motion  {no_motion} times a video had no motion vectors: the difference of frames stood in")
+
+
+def main(argv=None):
+    # A user's mistake is one line; anything else keeps its traceback.
+    try:
+        args = parse_args(argv)
+        rank, world = start_processes(args)
+        records, val, text = load_data(args, rank, world)
+        model, clip = build_model(args, text)
+        data = Clips(records, model.config, args, text=text)
+        val = val and Clips(val, model.config, args, text=text, replace_bad=False)
+        train(args, rank, world, model, clip, data, val)
+        if rank == 0:
+            finish(args, model, clip, val or data)
+    except (ValueError, OSError) as error:
+        # From a loader process the message comes with a traceback in front of it.
+        sys.exit(f"train.py: {str(error).splitlines()[-1].removeprefix('tgmae.VideoError: ')}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
