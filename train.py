@@ -23,6 +23,9 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
+# Loader processes share the cores with us: threads without work must sleep, not spin. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -34,7 +37,7 @@ from tqdm import tqdm
 import tgmae
 from tgmae import MASK_RATIOS, PRESETS, VideoError
 
-TOY = {"preset": "toy", "epochs": 10, "warmup_epochs": 1, "batch_size": 16, "blr": 0.048, "min_lr": 1e-4,
+TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1, "batch_size": 16, "blr": 0.048, "min_lr": 1e-4,
        "stride": 4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
 REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, "blr": 1.5e-4, "min_lr": 1e-5,
         "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
@@ -411,6 +414,9 @@ def load_data(args, rank, world):
                 f"{manifest}: {len(part)} clips of split {name!r} are fewer than a step takes "
                 f"({world} processes x --batch-size {args.batch_size} x --accum {args.accum} / --repeat {args.repeat})"
             )
+    if args.vt and world * args.batch_size // args.repeat < 2:
+        raise ValueError(f"--vt with a global batch of {world * args.batch_size // args.repeat} video: no negatives")
+    # Text is watched where it costs no download that nobody asked for: on the toy world, or with --clip.
     return records, val, args.mask == "tgm" or args.vt or (args.watch and not silent)
 
 

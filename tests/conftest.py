@@ -1,0 +1,67 @@
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py does, before torch loads
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+FOOTAGE = ROOT.parent / "shared" / "videos"
+sys.path.insert(0, str(ROOT))
+
+import tgmae  # noqa: E402
+import toy  # noqa: E402
+
+TINY = dict(
+    image_size=32, patch_size=8, num_frames=4, embed_dim=48, depth=2, num_heads=3,
+    decoder_embed_dim=96, decoder_depth=1, decoder_num_heads=3, text_dim=16,
+)  # fmt: skip
+
+
+@pytest.fixture
+def config():
+    return tgmae.Config(**TINY)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The toy world as train.py makes it by itself: 800 + 200 clips and the CLIP. A minute, once."""
+    return toy.build(tmp_path_factory.mktemp("toy") / "toy")
+
+
+@pytest.fixture
+def workdir(world, tmp_path, monkeypatch):
+    """An empty working directory in which data/toy is there already."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "toy").symlink_to(world, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def footage():
+    if not FOOTAGE.is_dir():
+        pytest.skip("no footage beside the repository")
+    return FOOTAGE
+
+
+@pytest.fixture
+def manifest(world, tmp_path):
+    """Makes a small manifest of toy clips: manifest(6, extra=[...]) -> its path."""
+
+    def make(clips, *, extra=(), name="some.jsonl"):
+        records = tgmae.read_manifest(world / "manifest.jsonl", "train")[:clips]
+        lines = [{"video": r["path"], "captions": r["captions"], "label": r["label"]} for r in records]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *extra]))
+        return path
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,345 @@
+"""The method against things that no one here wrote: transformers, nn.MultiheadAttention, naive loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
+import tgmae
+from tgmae import Config, TGMAE
+
+
+def hf_config(c, **more):
+    return VideoMAEConfig(
+        image_size=c.image_size, patch_size=c.patch_size, num_frames=c.num_frames, tubelet_size=c.tubelet_size,
+        hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.num_heads,
+        intermediate_size=int(c.embed_dim * c.mlp_ratio), layer_norm_eps=c.layer_norm_eps, use_mean_pooling=False,
+        decoder_hidden_size=c.decoder_embed_dim, decoder_num_hidden_layers=c.decoder_depth,
+        decoder_num_attention_heads=c.decoder_num_heads, decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
+        norm_pix_loss=c.norm_pix_loss, **more,
+    )  # fmt: skip
+
+
+def random_inputs(c, batch=2, ratio=0.6):
+    video = torch.randn(batch, 3, c.num_frames, c.image_size, c.image_size)
+    return video, tgmae.topk_mask(torch.rand(batch, *c.grid), ratio)
+
+
+CONFIGS = [
+    dict(image_size=32, patch_size=8, num_frames=8, embed_dim=48, depth=3, num_heads=4, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2),
+    dict(image_size=64, num_frames=4, embed_dim=96, depth=2, num_heads=3, decoder_embed_dim=48, decoder_depth=3, decoder_num_heads=4, norm_pix_loss=False),
+    dict(image_size=48, num_frames=6, tubelet_size=3, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1, mlp_ratio=2.0),
+]  # fmt: skip
+
+
+def randomise(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.1)
+
+
+@pytest.mark.parametrize("sizes", CONFIGS)
+def test_equals_transformers_both_ways(sizes):
+    c = Config(**sizes)
+    theirs, ours = VideoMAEForPreTraining(hf_config(c)).eval(), TGMAE(c).eval()
+    video, mask = random_inputs(c)
+
+    def compare():
+        a, b = theirs(video.transpose(1, 2), mask), ours(video, mask)
+        torch.testing.assert_close(b["pred"], a.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(b["mae"], a.loss, atol=1e-4, rtol=0)
+        hidden = theirs.videomae(video.transpose(1, 2)).last_hidden_state
+        torch.testing.assert_close(ours.encode(video), hidden, atol=1e-4, rtol=0)
+        return b["mae"].item()
+
+    randomise(theirs)
+    loaded = ours.load_state_dict(tgmae.from_videomae(theirs.state_dict()), strict=False)
+    assert not loaded.unexpected_keys and all(k.startswith("predictor.") for k in loaded.missing_keys)
+    first = compare()
+    randomise(ours)
+    theirs.load_state_dict(tgmae.to_huggingface(ours))  # strict
+    assert compare() != first
+
+
+def test_official_names(config):
+    """Pre-training and fine-tuned names of the official code lead to the same weights."""
+    model = TGMAE(config)
+    ours = {k: v for k, v in model.state_dict().items() if not k.startswith("predictor.")}
+    conv = ours["encoder.patch_embed.proj.weight"].view(-1, 2, 8, 8, 3).permute(0, 4, 1, 2, 3)  # Conv3d's
+    official = {**ours, "encoder.patch_embed.proj.weight": conv}
+    back = tgmae.from_videomae(official)
+    assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
+    tuned = {k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")}
+    tuned |= {"fc_norm.weight": torch.ones(48), "head.weight": torch.ones(5, 48)}
+    back = tgmae.from_videomae(tuned)
+    assert all(torch.equal(back[k], ours[k]) for k in ours if k.startswith("encoder.")) and "head.weight" in back
+    video = torch.randn(1, 3, 4, 32, 32)  # and the product with the cubes is the convolution
+    bias = ours["encoder.patch_embed.proj.bias"]
+    expected = F.conv3d(video, conv, bias, stride=(2, 8, 8)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.encoder.patch_embed(tgmae.patchify(video, 8, 2)), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="not VideoMAE's weights: names like a.b"):
+        tgmae.from_videomae({"a.b": torch.ones(1)})
+
+
+def test_bare_transformers_encoder(config):
+    full = VideoMAEForPreTraining(hf_config(config))
+    bare = tgmae.from_videomae(full.videomae.state_dict())
+    whole = tgmae.from_videomae(full.state_dict())
+    assert bare and all(torch.equal(v, whole[k]) for k, v in bare.items())
+
+
+def test_load_weights(config, tmp_path):
+    full = VideoMAEForPreTraining(hf_config(config))
+    full.save_pretrained(tmp_path / "hf")
+    expected = tgmae.from_videomae(full.state_dict())
+    loaded = tgmae.load_weights(tmp_path / "hf")
+    assert all(torch.equal(loaded[k], v) for k, v in expected.items())
+    import argparse
+
+    model = TGMAE(config)
+    official = {**model.state_dict(), "encoder.patch_embed.proj.weight": torch.rand(48, 3, 2, 8, 8)}
+    torch.save({"model": official, "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
+    assert torch.equal(tgmae.load_weights(tmp_path / "official.pth")["encoder.norm.bias"], official["encoder.norm.bias"])
+    torch.save({"model": model.state_dict(), "config": {}}, tmp_path / "ours.pt")
+    assert tgmae.load_weights(tmp_path / "ours.pt").keys() == model.state_dict().keys()
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(ValueError, match="text.pt: cannot be loaded as weights"):
+        tgmae.load_weights(tmp_path / "text.pt")
+
+
+def test_attention_is_multihead_attention():
+    ours, theirs = tgmae.Attention(48, 4).double(), torch.nn.MultiheadAttention(48, 4, batch_first=True).double()
+    randomise(ours)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(ours.qkv.weight)
+        theirs.in_proj_bias.copy_(torch.cat([ours.q_bias, torch.randn(48).double(), ours.v_bias]))  # k's cancels
+        theirs.out_proj.weight.copy_(ours.proj.weight)
+        theirs.out_proj.bias.copy_(ours.proj.bias)
+    x = torch.randn(2, 11, 48).double()
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0], atol=1e-9, rtol=0)
+
+
+def test_patchify_written_out():
+    video = torch.randn(2, 3, 4, 6, 9)
+    cubes = tgmae.patchify(video, 3, 2)
+    for i, (t, h, w) in enumerate(np.ndindex(2, 2, 3)):
+        for j, (f, y, x, c) in enumerate(np.ndindex(2, 3, 3, 3)):  # (frame, row, column, channel)
+            assert torch.equal(cubes[:, i, j], video[:, c, 2 * t + f, 3 * h + y, 3 * w + x])
+    assert torch.equal(tgmae.unpatchify(cubes, (2, 2, 3), 3, 2), video)
+    with pytest.raises(ValueError, match="4x6x9"):
+        tgmae.patchify(video, 4, 2)
+    with pytest.raises(ValueError, match="3x2x3"):
+        tgmae.unpatchify(cubes, (3, 2, 3), 3, 2)
+
+
+def test_target_written_out(config):
+    video, mask = random_inputs(config)
+    target, mean, std = tgmae.reconstruction_target(video, mask, config)
+    pixels = video * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
+    cubes = tgmae.patchify(pixels, 8, 2)
+    row = mask[1].nonzero()[3, 0]
+    cube = cubes[1, row].view(-1, 3).double().numpy()
+    expected = (cube - cube.mean(0)) / (cube.std(0, ddof=1) + 1e-6)
+    np.testing.assert_allclose(target[1, 3].view(-1, 3), expected, atol=1e-4)
+    np.testing.assert_allclose((target * std.repeat(1, 1, 128, 1).flatten(2) + mean.repeat(1, 1, 128, 1).flatten(2))[1, 3], cubes[1, row], atol=1e-5)
+
+
+def test_topk_mask():
+    scores = torch.rand(3, 4, 5, 7)
+    mask = tgmae.topk_mask(scores, 0.6)
+    assert mask.dtype == torch.bool and mask.shape == (3, 140)
+    assert (mask.view(3, 4, 35).sum(-1) == 21).all()
+    flat, rows = scores.view(3, 4, 35), mask.view(3, 4, 35)
+    for b, t in np.ndindex(3, 4):
+        assert flat[b, t][rows[b, t]].min() > flat[b, t][~rows[b, t]].max()
+    bottom = tgmae.topk_mask(scores, 0.4, bottom_k=True)
+    assert torch.equal(bottom, ~mask)  # the lowest 14 are what the highest 21 leave
+    # Ties: each cube as often as any other, the same from the same generator.
+    ties = torch.zeros(4000, 1, 2, 2)
+    share = tgmae.topk_mask(ties, 0.5).float().mean(0)
+    assert ((share - 0.5).abs() < 0.05).all()
+    again = [tgmae.topk_mask(ties, 0.5, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*again)
+    for ratio in (0, 1, 0.02):
+        with pytest.raises(ValueError, match=f"mask_ratio={ratio}"):
+            tgmae.topk_mask(scores, ratio)
+
+
+def test_tube_scores_share_time():
+    mask = tgmae.topk_mask(tgmae.tube_scores(2, (4, 6, 6)), 0.9).view(2, 4, 36)
+    assert (mask == mask[:, :1]).all() and mask.sum(-1).eq(32).all() and not torch.equal(mask[0], mask[1])
+
+
+def test_motion_scores_by_area():
+    """Against every source pixel's share, counted one by one on a finer grid."""
+    motion = torch.rand(2, 4, 7, 5)
+    fine = motion.repeat_interleave(12, 2).repeat_interleave(12, 3)  # 84 x 60 points
+    expected = F.avg_pool2d(fine.flatten(0, 1)[:, None], (28, 15)).view(2, 2, 2, 3, 4).mean(2)
+    torch.testing.assert_close(tgmae.motion_scores(motion, (2, 3, 4)), expected)
+    crop = tgmae.Crop(8, 4, 36, 24)  # of 56 x 40 pixels, cells of 8: each pixel is a point of 1.5
+    pixels = motion[0].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, 8:44, 4:28]
+    expected = F.avg_pool2d(pixels[:, None], (12, 8))[:, 0]
+    torch.testing.assert_close(tgmae.crop_motion(motion[0], crop, (2, 3, 3)), expected)
+    torch.testing.assert_close(tgmae.crop_motion(motion[0], crop._replace(flip=True), (2, 3, 3)), expected.flip(-1))
+
+
+def test_multi_scale_crop():
+    """VideoMAE's 10 pairs of sides and 13 places, and frames cut where the box says."""
+    crops = {tgmae.multi_scale_crop((100, 140)) for _ in range(5000)}
+    assert {c.flip for c in crops} == {True, False}
+    assert {(c.height, c.width) for c in crops} == {
+        (a, b) for a, b in np.ndindex(101, 101) if a in (s := [100, 87, 75, 66]) and b in s and abs(s.index(a) - s.index(b)) <= 1
+    }
+    places = {(c.top, c.left) for c in crops if (c.height, c.width) == (66, 66)}
+    assert len(places) == 13 and {(0, 0), (32, 72), (16, 36), (8, 18), (0, 36)} <= places
+    assert not any(tgmae.multi_scale_crop((100, 140), flip=False).flip for _ in range(50))
+    frames = torch.randint(0, 256, (2, 100, 140, 3), dtype=torch.uint8)
+    cut = tgmae.crop_frames(frames, tgmae.Crop(10, 20, 32, 32), 32)
+    assert torch.equal(cut, frames[:, 10:42, 20:52].permute(3, 0, 1, 2))
+    assert torch.equal(tgmae.crop_frames(frames, tgmae.Crop(10, 20, 32, 32, True), 32), cut.flip(-1))
+
+
+def test_text_scores_patch_by_patch(world):
+    """One patch at a time through torchvision and CLIP itself; also in uneven chunks."""
+    clip, tokenizer = tgmae.load_clip(f"local-dir:{world / 'clip'}")
+    record = tgmae.read_manifest(world / "manifest.jsonl", "test")[0]
+    frames = tgmae.read_clip(record["path"], [0, 4, 8, 12])
+    video = tgmae.normalize(frames.permute(3, 0, 1, 2)[None].repeat(2, 1, 1, 1, 1))
+    video[1] = video[1].flip(-1)
+    text = tgmae.encode_text(clip, tokenizer, ["a red circle moving left", "the blue star goes up"])
+    scores = tgmae.text_scores(clip, video, text, 8, 2, chunk=50)
+    assert scores.shape == (2, 2, 8, 8)
+    cfg = clip.visual.preprocess_cfg
+    for b, t, y, x in ((0, 0, 0, 0), (0, 1, 3, 4), (1, 0, 7, 2), (1, 1, 5, 5)):
+        frame = frames[2 * t].permute(2, 0, 1).float() / 255
+        frame = frame.flip(-1) if b else frame
+        patch = TF.resize(frame[:, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8], [16, 16], InterpolationMode.BICUBIC, antialias=False)
+        image = clip.encode_image(TF.normalize(patch.clamp(0, 1), cfg["mean"], cfg["std"])[None])[0]
+        expected = image @ text[b] / image.norm()
+        assert scores[b, t, y, x].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_info_nce_by_loops():
+    video, text = torch.randn(5, 8).double(), torch.randn(5, 8).double()
+    groups = torch.tensor([0, 1, 1, 2, 0])
+    for group in (None, groups):
+        total = 0
+        for i in range(5):
+            for a, b in ((video, text), (text, video)):
+                sim = {}
+                for j in range(5):
+                    if i == j or group is None or group[i] != group[j]:
+                        sim[j] = math.exp(float(a[i] @ b[j] / (a[i].norm() * b[j].norm())) / 0.1)
+                total -= math.log(sim[i] / sum(sim.values()))
+        assert tgmae.info_nce(video, text, 0.1, groups=group).item() == pytest.approx(total / 10, rel=1e-9)
+
+
+def test_visible_cubes_do_not_enter_the_loss(config):
+    video, mask = random_inputs(config)
+    pred = torch.randn(2, int(mask[0].sum()), config.patch_dim)
+    loss = tgmae.reconstruction_loss(pred, video, mask, config)
+    cubes = tgmae.patchify(video, 8, 2)
+    changed = torch.where(mask[..., None], cubes, torch.randn_like(cubes))
+    same = tgmae.unpatchify(changed, config.grid, 8, 2)
+    assert torch.equal(tgmae.reconstruction_loss(pred, same, mask, config), loss)
+    changed = torch.where(mask[..., None], torch.randn_like(cubes), cubes)
+    other = tgmae.unpatchify(changed, config.grid, 8, 2)
+    assert not torch.isclose(tgmae.reconstruction_loss(pred, other, mask, config), loss)
+    model = TGMAE(config).eval()  # nor does the encoder see masked ones
+    assert torch.equal(model.encode(other, mask), model.encode(video, mask))
+
+
+def test_overfits_two_clips(config):
+    model = TGMAE(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    video, mask = random_inputs(config)
+    video = F.interpolate(video.flatten(1, 2), 8).repeat_interleave(4, -1).repeat_interleave(4, -2).unflatten(1, (3, 4))
+    losses = []
+    for _ in range(250):
+        loss = model(video, mask)["mae"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("mae, watch", [(True, False), (True, True), (False, False)])
+def test_gradients(config, mae, watch):
+    model = TGMAE(config)
+    video, mask = random_inputs(config, batch=4)
+    out = model(video, mask, torch.randn(4, 16), mae=mae, watch=watch)
+    assert ("mae" in out) == ("pred" in out) == mae
+    (out["vt"] + out.get("mae", 0)).backward()
+    for name, p in model.named_parameters():
+        decoder = name.startswith(("decoder.", "encoder_to_decoder.")) or name == "mask_token"
+        if decoder and not mae:
+            assert p.grad is None, name
+        elif name == "predictor.0.bias":  # BatchNorm takes it out again
+            assert p.grad.abs().max() < 1e-6
+        else:
+            assert torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
+    if watch:
+        alone = TGMAE(config)
+        alone.load_state_dict(model.state_dict())
+        alone(video, mask)["mae"].backward()
+        for (name, p), q in zip(model.named_parameters(), alone.parameters()):
+            assert name.startswith("predictor.") or torch.equal(p.grad, q.grad), name
+
+
+def test_grad_checkpointing_changes_nothing(config):
+    model = TGMAE(config)
+    video, mask = random_inputs(config)
+    grads = []
+    for on in (False, True):
+        model.set_grad_checkpointing(on)
+        model.zero_grad()
+        model(video, mask)["mae"].backward()
+        grads.append([p.grad.clone() for p in model.encoder.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
+
+
+def test_bad_shapes_say_which(config):
+    model = TGMAE(config)
+    video, mask = random_inputs(config)
+    with pytest.raises(ValueError, match=r"video has shape \(2, 3, 4, 16, 32\)"):
+        model(video[:, :, :, :16], mask)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 31\)"):
+        model(video, mask[:, 1:])
+    uneven = mask.clone()
+    uneven[0] = True
+    with pytest.raises(ValueError, match=r"masks \[32, \d+\] cubes"):
+        model(video, uneven)
+    with pytest.raises(ValueError, match="must be bool"):
+        model(video, mask.float())
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(image_size=30), dict(num_frames=3), dict(num_heads=5), dict(decoder_num_heads=7), dict(depth=0), dict(drop_path=1.0), dict(temperature=-1)]
+)
+def test_bad_config_prints_the_value(bad):
+    (name, value), = bad.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Config(**bad)
+
+
+def test_presets_are_videomae():
+    sizes = {name: sum(p.numel() for p in TGMAE(c).encoder.parameters()) / 1e6 for name, c in tgmae.PRESETS.items() if name in ("small", "base")}
+    assert sizes["base"] == pytest.approx(86.2, abs=0.1) and sizes["small"] == pytest.approx(21.9, abs=0.1)
+    assert tgmae.PRESETS["base"].grid == (8, 14, 14) and tgmae.PRESETS["base"].patch_dim == 1536
+
+
+def test_drop_path_and_bf16_run():
+    c = Config(image_size=32, patch_size=8, num_frames=4, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, drop_path=0.5, text_dim=8)
+    model, (video, mask) = TGMAE(c), random_inputs(c)
+    assert not torch.equal(model.encode(video), model.encode(video))
+    assert torch.equal(model.eval().encode(video), model.encode(video))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.train()(video, mask, torch.randn(2, 8))
+    assert out["mae"].dtype == out["vt"].dtype == torch.float32
+    (out["mae"] + out["vt"]).backward()

@@ -1,0 +1,250 @@
+"""train.py end to end, in this process where that is enough: masks, losses, flags, faults, resuming."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_ranks import torchrun
+
+import tgmae
+import toy
+import train
+
+
+def run(*argv, workers=0):
+    train.main([*map(str, argv), "--workers", str(workers)])
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def fails(capsys, *argv):
+    """Runs with a mistake in it -> the one line that it says."""
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code
+    return stop.value.code
+
+
+FEW = ("--epochs", 1, "--warmup-epochs", 0.5, "--batch-size", 4, "--preset", "toy", "--stride", 4, "--blr", 0.05, "--no-flip")
+
+
+@pytest.fixture
+def clip_flags(world):
+    return "--clip", f"local-dir:{world / 'clip'}"
+
+
+@pytest.mark.parametrize("mask", tgmae.MASK_RATIOS)
+@pytest.mark.parametrize("losses", [(), ("--vt",), ("--vt", "--no-mae")])
+def test_every_mask_and_loss(mask, losses, workdir, manifest, clip_flags, capsys):
+    """The paper's Table 2, two steps each, with VT watched where it is not optimised."""
+    run("--data", manifest(8), "--mask", mask, *losses, *clip_flags, *FEW, "--out", "run")
+    lines = log(workdir / "run")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(math.isfinite(line["vt"]) for line in lines) and ("mae" in lines[0]) == ("--no-mae" not in losses)
+    saved = torch.load("run/last.pt", weights_only=True)
+    assert saved["step"] == 2 and saved["config"]["text_dim"] == 64
+    sheet = Image.open("run/samples.png")
+    assert sheet.size[0] > 250 and len(sheet.getcolors(2**24)) > 100
+    said = capsys.readouterr().out
+    assert f"{mask}, highest" in said and "3 negatives" in said and ("VT watched" in said) == (not losses)
+    assert ("CLIP online" in said) == (mask == "tgm")
+
+
+def test_the_toy_run_learns(workdir, capsys):
+    """The main command, a tenth of it: the contrastive loss falls under log(batch)."""
+    run("--mask", "tgm", "--vt", "--epochs", 2, workers=1)
+    lines = log(workdir / "runs/toy-tgm-vt")
+    assert len(lines) == 100
+    assert sum(line["mae"] for line in lines[-10:]) / 10 < 1.0 < lines[0]["mae"]
+    assert sum(line["vt"] for line in lines[-20:]) / 20 < math.log(16) < lines[0]["vt"]
+    run("--mask", "tgm", "--vt", "--epochs", 2)
+    assert "finished, --no-resume starts over" in capsys.readouterr().out and len(log(workdir / "runs/toy-tgm-vt")) == 100
+
+
+def test_the_other_flags(workdir, manifest, clip_flags, capsys):
+    data = manifest(12, extra=[{**r, "video": r["path"], "split": "held"} for r in tgmae.read_manifest("data/toy/manifest.jsonl", "test")[:4]])
+    data.write_text("".join(json.dumps({"split": "train", **json.loads(line)}) + "\n" for line in data.read_text().splitlines()))
+    flags = ("--data", data, "--mask", "tgm", "--vt", *clip_flags, *FEW)
+    run(*flags, "--val-split", "held", "--accum", 2, "--repeat", 2, "--bottom-k", "--mask-ratio", 0.3, "--vt-weight", 0.5,
+        "--temperature", 0.1, "--num-captions", 1, "--grad-checkpointing", "--clip-grad", 0.1, "--flip", "--min-lr", 1e-6,
+        "--weight-decay", 0.1, "--seed", 3, "--device", "cpu", "--amp", "--split", "train", "--out", "first")  # fmt: skip
+    lines = log(workdir / "first")
+    assert [line["step"] for line in lines] == [1, 2, 3, 3] and {"val_mae", "val_vt"} <= lines[-1].keys()
+    said = capsys.readouterr().out
+    assert "lowest 19 of 64" in said and "2 negatives" in said and "bf16" in said and "temperature 0.1" in said
+    run(*flags, "--init", "first/last.pt", "--out", "second", "--no-resume", "--no-amp", "--no-mae", "--no-compile")
+    run("--data", data, "--mask", "tube", *FEW, "--no-vt", "--out", "third")  # captions, no --clip: no text
+    assert "vt" not in log(workdir / "third")[0]
+
+
+def test_compile(workdir, manifest, capsys):
+    run("--data", manifest(4), "--mask", "tube", *FEW, "--compile", "--out", "compiled")
+    run("--data", manifest(4), "--mask", "tube", *FEW, "--out", "plain")
+    assert log(workdir / "compiled")[0]["mae"] == pytest.approx(log(workdir / "plain")[0]["mae"], abs=1e-4)
+    assert torch.load("compiled/last.pt")["model"].keys() == torch.load("plain/last.pt")["model"].keys()
+
+
+def test_init_from_transformers(workdir, manifest, capsys):
+    from test_tgmae import hf_config
+    from transformers import VideoMAEForPreTraining
+
+    VideoMAEForPreTraining(hf_config(tgmae.PRESETS["toy"])).save_pretrained("hf")
+    run("--data", manifest(4), "--mask", "tube", *FEW, "--init", "hf", "--out", "run")
+    assert "does not fit --preset small" in fails(capsys, "--data", manifest(4), *FEW, "--preset", "small", "--init", "hf")
+
+
+def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
+    """Stopped after its second checkpoint and run again: the same weights and log as undisturbed."""
+    flags = ("--data", manifest(8), "--mask", "tgm", "--vt", *clip_flags, *FEW, "--epochs", 3)
+    run(*flags, "--out", "whole")
+    save = train.save_checkpoint
+
+    def stop_after(path, **state):
+        save(path, **state)
+        if state["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--out", "cut")
+    with open("cut/log.jsonl", "a") as file:  # steps that no checkpoint holds, and half a line
+        file.write('{"step": 5, "mae": 7}\n{"step": 6, "m')
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    run(*flags, "--out", "cut", workers=2)
+    whole, cut = (torch.load(f"{name}/last.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(whole["model"][key], cut["model"][key]) for key in whole["model"])
+    keys = ("step", "epoch", "mae", "vt", "lr", "grad_norm")
+    assert [[line[k] for k in keys] for line in log(workdir / "whole")] == [[line[k] for k in keys] for line in log(workdir / "cut")]
+
+
+def test_processes_share_the_batch(workdir, manifest, clip_flags):
+    """train.py itself on 1 process with 6 clips and on 3 with 2: the same losses."""
+    flags = ("--data", manifest(12), "--mask", "tgm", "--vt", *clip_flags, *FEW, "--workers", 0, "--epochs", 2)
+    for processes, batch in ((1, 6), (3, 2)):
+        done = torchrun(processes, ROOT / "train.py", *flags, "--batch-size", batch, "--out", f"run{processes}", cwd=workdir)
+        assert done.returncode == 0, done.stderr
+    one, three = log(workdir / "run1"), log(workdir / "run3")
+    assert len(one) == len(three) == 4
+    for a, b in zip(one, three):
+        assert a["mae"] == pytest.approx(b["mae"], abs=2e-4) and a["vt"] == pytest.approx(b["vt"], abs=2e-3)
+
+
+def test_bad_videos_are_replaced_and_listed(workdir, manifest, clip_flags, capsys):
+    (workdir / "broken.mp4").write_bytes(b"x" * 1000)
+    data = manifest(5, extra=[{"video": "broken.mp4", "captions": ["a"]}, {"video": "gone.mp4", "captions": ["a"]}, {"video": "short.mp4", "captions": ["a"]}])
+    frames = toy.make_clip(np.random.default_rng(0), 0)[0][:3]
+    toy.write_video(workdir / "short.mp4", frames)  # 3 frames for a clip of 4x4: repeats its last, not bad
+    flags = ("--data", data, "--mask", "tgm", *clip_flags, *FEW, "--epochs", 2)
+    run(*flags, "--out", "run")
+    listed = (workdir / "run/bad_videos.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in listed) == ["broken.mp4", "gone.mp4"]
+    assert "gone.mp4: No such file" in "".join(listed)
+    assert sum(line["bad"] for line in log(workdir / "run")) == 4  # two an epoch
+    assert "4 times a video could not be read" in capsys.readouterr().out
+    run(*flags, "--out", "again", workers=2)  # whichever process loads them
+    assert [line["mae"] for line in log(workdir / "again")] == [line["mae"] for line in log(workdir / "run")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_bad_videos_stop_the_run(workdir, workers):
+    for name in ("a", "b", "c", "d"):
+        (workdir / f"{name}.mp4").touch()
+    (workdir / "bad.jsonl").write_text("".join(f'{{"video": "{n}.mp4"}}\n' for n in "abcd"))
+    with pytest.raises(SystemExit, match=r"4 video\(s\) in a row cannot be read, the last: .*[abcd].mp4"):
+        run("--data", "bad.jsonl", "--mask", "tube", *FEW, workers=workers)
+
+
+def test_motion_fallback_is_counted(workdir, capsys):
+    for i in range(4):
+        toy.write_video(workdir / f"{i}.mkv", toy.make_clip(np.random.default_rng(i), i)[0], options={"g": "1"})
+    (workdir / "intra.jsonl").write_text("".join(f'{{"video": "{i}.mkv"}}\n' for i in range(4)))
+    run("--data", "intra.jsonl", "--mask", "mgm", *FEW, "--out", "run")
+    assert log(workdir / "run")[0]["no_motion"] == 4 and "4 times a video had no motion vectors" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(workdir, manifest, clip_flags, capsys):
+    data = manifest(8)
+    bare = workdir / "bare.jsonl"
+    bare.write_text('{"video": "clip.mp4"}\n')
+    for flags, reason in (
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
+        (("--data", bare, "--mask", "tgm"), "bare.jsonl: clip.mp4 has no captions"),
+        (("--data", data, "--split", "dev", "--mask-ratio", 0), "--mask-ratio 0.0"),
+        (("--data", data, "--mask-ratio", 1), "--mask-ratio 1.0"),
+        (("--data", data, "--mask-ratio", 0.001, *FEW), "mask_ratio=0.001 masks 0 of 64"),
+        (("--data", data, "--no-mae"), "--no-mae without --vt"),
+        (("--data", data, "--batch-size", 3, "--repeat", 2), "--batch-size 3 is not divisible by --repeat 2"),
+        (("--data", data, *FEW, "--batch-size", 16), "8 clips of split 'train' are fewer than a step takes"),
+        (("--data", data, *FEW, "--batch-size", 1, "--vt", *clip_flags), "--vt with a global batch of 1"),
+        (("--data", data, "--warmup-epochs", 999), "--warmup-epochs 999"),
+        (("--data", data, "--epochs", 0), "--epochs 0: must be positive"),
+        (("--data", data, *FEW, "--init", "nothing.pt"), "nothing.pt"),
+        (("--data", data, *FEW, "--mask", "tgm", "--clip", "local-dir:nowhere"), "--clip local-dir:nowhere"),
+    ):  # fmt: skip
+        assert reason in fails(capsys, *flags), flags
+
+
+def test_another_run_is_not_overwritten(workdir, manifest, capsys):
+    flags = ("--data", manifest(4), *FEW, "--out", "run")
+    run(*flags, "--mask", "tube")
+    before = (workdir / "run/last.pt").read_bytes(), (workdir / "run/log.jsonl").read_bytes()
+    assert "mask tube -> mgm" in fails(capsys, *flags, "--mask", "mgm")
+    assert "embed_dim 128 -> 384" in fails(capsys, *flags, "--mask", "tube", "--preset", "small")
+    assert before == ((workdir / "run/last.pt").read_bytes(), (workdir / "run/log.jsonl").read_bytes())
+    (workdir / "run/last.pt").write_bytes(b"half a checkpoint")
+    assert "run/last.pt" in fails(capsys, *flags, "--mask", "tube")
+    run(*flags, "--mask", "mgm", "--no-resume")
+
+
+def test_no_hub_is_told_at_once(workdir, manifest, capsys, monkeypatch):
+    """Without weights on disk or a hub: seconds, and the ways out."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_HUB_CACHE", str(workdir))
+    said = fails(capsys, "--data", manifest(4), *FEW, "--mask", "tgm")
+    assert "the hub cannot be reached" in said and "--clip-pretrained FILE" in said and "local-dir:" in said and "maps" in said
+
+
+def test_bad_numbers_skip_the_step(workdir, manifest, monkeypatch, capsys):
+    take = train.prepare
+
+    def poisoned(batch, *args):
+        video, mask, text = take(batch, *args)
+        return (video * math.nan if 3 in batch["groups"] else video), mask, text
+
+    monkeypatch.setattr(train, "prepare", poisoned)
+    run("--data", manifest(8), "--mask", "tube", *FEW, "--batch-size", 1, "--out", "run")
+    lines = log(workdir / "run")
+    assert sum("skipped" in line for line in lines) == 1
+    assert all(torch.isfinite(v).all() for v in torch.load("run/last.pt")["model"].values())
+
+
+def test_real_footage(workdir, footage, capsys):
+    """The road of a user's own videos: index, label captions, each masker; text with OpenAI's architecture
+    and random weights in a file."""
+    import captions
+    import open_clip
+
+    args = captions.parse_args(["index", str(footage / "asl"), "--out", "asl.jsonl"])
+    captions.index(args)
+    captions.caption(captions.parse_args(["caption", "asl.jsonl", "--source", "label"]))
+    small = ("--data", "asl.jsonl", "--epochs", 1, "--warmup-epochs", 0, "--preset", "toy", "--batch-size", 5)
+    for mask in ("tube", "mgm"):
+        run(*small, "--mask", mask, "--out", mask)
+        lines = log(workdir / mask)
+        assert len(lines) == 4 and not any(line["bad"] or line["no_motion"] for line in lines)
+    clip = open_clip.create_model("ViT-B-32-quickgelu")
+    torch.save(clip.state_dict(), "clip.pt")
+    lines = (workdir / "asl.jsonl").read_text().splitlines()[:2]
+    (workdir / "two.jsonl").write_text("\n".join(lines))
+    run("--data", "two.jsonl", *small[2:], "--batch-size", 2, "--mask", "tgm", "--vt", "--clip-pretrained", "clip.pt", "--out", "tgm")
+    assert torch.load("tgm/last.pt")["config"]["text_dim"] == 512
