@@ -350,7 +350,8 @@ def draw_samples(path, model, video, mask, captions):
     _, ids_mask = tgmae.split_mask(mask, video.device)
     ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)
     volumes = (cubes, cubes.scatter(1, ids_mask, 0.5), cubes.scatter(1, ids_mask, pred.flatten(2)))
-    rows = [tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size)[:, :, :: c.tubelet_size] for volume in volumes]
+    every = max(1, c.num_frames // 8)  # at most 8 frames side by side
+    rows = [tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size)[:, :, ::every] for volume in volumes]
     rows = torch.stack(rows, 1).clamp(0, 1).mul(255).byte().cpu()  # (B, 3 rows, C, t, S, S)
     B, _, _, t, S, _ = rows.shape
     scale, margin = max(1, 96 // S), 16

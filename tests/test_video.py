@@ -61,9 +61,9 @@ def test_motion_has_the_length_that_was_drawn(tmp_path):
     toy.write_video(path, texture(10, 128, (5, 3)), options={"refs": "1", "bf": "0", "g": "250", "crf": "10"})
     _, motion = tgmae.read_clip(path, range(10), motion=True)
     assert motion.shape == (10, 16, 16) and motion.dtype == torch.float32
-    inside = motion[4, 6:10, 7:12]  # rows 48..80, columns 56..96 of the square at (44, 36)
-    assert inside.median().item() == pytest.approx(np.hypot(5, 3), abs=0.05)
-    assert motion[4, :2].max() < 0.5 and motion[4, 14:].max() < 0.5  # the background stands still
+    inside = motion[4, 6:10, 7:11]  # rows 48..80, columns 56..88; the square is at rows 36..84, columns 44..92
+    assert inside == pytest.approx(np.hypot(5, 3), abs=0.01)
+    assert motion[4, :3].max() == 0 and motion[4, :, :4].max() == 0  # above and left the background stands still
     # The key frame has no vectors: it borrows from the nearest frame that has, which is the next.
     assert torch.equal(motion[0], motion[1]) and motion[0].max() > 4
     _, alone = tgmae.read_clip(path, [4], motion=True)
@@ -133,7 +133,7 @@ def test_bad_files_are_named(tmp_path, numbered):
 def test_files_without_timestamps(tmp_path):
     """MPEG-4 with B-frames in AVI: packets have no presentation times, frames are counted."""
     path = tmp_path / "old.avi"
-    toy.write_video(path, texture(20, 128, (3, 0)), codec="mpeg4", options={"bf": "2", "g": "6"})
+    toy.write_video(path, texture(20, 128, (2, 0)), codec="mpeg4", options={"bf": "2", "g": "6"})
     whole = decode_all(path)
     assert tgmae.probe_video(path).frames == len(whole) == 20
     clip = tgmae.read_clip(path, [3, 9, 19])
@@ -162,7 +162,8 @@ def test_ten_bit_footage(footage, name):
     """Against the luma itself: BT.601's weights of our RGB give back the 10-bit Y, scaled to 8 bits."""
     clip = tgmae.read_clip(footage / name, [0, 15]).double()
     with av.open(str(footage / name)) as container:
-        frames = [frame.to_ndarray(format="gray10le") for frame in container.decode(video=0)]
+        planes = [frame.planes[0] for frame in container.decode(video=0)]
+        frames = [np.frombuffer(p, np.uint16).reshape(p.height, -1)[:, : p.width] for p in planes]
     luma = 16 + (clip @ torch.tensor([65.481, 128.553, 24.966]).double()) / 255
     for ours, theirs in zip(luma, (frames[0], frames[15])):
         assert np.abs(ours.numpy() - theirs / 4).mean() < 1.0
