@@ -986,16 +986,21 @@ def to_huggingface(model):
     return new
 
 
+def load_file(path):
+    """torch.load of a checkpoint, of which no pickled code is run; ValueError if it is not one."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official files hold their flags
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of other contents makes torch raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
+
+
 def load_weights(source):
     """Weights in our names from a checkpoint of train.py, an official VideoMAE .pth, or a folder or
-    hub name of transformers. No pickled code is run. Raises ValueError if they cannot be had."""
+    hub name of transformers. Raises ValueError if they cannot be had."""
     if Path(source).is_file():
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # official files hold their flags
-                saved = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a file of other contents makes torch raise
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{source}: cannot be loaded as weights: {reason}") from error
+        saved = load_file(source)
         state = next((saved[key] for key in ("model", "module") if key in saved), saved)
         return state if "config" in saved else from_videomae(state)
     if not Path(source).is_dir():

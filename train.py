@@ -298,7 +298,7 @@ def save_checkpoint(path, **state):
 
 def resume(path, model, optimizer, args, world):
     """Loads a checkpoint of the same run; another one's is refused. Returns its step."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = tgmae.load_file(path)
     then, now = saved["args"] | {"world": saved["world"]}, vars(args) | {"world": world}
     then, now = then | saved["config"], now | asdict(model.config)
     changed = [f"{key} {then[key]} -> {now[key]}" for key in (*SAME, *saved["config"]) if then[key] != now[key]]

@@ -108,7 +108,7 @@ def test_load_weights(config, tmp_path):
     torch.save({"model": model.state_dict(), "config": {}}, tmp_path / "ours.pt")
     assert tgmae.load_weights(tmp_path / "ours.pt").keys() == model.state_dict().keys()
     (tmp_path / "text.pt").write_text("no weights")
-    with pytest.raises(ValueError, match="text.pt: cannot be loaded as weights"):
+    with pytest.raises(ValueError, match="text.pt: cannot be loaded as a checkpoint"):
         tgmae.load_weights(tmp_path / "text.pt")
 
 

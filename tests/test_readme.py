@@ -1,0 +1,47 @@
+"""Every command of the README: its flags parse, its files exist; the toy ones run elsewhere in the tests."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import captions
+import toy
+import train
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
+COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&")]
+COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 9 and "torchrun train.py --mask tgm --vt" in COMMANDS
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_command_parses(command):
+    words = shlex.split(command)
+    if words[0] == "pip":
+        assert words == ["pip", "install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").exists()
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert (ROOT / "tests").is_dir()
+    else:
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        parse = {"train.py": train.parse_args, "toy.py": toy.parse_args, "captions.py": captions.parse_args}[words[script]]
+        if "--help" in words:
+            with pytest.raises(SystemExit) as stop:
+                parse(["--help"])
+            assert stop.value.code == 0
+        else:
+            parse(words[script + 1 :])
+
+
+def test_headers_parse():
+    """The commands in the scripts' own headers, too."""
+    for script, module in (("train.py", train), ("toy.py", toy), ("captions.py", captions)):
+        found = [line.split("#")[0] for line in module.__doc__.splitlines() if script in line and line.startswith("    ")]
+        assert found
+        for line in found:
+            module.parse_args(shlex.split(line.split(script, 1)[1]))
