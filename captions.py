@@ -16,8 +16,29 @@ from pathlib import Path
 
 import tgmae
 
-VIDEOS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv"}
-SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "validate": "val", "test": "test"}
+VIDEOS = {
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".flv",
+    ".wmv",
+    ".3gp",
+    ".ogv",
+}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "validation": "val",
+    "validate": "val",
+    "test": "test",
+}
 
 
 # =================================================================================================
@@ -83,7 +104,9 @@ def caption(args):
             record["captions"] = SOURCES[args.source](record)
             count += 1
     write_manifest(args.manifest, records)
-    print(f"{args.manifest}: {count} clips captioned, {len(records) - count} had captions already (--force: anew)")
+    print(
+        f"{args.manifest}: {count} clips captioned, {len(records) - count} had captions already (--force: anew)"
+    )
 
 
 def write_manifest(path, records):
@@ -91,7 +114,9 @@ def write_manifest(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     lines = ({key: value for key, value in record.items() if key != "path"} for record in records)
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    partial.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+    )
     os.replace(partial, path)
 
 
@@ -99,7 +124,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Manifest and captions for train.py.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("index", help="a dataset on disk -> manifest").add_argument
-    add("dataset", nargs="?", default="folder", choices=DATASETS, help="how ROOT is laid out (default: folder)")
+    add(
+        "dataset",
+        nargs="?",
+        default="folder",
+        choices=DATASETS,
+        help="how ROOT is laid out (default: folder)",
+    )
     add("root", type=Path, help="the folder with the videos")
     add("--out", type=Path, default=Path("data.jsonl"), help="the manifest to write (default: data.jsonl)")
     add = commands.add_parser("caption", help="add captions to a manifest").add_argument

@@ -420,15 +420,11 @@ def crop_frames(frames, crop, size):
 
 
 def area_weights(cells, out, start, stop):
-    """(out,cells): the share of each input cell in each of `out` equal parts of [start, stop), which
-    is given in input cells. Rows sum to 1; a part outside takes the nearest cell."""
-    edges = torch.linspace(start, stop, out + 1, dtype=torch.float64).clamp(0, cells)
-    low, high = edges[:-1, None], edges[1:, None]
-    left = torch.arange(cells)
+    """(out,cells): the share of each of `cells` input cells in each of `out` equal parts of the span
+    [start, stop), which is given in input cells and lies within them. Rows sum to 1."""
+    edges = torch.linspace(start, stop, out + 1, dtype=torch.float64)
+    low, high, left = edges[:-1, None], edges[1:, None], torch.arange(cells)
     overlap = (torch.minimum(high, left + 1) - torch.maximum(low, left)).clamp(min=0)
-    outside = overlap.sum(1) == 0
-    nearest = low[outside, 0].long().clamp(max=cells - 1)
-    overlap[outside, nearest] = 1
     return (overlap / overlap.sum(1, keepdim=True)).float()
 
 
@@ -443,7 +439,9 @@ def crop_motion(motion, crop, grid, cell=8):
 
 def normalize(video):
     """(B,3,T,H,W) uint8 -> float32 with ImageNet's mean and std taken out."""
-    mean, std = (video.new_tensor(v, dtype=torch.float32).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        video.new_tensor(v, dtype=torch.float32).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return (video.float() / 255 - mean) / std
 
 
@@ -517,7 +515,9 @@ def topk_mask(scores, mask_ratio, *, bottom_k=False, generator=None):
     B, t, h, w = scores.shape
     k = int(mask_ratio * h * w)
     if not 0 < k < h * w:
-        raise ValueError(f"mask_ratio={mask_ratio} masks {k} of {h * w} patches in a slice: 1 to {h * w - 1} can be")
+        raise ValueError(
+            f"mask_ratio={mask_ratio} masks {k} of {h * w} patches in a slice: 1 to {h * w - 1} can be"
+        )
     scores = scores.flatten(2)
     # Shuffled first: whichever of two equal scores the sort puts first, it is a random one.
     device = scores.device if generator is None else generator.device
@@ -582,6 +582,7 @@ def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
         owner = torch.arange(start, start + len(part), device=text.device) // (t * h * w)
         similarity.append(F.cosine_similarity(image.float(), text[owner].float(), dim=-1))
     return torch.cat(similarity).view(B, t, h, w)
+
 
 # =================================================================================================
 # CLIP: any model that open_clip loads, frozen, and its text embeddings.
@@ -874,7 +875,9 @@ class TGMAE(nn.Module):
         c = self.config
         shape = (c.in_chans, c.num_frames, c.image_size, c.image_size)
         if video.ndim != 5 or video.shape[1:] != shape:
-            raise ValueError(f"video has shape {tuple(video.shape)}, the model takes (B, {', '.join(map(str, shape))})")
+            raise ValueError(
+                f"video has shape {tuple(video.shape)}, the model takes (B, {', '.join(map(str, shape))})"
+            )
         if mask is not None and mask.shape != (len(video), c.num_patches):
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}, this video has ({len(video)}, {c.num_patches}) cubes"
@@ -972,7 +975,9 @@ def to_huggingface(model):
         if name.startswith("predictor."):
             continue
         if name == "encoder.patch_embed.proj.weight":  # (D,P) -> (D,C,frame,row,column)
-            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans).permute(0, 4, 1, 2, 3)
+            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans).permute(
+                0, 4, 1, 2, 3
+            )
         for ours, theirs in _HUGGINGFACE[:-1]:
             name = name.replace(ours, theirs)
         name = name.replace(".attn.q_bias", ".attn.query.bias" if five else ".attn.q_bias")
@@ -1011,4 +1016,6 @@ def load_weights(source):
         return from_videomae(VideoMAEForPreTraining.from_pretrained(source).state_dict())
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source}: neither a checkpoint nor a folder or hub name of transformers: {reason}") from error
+        raise ValueError(
+            f"{source}: neither a checkpoint nor a folder or hub name of transformers: {reason}"
+        ) from error

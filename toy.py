@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -58,7 +58,9 @@ def _distance(shape, x, y, r):
     if shape == "square":
         return np.maximum(ax, ay) - 0.88 * r
     if shape == "triangle":
-        return np.maximum(0.89 * ax - 0.45 * y, y) - 0.5 * r  # (x, y) = (0, 0) is its centroid, tip up at y = -r
+        return (
+            np.maximum(0.89 * ax - 0.45 * y, y) - 0.5 * r
+        )  # (x, y) = (0, 0) is its centroid, tip up at y = -r
     if shape == "cross":
         return np.minimum(np.maximum(ax - 0.38 * r, ay - r), np.maximum(ay - 0.38 * r, ax - r))
     if shape == "ring":
@@ -87,7 +89,10 @@ def _background(rng, y, x):
         length, phase = rng.uniform(96, 160), rng.uniform(0, 2 * np.pi)
         along = x * np.cos(angle + turn) + y * np.sin(angle + turn)
         wave = wave + np.sin(2 * np.pi * along / length + phase) / 4  # (F,S,S) in 0..1
-    dark, light = rng.uniform(15, 45) + rng.uniform(-15, 15, 3), rng.uniform(210, 240) + rng.uniform(-15, 15, 3)
+    dark, light = (
+        rng.uniform(15, 45) + rng.uniform(-15, 15, 3),
+        rng.uniform(210, 240) + rng.uniform(-15, 15, 3),
+    )
     return (dark + wave[..., None] * (light - dark)).astype(np.float32)
 
 
@@ -111,7 +116,9 @@ def make_clip(rng, label):
         dx, dy = x - way[:, 0, None, None], y - way[:, 1, None, None]
         alpha = np.clip(0.5 - _distance(shape_, dx, dy, r), 0, 1)[..., None]
         shade = 1.05 - 0.5 * (np.hypot(dx + 3, dy + 3) / r)[..., None]  # lit from the upper left
-        frames = frames * (1 - alpha) + alpha * np.clip(np.array(COLOURS[colour_], np.float32) * shade, 0, 255)
+        frames = frames * (1 - alpha) + alpha * np.clip(
+            np.array(COLOURS[colour_], np.float32) * shade, 0, 255
+        )
         masks = [mask & (alpha[..., 0] < 0.5) for mask in masks] + [alpha[..., 0] >= 0.5]
     actor = {"shape": shape, "colour": str(colour), "direction": direction}
     return frames.round().clip(0, 255).astype(np.uint8), masks[1], masks[0], actor, distractor
@@ -143,7 +150,10 @@ CLIP_CONFIG = {
         "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
     },
-    "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
+    "preprocess_cfg": {
+        "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711],
+    },
 }
 
 
@@ -161,7 +171,9 @@ def _crops(rng, stills, count):
         seen = [max(mask[box].mean(), mask[box].sum() / 300) for mask in (actor_mask, distractor_mask)]
         words = (actor, distractor)[int(seen[1] > seen[0])] if max(seen) > 0.25 else None
         image = torch.from_numpy(np.ascontiguousarray(frame[box])).permute(2, 0, 1)[None].float() / 255
-        images.append(F.interpolate(image, (16, 16), mode="bicubic", align_corners=False, antialias=side > 16))
+        images.append(
+            F.interpolate(image, (16, 16), mode="bicubic", align_corners=False, antialias=side > 16)
+        )
         captions.append(str(rng.choice(captions_of(words) if words else NOTHING)))
         groups.append(names.index((words["shape"], words["colour"]) if words else None))
     return torch.cat(images).clamp(0, 1), captions, torch.tensor(groups)
@@ -227,7 +239,7 @@ def build(out="data/toy", clips=800, seed=0):
 
 def _clip_of(out, seed, clips, number):
     """Makes clip `number` and writes its file -> its manifest record, and 3 stills (training clips) or
-    the packed masks (test clips). A function of its arguments alone, whichever process runs it."""
+    the packed masks (test clips). A function of its arguments alone, whichever thread runs it."""
     split = "train" if number < clips else "test"
     rng = np.random.default_rng([seed, number])
     frames, actor_mask, distractor_mask, actor, distractor = make_clip(rng, number % 16)
@@ -247,8 +259,8 @@ def _build(out, clips, seed):
     records, stills, truth = [], [], {}
     (out / "clips").mkdir()
     total = clips + clips // 4
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total), chunksize=8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and x264 let go of the interpreter
+        made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total))
         for record, extra in tqdm(made, desc="toy world", unit="clip", total=total):
             records.append(record)
             if record["split"] == "train":
@@ -264,7 +276,8 @@ def read_truth(folder):
     """{video: (actor, distractor) masks (F,64,64) bool} of the test split."""
     with np.load(Path(folder) / "truth.npz", allow_pickle=False) as truth:
         return {
-            video: np.unpackbits(truth[video]).reshape(2, FRAMES, SIZE, SIZE).astype(bool) for video in truth.files
+            video: np.unpackbits(truth[video]).reshape(2, FRAMES, SIZE, SIZE).astype(bool)
+            for video in truth.files
         }
 
 
@@ -304,7 +317,9 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
     clip = tgmae.load_clip(f"local-dir:{folder / 'clip'}")
     size = config.patch_size, config.tubelet_size
     words, others = (
-        tgmae.text_scores(clip[0], video, tgmae.encode_text(*clip, [r[key][i % 3] for i, r in enumerate(records)]), *size)
+        tgmae.text_scores(
+            clip[0], video, tgmae.encode_text(*clip, [r[key][i % 3] for i, r in enumerate(records)]), *size
+        )
         for key in ("captions", "distractor_captions")
     )
     generator = torch.Generator().manual_seed(0)
@@ -317,7 +332,10 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
         mask = tgmae.topk_mask(scores, mask_ratio, bottom_k=bottom_k, generator=generator).view(B, t, h, w)
         table[name] = tuple((mask * part).sum().item() / part.sum().item() for part in (actor, distractor))
     of_actor = words[actor > 0.5]
-    aucs = auc(of_actor, words[(distractor > 0.25) & (actor == 0)]), auc(of_actor, words[(actor == 0) & (distractor == 0)])
+    aucs = (
+        auc(of_actor, words[(distractor > 0.25) & (actor == 0)]),
+        auc(of_actor, words[(actor == 0) & (distractor == 0)]),
+    )
     return table, aucs
 
 
@@ -326,14 +344,24 @@ def print_coverage(folder):
     print("| masker, ratio 0.25 | actor masked | distractor masked |\n| --- | --- | --- |")
     for name, (actor, distractor) in table.items():
         print(f"| {name} | {actor:.1%} | {distractor:.1%} |")
-    print(f"ROC AUC of the similarity, actor against distractor {aucs[0]:.4f}, against background {aucs[1]:.4f}")
+    print(
+        f"ROC AUC of the similarity, actor against distractor {aucs[0]:.4f}, against background {aucs[1]:.4f}"
+    )
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Make the toy world, or measure on it what each masker hides.")
-    parser.add_argument("command", nargs="?", default="build", choices=("build", "coverage"), help="default: build")
-    parser.add_argument("--out", type=Path, default=Path("data/toy"), help="folder of the world (default: data/toy)")
-    parser.add_argument("--clips", type=int, default=800, help="training clips; a quarter as many test clips (default: 800)")
+    parser = argparse.ArgumentParser(
+        description="Make the toy world, or measure on it what each masker hides."
+    )
+    parser.add_argument(
+        "command", nargs="?", default="build", choices=("build", "coverage"), help="default: build"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/toy"), help="folder of the world (default: data/toy)"
+    )
+    parser.add_argument(
+        "--clips", type=int, default=800, help="training clips; a quarter as many test clips (default: 800)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything in it (default: 0)")
     args = parser.parse_args(argv)
     if args.clips < 16:

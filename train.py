@@ -47,7 +47,8 @@ MAX_NON_FINITE = 10  # steps in a row before the run stops
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Pre-train a text-guided video MAE.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Pre-train a text-guided video MAE.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
 
@@ -60,17 +61,31 @@ def parse_args(argv=None):
     add("--split", default="train", help="split of the manifest to train on")
     add("--val-split", default=argparse.SUPPRESS, help="split for held-out losses after each epoch (none)")
     either("--preset", "size of the model", choices=PRESETS)
-    add("--mask", default="tube", choices=MASK_RATIOS, help="what to mask: noise, most motion, or most like the caption")
+    add(
+        "--mask",
+        default="tube",
+        choices=MASK_RATIOS,
+        help="what to mask: noise, most motion, or most like the caption",
+    )
     add("--mask-ratio", type=float, default=argparse.SUPPRESS, help=f"share of cubes masked ({MASK_RATIOS})")
     add("--bottom-k", action=yes_no, default=False, help="mask the lowest scores instead of the highest")
     add("--vt", action=yes_no, default=False, help="optimise the video-text contrastive loss")
     add("--mae", action=yes_no, default=True, help="optimise the reconstruction loss")
     add("--vt-weight", type=float, default=1.0, help="weight of the contrastive loss")
     add("--temperature", type=float, default=0.07, help="of the contrastive loss")
-    either("--clip", "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is watched where not optimised")
+    either(
+        "--clip",
+        "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is watched where not optimised",
+    )
     add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
-    add("--num-captions", type=int, default=0, help="captions of a video to draw from, evenly spread (0: all)")
-    add("--init", default=argparse.SUPPRESS, help="start from weights: a checkpoint of ours, VideoMAE's or transformers'")
+    add(
+        "--num-captions", type=int, default=0, help="captions of a video to draw from, evenly spread (0: all)"
+    )
+    add(
+        "--init",
+        default=argparse.SUPPRESS,
+        help="start from weights: a checkpoint of ours, VideoMAE's or transformers'",
+    )
     add("--grad-checkpointing", action=yes_no, default=False, help="less memory for about a third more time")
     either("--epochs", "passes over the data", type=int)
     either("--warmup-epochs", "epochs of linear warm-up", type=float)
@@ -94,7 +109,13 @@ def parse_args(argv=None):
 
     given, defaults = vars(args), TOY if args.data == "toy" else REAL
     name = "-".join([Path(args.data).stem, args.mask] + ["no-mae"] * (not args.mae) + ["vt"] * args.vt)
-    late = {"mask_ratio": MASK_RATIOS[args.mask], "val_split": None, "init": None, "amp": None, "out": f"runs/{name}"}
+    late = {
+        "mask_ratio": MASK_RATIOS[args.mask],
+        "val_split": None,
+        "init": None,
+        "amp": None,
+        "out": f"runs/{name}",
+    }
     args.watch = not args.vt and (args.data == "toy" or "clip" in given)
     for key, value in {**defaults, **late}.items():
         given.setdefault(key, value)
@@ -113,7 +134,9 @@ def check_args(args):
     if args.batch_size % args.repeat:
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}")
     if not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie between 0 and --epochs {args.epochs}")
+        raise ValueError(
+            f"--warmup-epochs {args.warmup_epochs}: must lie between 0 and --epochs {args.epochs}"
+        )
 
 
 # =================================================================================================
@@ -135,13 +158,18 @@ class Clips(Dataset):
         return len(self.records)
 
     def seed(self, index, *more):
-        return int(np.random.SeedSequence([self.args.seed, self.epoch, index, *more]).generate_state(1, np.uint64)[0] >> 1)
+        return int(
+            np.random.SeedSequence([self.args.seed, self.epoch, index, *more]).generate_state(1, np.uint64)[0]
+            >> 1
+        )
 
     def __getitem__(self, index):
         bad, others = [], []
         for attempt in range(self.attempts):
             if attempt == 1:  # it was bad, and who takes its place follows from the same numbers
-                order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed(index, 0)))
+                order = torch.randperm(
+                    len(self), generator=torch.Generator().manual_seed(self.seed(index, 0))
+                )
                 others = [i for i in order[: self.attempts + 1].tolist() if i != index]
             place = others[attempt - 1] if attempt else index
             try:
@@ -174,7 +202,9 @@ class Clips(Dataset):
                 scores = tgmae.tube_scores(1, c.grid, generator=generator)
             else:
                 scores = tgmae.motion_scores(tgmae.crop_motion(motion[rows], crop, c.grid)[None], c.grid)
-            masks.append(tgmae.topk_mask(scores, args.mask_ratio, bottom_k=args.bottom_k, generator=generator)[0])
+            masks.append(
+                tgmae.topk_mask(scores, args.mask_ratio, bottom_k=args.bottom_k, generator=generator)[0]
+            )
         captions = []
         if self.text:
             texts = record["captions"]
@@ -301,9 +331,13 @@ def resume(path, model, optimizer, args, world):
     saved = tgmae.load_file(path)
     then, now = saved["args"] | {"world": saved["world"]}, vars(args) | {"world": world}
     then, now = then | saved["config"], now | asdict(model.config)
-    changed = [f"{key} {then[key]} -> {now[key]}" for key in (*SAME, *saved["config"]) if then[key] != now[key]]
+    changed = [
+        f"{key} {then[key]} -> {now[key]}" for key in (*SAME, *saved["config"]) if then[key] != now[key]
+    ]
     if changed:
-        raise ValueError(f"{path} is of another run ({', '.join(changed)}): another --out, or --no-resume to start over")
+        raise ValueError(
+            f"{path} is of another run ({', '.join(changed)}): another --out, or --no-resume to start over"
+        )
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
@@ -343,7 +377,9 @@ def draw_samples(path, model, video, mask, captions):
     c = model.config
     model.eval()
     cubes = tgmae.patchify(video, c.patch_size, c.tubelet_size)  # (B,N,P)
-    std, mean = (cubes.new_tensor(v).repeat(c.patch_dim // 3) for v in (tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN))
+    std, mean = (
+        cubes.new_tensor(v).repeat(c.patch_dim // 3) for v in (tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN)
+    )
     cubes = cubes * std + mean
     _, mean, std = tgmae.reconstruction_target(video, mask, c)
     pred = model(video, mask)["pred"].float().unflatten(-1, (-1, 3)) * std + mean
@@ -351,7 +387,9 @@ def draw_samples(path, model, video, mask, captions):
     ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)
     volumes = (cubes, cubes.scatter(1, ids_mask, 0.5), cubes.scatter(1, ids_mask, pred.flatten(2)))
     every = max(1, c.num_frames // 8)  # at most 8 frames side by side
-    rows = [tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size)[:, :, ::every] for volume in volumes]
+    rows = [
+        tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size)[:, :, ::every] for volume in volumes
+    ]
     rows = torch.stack(rows, 1).clamp(0, 1).mul(255).byte().cpu()  # (B, 3 rows, C, t, S, S)
     B, _, _, t, S, _ = rows.shape
     scale, margin = max(1, 96 // S), 16
@@ -378,7 +416,9 @@ def draw_samples(path, model, video, mask, captions):
 def start_processes(args):
     """Joins torchrun's process group, if it is torchrun that started us. -> rank, world size."""
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        args.device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     if args.amp is None:
         args.amp = tgmae.bf16_is_fast(args.device)
     if args.device == "cuda":
@@ -416,7 +456,9 @@ def load_data(args, rank, world):
                 f"({world} processes x --batch-size {args.batch_size} x --accum {args.accum} / --repeat {args.repeat})"
             )
     if args.vt and world * args.batch_size // args.repeat < 2:
-        raise ValueError(f"--vt with a global batch of {world * args.batch_size // args.repeat} video: no negatives")
+        raise ValueError(
+            f"--vt with a global batch of {world * args.batch_size // args.repeat} video: no negatives"
+        )
     # Text is watched where it costs no download that nobody asked for: on the toy world, or with --clip.
     return records, val, args.mask == "tgm" or args.vt or (args.watch and not silent)
 
@@ -476,7 +518,12 @@ def validate(net, data, clip, args, rank, world):
     net.eval()
     sampler = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
     loader = DataLoader(
-        data, args.batch_size // args.repeat, sampler=sampler, num_workers=args.workers, collate_fn=collate, drop_last=True
+        data,
+        args.batch_size // args.repeat,
+        sampler=sampler,
+        num_workers=args.workers,
+        collate_fn=collate,
+        drop_last=True,
     )
     losses = []
     for batch in loader:
@@ -519,17 +566,28 @@ def train(args, rank, world, model, clip, data, val):
         print(f"{out} has no checkpoint yet: starting over", flush=True)
     if rank == 0:
         cut_log(out / "log.jsonl", step)
-        (out / "args.json").write_text(json.dumps(vars(args) | {"world": world, "torch": torch.__version__}, indent=1))
+        (out / "args.json").write_text(
+            json.dumps(vars(args) | {"world": world, "torch": torch.__version__}, indent=1)
+        )
         describe(args, model, clip, data, world, steps_per_epoch)
         if step:
-            print(f"resume  at step {step} of {total}" + (": finished, --no-resume starts over" if step == total else ""))
+            print(
+                f"resume  at step {step} of {total}"
+                + (": finished, --no-resume starts over" if step == total else "")
+            )
     net = torch.compile(model) if args.compile else model
     if world > 1:  # no device_ids: inputs stay where they are; the predictor's buffers are equal anyway
         net = DistributedDataParallel(net, broadcast_buffers=False)
     clipped = [[p for p in part.parameters() if p.requires_grad] for part in clip_together(model, args)]
 
     stream = batches(data, args, rank, world, step, steps_per_epoch)
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
+    bar = tqdm(
+        total=total,
+        initial=step,
+        unit="step",
+        disable=rank > 0,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
     known_bad, skipped = read_bad(out / "bad_videos.txt"), 0
     while step < total:
         lr = learning_rate(step, args, steps_per_epoch, global_batch)
@@ -544,7 +602,11 @@ def train(args, rank, world, model, clip, data, val):
             note_bad(out / "bad_videos.txt", batch["bad"], known_bad)
             with contextlib.nullcontext() if world == 1 or micro == args.accum - 1 else net.no_sync():
                 sums = sums + losses_and_gradients(net, batch, clip, args, model.config)
-        norms = [torch.nn.utils.clip_grad_norm_(part, args.clip_grad or math.inf).item() for part in clipped if part]
+        norms = [
+            torch.nn.utils.clip_grad_norm_(part, args.clip_grad or math.inf).item()
+            for part in clipped
+            if part
+        ]
         # Gradients are DDP's mean over ranks: a bad number on one is seen by all, who skip together.
         finite = all(map(math.isfinite, norms))
         skipped = 0 if finite else skipped + 1
@@ -566,7 +628,9 @@ def train(args, rank, world, model, clip, data, val):
         if rank == 0:
             append(out / "log.jsonl", line)
         if skipped == MAX_NON_FINITE:
-            raise ValueError(f"{skipped} steps in a row without a finite gradient, the last is step {step}; {out}/last.pt is as it was")
+            raise ValueError(
+                f"{skipped} steps in a row without a finite gradient, the last is step {step}; {out}/last.pt is as it was"
+            )
         if step % steps_per_epoch == 0:
             if rank == 0:
                 save_checkpoint(
@@ -590,11 +654,19 @@ def finish(args, model, clip, data):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "lr" in line]
     last = steps[-max(1, len(steps) // 20) :]
-    means = (f"{name} {sum(line[name] for line in last) / len(last):.3f}" for name in ("mae", "vt") if name in last[0])
-    print(f"done    {', '.join(means)} (mean of the last {len(last)} steps); {out}/samples.png, {out}/last.pt")
+    means = (
+        f"{name} {sum(line[name] for line in last) / len(last):.3f}"
+        for name in ("mae", "vt")
+        if name in last[0]
+    )
+    print(
+        f"done    {', '.join(means)} (mean of the last {len(last)} steps); {out}/samples.png, {out}/last.pt"
+    )
     bad, no_motion = (sum(line[name] for line in steps) for name in ("bad", "no_motion"))
     if bad:
-        print(f"bad     {bad} times a video could not be read and another took its place: {out}/bad_videos.txt")
+        print(
+            f"bad     {bad} times a video could not be read and another took its place: {out}/bad_videos.txt"
+        )
     if no_motion:
         print(f"motion  {no_motion} times a video had no motion vectors: the difference of frames stood in")
 

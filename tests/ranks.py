@@ -43,12 +43,19 @@ def main(out):
         if vt:
             results["vt"] = result["vt"].detach()
             results["running"] = model.predictor[1].running_var.clone()
-        results |= {f"{name} {vt}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results |= {
+            f"{name} {vt}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
     if rank == 0:
         torch.save(results, out)
 
     # mae, vt, text: MAE alone, MAE with VT watched, VT alone, both
-    for mae, vt, has_text in ((True, False, False), (True, False, True), (False, True, True), (True, True, True)):
+    for mae, vt, has_text in (
+        (True, False, False),
+        (True, False, True),
+        (False, True, True),
+        (True, True, True),
+    ):
         args = train.parse_args(["--vt" if vt else "--no-vt", "--mae" if mae else "--no-mae"])
         torch.manual_seed(0)
         model = tgmae.TGMAE(config).double()

@@ -11,7 +11,14 @@ HERE = Path(__file__).parent
 
 
 def torchrun(processes, *args, cwd=HERE):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
     return subprocess.run([*command, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -30,4 +37,6 @@ def test_equal_across_ranks(one, processes, tmp_path):
     many = torch.load(tmp_path / "many.pt")
     assert many.keys() == one.keys() and sum("predictor" in key for key in one) == 6
     for key in one:
-        torch.testing.assert_close(many[key], one[key], atol=1e-6, rtol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            many[key], one[key], atol=1e-6, rtol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )

@@ -29,7 +29,9 @@ def test_command_parses(command):
         assert (ROOT / "tests").is_dir()
     else:
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        parse = {"train.py": train.parse_args, "toy.py": toy.parse_args, "captions.py": captions.parse_args}[words[script]]
+        parse = {"train.py": train.parse_args, "toy.py": toy.parse_args, "captions.py": captions.parse_args}[
+            words[script]
+        ]
         if "--help" in words:
             with pytest.raises(SystemExit) as stop:
                 parse(["--help"])
@@ -41,7 +43,11 @@ def test_command_parses(command):
 def test_headers_parse():
     """The commands in the scripts' own headers, too."""
     for script, module in (("train.py", train), ("toy.py", toy), ("captions.py", captions)):
-        found = [line.split("#")[0] for line in module.__doc__.splitlines() if script in line and line.startswith("    ")]
+        found = [
+            line.split("#")[0]
+            for line in module.__doc__.splitlines()
+            if script in line and line.startswith("    ")
+        ]
         assert found
         for line in found:
             module.parse_args(shlex.split(line.split(script, 1)[1]))

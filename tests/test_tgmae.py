@@ -77,11 +77,15 @@ def test_official_names(config):
     tuned = {k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")}
     tuned |= {"fc_norm.weight": torch.ones(48), "head.weight": torch.ones(5, 48)}
     back = tgmae.from_videomae(tuned)
-    assert all(torch.equal(back[k], ours[k]) for k in ours if k.startswith("encoder.")) and "head.weight" in back
+    assert (
+        all(torch.equal(back[k], ours[k]) for k in ours if k.startswith("encoder.")) and "head.weight" in back
+    )
     video = torch.randn(1, 3, 4, 32, 32)  # and the product with the cubes is the convolution
     bias = ours["encoder.patch_embed.proj.bias"]
     expected = F.conv3d(video, conv, bias, stride=(2, 8, 8)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(model.encoder.patch_embed(tgmae.patchify(video, 8, 2)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.encoder.patch_embed(tgmae.patchify(video, 8, 2)), expected, atol=1e-5, rtol=0
+    )
     with pytest.raises(ValueError, match="not VideoMAE's weights: names like a.b"):
         tgmae.from_videomae({"a.b": torch.ones(1)})
 
@@ -104,7 +108,9 @@ def test_load_weights(config, tmp_path):
     model = TGMAE(config)
     official = {**model.state_dict(), "encoder.patch_embed.proj.weight": torch.rand(48, 3, 2, 8, 8)}
     torch.save({"model": official, "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
-    assert torch.equal(tgmae.load_weights(tmp_path / "official.pth")["encoder.norm.bias"], official["encoder.norm.bias"])
+    assert torch.equal(
+        tgmae.load_weights(tmp_path / "official.pth")["encoder.norm.bias"], official["encoder.norm.bias"]
+    )
     torch.save({"model": model.state_dict(), "config": {}}, tmp_path / "ours.pt")
     assert tgmae.load_weights(tmp_path / "ours.pt").keys() == model.state_dict().keys()
     (tmp_path / "text.pt").write_text("no weights")
@@ -113,11 +119,16 @@ def test_load_weights(config, tmp_path):
 
 
 def test_attention_is_multihead_attention():
-    ours, theirs = tgmae.Attention(48, 4).double(), torch.nn.MultiheadAttention(48, 4, batch_first=True).double()
+    ours, theirs = (
+        tgmae.Attention(48, 4).double(),
+        torch.nn.MultiheadAttention(48, 4, batch_first=True).double(),
+    )
     randomise(ours)
     with torch.no_grad():
         theirs.in_proj_weight.copy_(ours.qkv.weight)
-        theirs.in_proj_bias.copy_(torch.cat([ours.q_bias, torch.randn(48).double(), ours.v_bias]))  # k's cancels
+        theirs.in_proj_bias.copy_(
+            torch.cat([ours.q_bias, torch.randn(48).double(), ours.v_bias])
+        )  # k's cancels
         theirs.out_proj.weight.copy_(ours.proj.weight)
         theirs.out_proj.bias.copy_(ours.proj.bias)
     x = torch.randn(2, 11, 48).double()
@@ -140,13 +151,19 @@ def test_patchify_written_out():
 def test_target_written_out(config):
     video, mask = random_inputs(config)
     target, mean, std = tgmae.reconstruction_target(video, mask, config)
-    pixels = video * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
+    pixels = video * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1) + torch.tensor(
+        [0.485, 0.456, 0.406]
+    ).view(3, 1, 1, 1)
     cubes = tgmae.patchify(pixels, 8, 2)
     row = mask[1].nonzero()[3, 0]
     cube = cubes[1, row].view(-1, 3).double().numpy()
     expected = (cube - cube.mean(0)) / (cube.std(0, ddof=1) + 1e-6)
     np.testing.assert_allclose(target[1, 3].view(-1, 3), expected, atol=1e-4)
-    np.testing.assert_allclose((target * std.repeat(1, 1, 128, 1).flatten(2) + mean.repeat(1, 1, 128, 1).flatten(2))[1, 3], cubes[1, row], atol=1e-5)
+    np.testing.assert_allclose(
+        (target * std.repeat(1, 1, 128, 1).flatten(2) + mean.repeat(1, 1, 128, 1).flatten(2))[1, 3],
+        cubes[1, row],
+        atol=1e-5,
+    )
 
 
 def test_topk_mask():
@@ -185,7 +202,9 @@ def test_motion_scores_by_area():
     pixels = motion[0].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, 8:44, 4:28]
     expected = F.avg_pool2d(pixels[:, None], (12, 8))[:, 0]
     torch.testing.assert_close(tgmae.crop_motion(motion[0], crop, (2, 3, 3)), expected)
-    torch.testing.assert_close(tgmae.crop_motion(motion[0], crop._replace(flip=True), (2, 3, 3)), expected.flip(-1))
+    torch.testing.assert_close(
+        tgmae.crop_motion(motion[0], crop._replace(flip=True), (2, 3, 3)), expected.flip(-1)
+    )
 
 
 def test_multi_scale_crop():
@@ -193,7 +212,9 @@ def test_multi_scale_crop():
     crops = {tgmae.multi_scale_crop((100, 140)) for _ in range(5000)}
     assert {c.flip for c in crops} == {True, False}
     assert {(c.height, c.width) for c in crops} == {
-        (a, b) for a, b in np.ndindex(101, 101) if a in (s := [100, 87, 75, 66]) and b in s and abs(s.index(a) - s.index(b)) <= 1
+        (a, b)
+        for a, b in np.ndindex(101, 101)
+        if a in (s := [100, 87, 75, 66]) and b in s and abs(s.index(a) - s.index(b)) <= 1
     }
     places = {(c.top, c.left) for c in crops if (c.height, c.width) == (66, 66)}
     assert len(places) == 13 and {(0, 0), (32, 72), (16, 36), (8, 18), (0, 36)} <= places
@@ -218,7 +239,12 @@ def test_text_scores_patch_by_patch(world):
     for b, t, y, x in ((0, 0, 0, 0), (0, 1, 3, 4), (1, 0, 7, 2), (1, 1, 5, 5)):
         frame = frames[2 * t].permute(2, 0, 1).float() / 255
         frame = frame.flip(-1) if b else frame
-        patch = TF.resize(frame[:, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8], [16, 16], InterpolationMode.BICUBIC, antialias=False)
+        patch = TF.resize(
+            frame[:, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8],
+            [16, 16],
+            InterpolationMode.BICUBIC,
+            antialias=False,
+        )
         image = clip.encode_image(TF.normalize(patch.clamp(0, 1), cfg["mean"], cfg["std"])[None])[0]
         expected = image @ text[b] / image.norm()
         assert scores[b, t, y, x].item() == pytest.approx(expected.item(), abs=1e-4)
@@ -258,7 +284,12 @@ def test_overfits_two_clips(config):
     model = TGMAE(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     video, mask = random_inputs(config)
-    video = F.interpolate(video.flatten(1, 2), 8).repeat_interleave(4, -1).repeat_interleave(4, -2).unflatten(1, (3, 4))
+    video = (
+        F.interpolate(video.flatten(1, 2), 8)
+        .repeat_interleave(4, -1)
+        .repeat_interleave(4, -2)
+        .unflatten(1, (3, 4))
+    )
     losses = []
     for _ in range(250):
         loss = model(video, mask)["mae"]
@@ -320,22 +351,47 @@ def test_bad_shapes_say_which(config):
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(image_size=30), dict(num_frames=3), dict(num_heads=5), dict(decoder_num_heads=7), dict(depth=0), dict(drop_path=1.0), dict(temperature=-1)]
+    "bad",
+    [
+        dict(image_size=30),
+        dict(num_frames=3),
+        dict(num_heads=5),
+        dict(decoder_num_heads=7),
+        dict(depth=0),
+        dict(drop_path=1.0),
+        dict(temperature=-1),
+    ],
 )
 def test_bad_config_prints_the_value(bad):
-    (name, value), = bad.items()
+    ((name, value),) = bad.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         Config(**bad)
 
 
 def test_presets_are_videomae():
-    sizes = {name: sum(p.numel() for p in TGMAE(c).encoder.parameters()) / 1e6 for name, c in tgmae.PRESETS.items() if name in ("small", "base")}
+    sizes = {
+        name: sum(p.numel() for p in TGMAE(c).encoder.parameters()) / 1e6
+        for name, c in tgmae.PRESETS.items()
+        if name in ("small", "base")
+    }
     assert sizes["base"] == pytest.approx(86.2, abs=0.1) and sizes["small"] == pytest.approx(21.9, abs=0.1)
     assert tgmae.PRESETS["base"].grid == (8, 14, 14) and tgmae.PRESETS["base"].patch_dim == 1536
 
 
 def test_drop_path_and_bf16_run():
-    c = Config(image_size=32, patch_size=8, num_frames=4, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, drop_path=0.5, text_dim=8)
+    c = Config(
+        image_size=32,
+        patch_size=8,
+        num_frames=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        decoder_embed_dim=32,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        drop_path=0.5,
+        text_dim=8,
+    )
     model, (video, mask) = TGMAE(c), random_inputs(c)
     assert not torch.equal(model.encode(video), model.encode(video))
     assert torch.equal(model.eval().encode(video), model.encode(video))

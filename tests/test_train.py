@@ -31,7 +31,21 @@ def fails(capsys, *argv):
     return stop.value.code
 
 
-FEW = ("--epochs", 1, "--warmup-epochs", 0.5, "--batch-size", 4, "--preset", "toy", "--stride", 4, "--blr", 0.05, "--no-flip")
+FEW = (
+    "--epochs",
+    1,
+    "--warmup-epochs",
+    0.5,
+    "--batch-size",
+    4,
+    "--preset",
+    "toy",
+    "--stride",
+    4,
+    "--blr",
+    0.05,
+    "--no-flip",
+)
 
 
 @pytest.fixture
@@ -46,7 +60,9 @@ def test_every_mask_and_loss(mask, losses, workdir, manifest, clip_flags, capsys
     run("--data", manifest(8), "--mask", mask, *losses, *clip_flags, *FEW, "--out", "run")
     lines = log(workdir / "run")
     assert [line["step"] for line in lines] == [1, 2]
-    assert all(math.isfinite(line["vt"]) for line in lines) and ("mae" in lines[0]) == ("--no-mae" not in losses)
+    assert all(math.isfinite(line["vt"]) for line in lines) and ("mae" in lines[0]) == (
+        "--no-mae" not in losses
+    )
     saved = torch.load("run/last.pt", weights_only=True)
     assert saved["step"] == 2 and saved["config"]["text_dim"] == 64
     sheet = Image.open("run/samples.png")
@@ -64,12 +80,26 @@ def test_the_toy_run_learns(workdir, capsys):
     assert sum(line["mae"] for line in lines[-10:]) / 10 < 1.0 < lines[0]["mae"]
     assert sum(line["vt"] for line in lines[-20:]) / 20 < math.log(16) < lines[0]["vt"]
     run("--mask", "tgm", "--vt", "--epochs", 2)
-    assert "finished, --no-resume starts over" in capsys.readouterr().out and len(log(workdir / "runs/toy-tgm-vt")) == 100
+    assert (
+        "finished, --no-resume starts over" in capsys.readouterr().out
+        and len(log(workdir / "runs/toy-tgm-vt")) == 100
+    )
 
 
 def test_the_other_flags(workdir, manifest, clip_flags, capsys):
-    data = manifest(12, extra=[{**r, "video": r["path"], "split": "held"} for r in tgmae.read_manifest("data/toy/manifest.jsonl", "test")[:4]])
-    data.write_text("".join(json.dumps({"split": "train", **json.loads(line)}) + "\n" for line in data.read_text().splitlines()))
+    data = manifest(
+        12,
+        extra=[
+            {**r, "video": r["path"], "split": "held"}
+            for r in tgmae.read_manifest("data/toy/manifest.jsonl", "test")[:4]
+        ],
+    )
+    data.write_text(
+        "".join(
+            json.dumps({"split": "train", **json.loads(line)}) + "\n"
+            for line in data.read_text().splitlines()
+        )
+    )
     flags = ("--data", data, "--mask", "tgm", "--vt", *clip_flags, *FEW)
     run(*flags, "--val-split", "held", "--accum", 2, "--repeat", 2, "--bottom-k", "--mask-ratio", 0.3, "--vt-weight", 0.5,
         "--temperature", 0.1, "--num-captions", 1, "--grad-checkpointing", "--clip-grad", 0.1, "--flip", "--min-lr", 1e-6,
@@ -77,8 +107,20 @@ def test_the_other_flags(workdir, manifest, clip_flags, capsys):
     lines = log(workdir / "first")
     assert [line["step"] for line in lines] == [1, 2, 3, 3] and {"val_mae", "val_vt"} <= lines[-1].keys()
     said = capsys.readouterr().out
-    assert "lowest 19 of 64" in said and "2 negatives" in said and "bf16" in said and "temperature 0.1" in said
-    run(*flags, "--init", "first/last.pt", "--out", "second", "--no-resume", "--no-amp", "--no-mae", "--no-compile")
+    assert (
+        "lowest 19 of 64" in said and "2 negatives" in said and "bf16" in said and "temperature 0.1" in said
+    )
+    run(
+        *flags,
+        "--init",
+        "first/last.pt",
+        "--out",
+        "second",
+        "--no-resume",
+        "--no-amp",
+        "--no-mae",
+        "--no-compile",
+    )
     run("--data", data, "--mask", "tube", *FEW, "--no-vt", "--out", "third")  # captions, no --clip: no text
     assert "vt" not in log(workdir / "third")[0]
 
@@ -96,7 +138,9 @@ def test_init_from_transformers(workdir, manifest, capsys):
 
     VideoMAEForPreTraining(hf_config(tgmae.PRESETS["toy"])).save_pretrained("hf")
     run("--data", manifest(4), "--mask", "tube", *FEW, "--init", "hf", "--out", "run")
-    assert "does not fit --preset small" in fails(capsys, "--data", manifest(4), *FEW, "--preset", "small", "--init", "hf")
+    assert "does not fit --preset small" in fails(
+        capsys, "--data", manifest(4), *FEW, "--preset", "small", "--init", "hf"
+    )
 
 
 def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
@@ -120,14 +164,37 @@ def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
     whole, cut = (torch.load(f"{name}/last.pt") for name in ("whole", "cut"))
     assert all(torch.equal(whole["model"][key], cut["model"][key]) for key in whole["model"])
     keys = ("step", "epoch", "mae", "vt", "lr", "grad_norm")
-    assert [[line[k] for k in keys] for line in log(workdir / "whole")] == [[line[k] for k in keys] for line in log(workdir / "cut")]
+    assert [[line[k] for k in keys] for line in log(workdir / "whole")] == [
+        [line[k] for k in keys] for line in log(workdir / "cut")
+    ]
 
 
 def test_processes_share_the_batch(workdir, manifest, clip_flags):
     """train.py itself on 1 process with 6 clips and on 3 with 2: the same losses."""
-    flags = ("--data", manifest(12), "--mask", "tgm", "--vt", *clip_flags, *FEW, "--workers", 0, "--epochs", 2)
+    flags = (
+        "--data",
+        manifest(12),
+        "--mask",
+        "tgm",
+        "--vt",
+        *clip_flags,
+        *FEW,
+        "--workers",
+        0,
+        "--epochs",
+        2,
+    )
     for processes, batch in ((1, 6), (3, 2)):
-        done = torchrun(processes, ROOT / "train.py", *flags, "--batch-size", batch, "--out", f"run{processes}", cwd=workdir)
+        done = torchrun(
+            processes,
+            ROOT / "train.py",
+            *flags,
+            "--batch-size",
+            batch,
+            "--out",
+            f"run{processes}",
+            cwd=workdir,
+        )
         assert done.returncode == 0, done.stderr
     one, three = log(workdir / "run1"), log(workdir / "run3")
     assert len(one) == len(three) == 4
@@ -137,7 +204,14 @@ def test_processes_share_the_batch(workdir, manifest, clip_flags):
 
 def test_bad_videos_are_replaced_and_listed(workdir, manifest, clip_flags, capsys):
     (workdir / "broken.mp4").write_bytes(b"x" * 1000)
-    data = manifest(5, extra=[{"video": "broken.mp4", "captions": ["a"]}, {"video": "gone.mp4", "captions": ["a"]}, {"video": "short.mp4", "captions": ["a"]}])
+    data = manifest(
+        5,
+        extra=[
+            {"video": "broken.mp4", "captions": ["a"]},
+            {"video": "gone.mp4", "captions": ["a"]},
+            {"video": "short.mp4", "captions": ["a"]},
+        ],
+    )
     frames = toy.make_clip(np.random.default_rng(0), 0)[0][:3]
     toy.write_video(workdir / "short.mp4", frames)  # 3 frames for a clip of 4x4: repeats its last, not bad
     flags = ("--data", data, "--mask", "tgm", *clip_flags, *FEW, "--epochs", 2)
@@ -162,10 +236,15 @@ def test_only_bad_videos_stop_the_run(workdir, workers):
 
 def test_motion_fallback_is_counted(workdir, capsys):
     for i in range(4):
-        toy.write_video(workdir / f"{i}.mkv", toy.make_clip(np.random.default_rng(i), i)[0], options={"g": "1"})
+        toy.write_video(
+            workdir / f"{i}.mkv", toy.make_clip(np.random.default_rng(i), i)[0], options={"g": "1"}
+        )
     (workdir / "intra.jsonl").write_text("".join(f'{{"video": "{i}.mkv"}}\n' for i in range(4)))
     run("--data", "intra.jsonl", "--mask", "mgm", *FEW, "--out", "run")
-    assert log(workdir / "run")[0]["no_motion"] == 4 and "4 times a video had no motion vectors" in capsys.readouterr().out
+    assert (
+        log(workdir / "run")[0]["no_motion"] == 4
+        and "4 times a video had no motion vectors" in capsys.readouterr().out
+    )
 
 
 def test_mistakes_are_one_line(workdir, manifest, clip_flags, capsys):
@@ -211,7 +290,12 @@ def test_no_hub_is_told_at_once(workdir, manifest, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_HUB_CACHE", str(workdir))
     said = fails(capsys, "--data", manifest(4), *FEW, "--mask", "tgm")
-    assert "the hub cannot be reached" in said and "--clip-pretrained FILE" in said and "local-dir:" in said and "maps" in said
+    assert (
+        "the hub cannot be reached" in said
+        and "--clip-pretrained FILE" in said
+        and "local-dir:" in said
+        and "maps" in said
+    )
 
 
 def test_bad_numbers_skip_the_step(workdir, manifest, monkeypatch, capsys):
@@ -246,5 +330,18 @@ def test_real_footage(workdir, footage, capsys):
     torch.save(clip.state_dict(), "clip.pt")
     lines = (workdir / "asl.jsonl").read_text().splitlines()[:2]
     (workdir / "two.jsonl").write_text("\n".join(lines))
-    run("--data", "two.jsonl", *small[2:], "--batch-size", 2, "--mask", "tgm", "--vt", "--clip-pretrained", "clip.pt", "--out", "tgm")
+    run(
+        "--data",
+        "two.jsonl",
+        *small[2:],
+        "--batch-size",
+        2,
+        "--mask",
+        "tgm",
+        "--vt",
+        "--clip-pretrained",
+        "clip.pt",
+        "--out",
+        "tgm",
+    )
     assert torch.load("tgm/last.pt")["config"]["text_dim"] == 512

@@ -13,7 +13,9 @@ from tgmae import VideoError
 def decode_all(path):
     """Every frame in order, the simplest way there is."""
     with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.best("video"))]
+        return [
+            frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.best("video"))
+        ]
 
 
 def texture(frames, size, step, seed=0):
@@ -48,7 +50,9 @@ def test_frames_are_those_of_a_plain_decode(numbered):
 def test_seek_decodes_only_what_it_needs(numbered, monkeypatch):
     seen = []
     original = tgmae._to_rgb
-    monkeypatch.setattr(tgmae, "_to_rgb", lambda frame, *size: seen.append(frame.pts) or original(frame, *size))
+    monkeypatch.setattr(
+        tgmae, "_to_rgb", lambda frame, *size: seen.append(frame.pts) or original(frame, *size)
+    )
     decoded = []
     plain = tgmae._numbered_frames
     monkeypatch.setattr(tgmae, "_numbered_frames", lambda *a: (decoded.append(x[0]) or x for x in plain(*a)))
@@ -61,9 +65,13 @@ def test_motion_has_the_length_that_was_drawn(tmp_path):
     toy.write_video(path, texture(10, 128, (5, 3)), options={"refs": "1", "bf": "0", "g": "250", "crf": "10"})
     _, motion = tgmae.read_clip(path, range(10), motion=True)
     assert motion.shape == (10, 16, 16) and motion.dtype == torch.float32
-    inside = motion[4, 6:10, 7:11]  # rows 48..80, columns 56..88; the square is at rows 36..84, columns 44..92
+    inside = motion[
+        4, 6:10, 7:11
+    ]  # rows 48..80, columns 56..88; the square is at rows 36..84, columns 44..92
     assert inside == pytest.approx(np.hypot(5, 3), abs=0.01)
-    assert motion[4, :3].max() == 0 and motion[4, :, :4].max() == 0  # above and left the background stands still
+    assert (
+        motion[4, :3].max() == 0 and motion[4, :, :4].max() == 0
+    )  # above and left the background stands still
     # The key frame has no vectors: it borrows from the nearest frame that has, which is the next.
     assert torch.equal(motion[0], motion[1]) and motion[0].max() > 4
     _, alone = tgmae.read_clip(path, [4], motion=True)
@@ -73,13 +81,26 @@ def test_motion_has_the_length_that_was_drawn(tmp_path):
 def test_fill_missing_by_hand():
     nan = np.nan
     motion = np.array([[nan, nan], [1, nan], [nan, nan], [nan, nan], [2, nan]], np.float32)[:, None]
-    assert tgmae._fill_missing(motion)[:, 0, 0].tolist() == [1, 1, 1, 2, 2]  # number 2: 1 is nearer; number 3: 2
+    assert tgmae._fill_missing(motion)[:, 0, 0].tolist() == [
+        1,
+        1,
+        1,
+        2,
+        2,
+    ]  # number 2: 1 is nearer; number 3: 2
     assert tgmae._fill_missing(motion[1:4])[:, 0, 0].tolist() == [1, 1, 1]
     assert tgmae._fill_missing(np.stack([motion[1], motion[0], motion[4]]))[1, 0, 0] == 2  # a tie: the later
     assert (tgmae._fill_missing(motion)[:, 0, 1] == 0).all()
 
 
-@pytest.mark.parametrize("codec, options", [("libx264", {"g": "1"}), ("libx265", {"x265-params": "log-level=none"}), ("libvpx-vp9", {"deadline": "realtime"})])
+@pytest.mark.parametrize(
+    "codec, options",
+    [
+        ("libx264", {"g": "1"}),
+        ("libx265", {"x265-params": "log-level=none"}),
+        ("libvpx-vp9", {"deadline": "realtime"}),
+    ],
+)
 def test_without_vectors_frames_are_compared(tmp_path, codec, options):
     path = tmp_path / "clip.mkv"
     if codec not in av.codecs_available:
