@@ -553,41 +553,50 @@ def losses_and_gradients(net, batch, clip, args, config):
     return torch.cat([torch.stack([mae.detach().float(), vt.detach().float()]) / args.accum, counts])
 
 
+def open_run(args, rank, world, model, optimizer):
+    """Makes the run folder, or goes on in it. -> steps done."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    step = 0
+    if args.resume and (out / "last.pt").exists():
+        step = resume(out / "last.pt", model, optimizer, args, world)
+    if rank == 0:
+        cut_log(out / "log.jsonl", step)
+        settings = vars(args) | {"world": world, "torch": torch.__version__}
+        (out / "args.json").write_text(json.dumps(settings, indent=1))
+    return step
+
+
+def log_line(args, clip, world, sums, step, epoch, lr, norm, took, waited):
+    """What log.jsonl says of a step: losses (means over ranks), schedule, speed, and what went wrong."""
+    mae, vt, bad, no_motion = sums.tolist()
+    line = {"step": step, "epoch": epoch}
+    line |= {"mae": round(mae / world, 6)} if args.mae else {}
+    line |= {"vt": round(vt / world, 6)} if clip else {}
+    clips = args.batch_size * args.accum * world
+    line |= {"lr": lr, "grad_norm": round(norm, 4), "clips_per_s": round(clips / took, 2)}
+    return line | {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
+
+
 def train(args, rank, world, model, clip, data, val):
     out = Path(args.out)
     steps_per_epoch = len(data) // world // (args.batch_size // args.repeat) // args.accum
     total, global_batch = args.epochs * steps_per_epoch, args.batch_size * args.accum * world
     optimizer = make_optimizer(model, args)
-    out.mkdir(parents=True, exist_ok=True)
-    step = 0
-    if args.resume and (out / "last.pt").exists():
-        step = resume(out / "last.pt", model, optimizer, args, world)
-    elif args.resume and (out / "log.jsonl").exists() and rank == 0:
-        print(f"{out} has no checkpoint yet: starting over", flush=True)
+    step = open_run(args, rank, world, model, optimizer)
     if rank == 0:
-        cut_log(out / "log.jsonl", step)
-        (out / "args.json").write_text(
-            json.dumps(vars(args) | {"world": world, "torch": torch.__version__}, indent=1)
-        )
         describe(args, model, clip, data, world, steps_per_epoch)
         if step:
-            print(
-                f"resume  at step {step} of {total}"
-                + (": finished, --no-resume starts over" if step == total else "")
-            )
+            finished = ": finished, --no-resume starts over" if step == total else ""
+            print(f"resume  at step {step} of {total}{finished}", flush=True)
     net = torch.compile(model) if args.compile else model
     if world > 1:  # no device_ids: inputs stay where they are; the predictor's buffers are equal anyway
         net = DistributedDataParallel(net, broadcast_buffers=False)
     clipped = [[p for p in part.parameters() if p.requires_grad] for part in clip_together(model, args)]
 
     stream = batches(data, args, rank, world, step, steps_per_epoch)
-    bar = tqdm(
-        total=total,
-        initial=step,
-        unit="step",
-        disable=rank > 0,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    )
+    every = 0.5 if sys.stderr.isatty() else 10  # seconds
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=every)
     known_bad, skipped = read_bad(out / "bad_videos.txt"), 0
     while step < total:
         lr = learning_rate(step, args, steps_per_epoch, global_batch)
@@ -602,45 +611,37 @@ def train(args, rank, world, model, clip, data, val):
             note_bad(out / "bad_videos.txt", batch["bad"], known_bad)
             with contextlib.nullcontext() if world == 1 or micro == args.accum - 1 else net.no_sync():
                 sums = sums + losses_and_gradients(net, batch, clip, args, model.config)
-        norms = [
-            torch.nn.utils.clip_grad_norm_(part, args.clip_grad or math.inf).item()
-            for part in clipped
-            if part
-        ]
+        limit = args.clip_grad or math.inf
+        norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped if part]
         # Gradients are DDP's mean over ranks: a bad number on one is seen by all, who skip together.
         finite = all(map(math.isfinite, norms))
         skipped = 0 if finite else skipped + 1
         if finite:
             optimizer.step()
+        epoch = step // steps_per_epoch
         step += 1
         if world > 1:
             dist.all_reduce(sums)
         took = time.perf_counter() - began
-        mae, vt, bad, no_motion = sums.tolist()
-        line = {"step": step, "epoch": (step - 1) // steps_per_epoch}
-        line |= {"mae": round(mae / world, 6)} if args.mae else {}
-        line |= {"vt": round(vt / world, 6)} if clip else {}
-        line |= {"lr": lr, "grad_norm": round(norms[0], 4), "clips_per_s": round(global_batch / took, 2)}
-        line |= {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
+        line = log_line(args, clip, world, sums, step, epoch, lr, norms[0], took, waited)
         line |= {} if finite else {"skipped": skipped}
         bar.set_postfix({key: line[key] for key in ("mae", "vt", "wait") if key in line}, refresh=False)
         bar.update()
         if rank == 0:
             append(out / "log.jsonl", line)
         if skipped == MAX_NON_FINITE:
-            raise ValueError(
-                f"{skipped} steps in a row without a finite gradient, the last is step {step}; {out}/last.pt is as it was"
-            )
-        if step % steps_per_epoch == 0:
+            raise ValueError(f"step {step}: {skipped} steps in a row without a finite gradient; {out}/last.pt is as it was")
+        if step % steps_per_epoch:
+            continue
+        if rank == 0:
+            save_checkpoint(
+                out / "last.pt", config=asdict(model.config), model=model.state_dict(), world=world,
+                optimizer=optimizer.state_dict(), epoch=epoch + 1, step=step, args=vars(args),
+            )  # fmt: skip
+        if val:
+            losses = validate(net, val, clip, args, rank, world)
             if rank == 0:
-                save_checkpoint(
-                    out / "last.pt", config=asdict(model.config), model=model.state_dict(), optimizer=optimizer.state_dict(),
-                    epoch=step // steps_per_epoch, step=step, args=vars(args), world=world,
-                )  # fmt: skip
-            if val:
-                losses = validate(net, val, clip, args, rank, world)
-                if rank == 0:
-                    append(out / "log.jsonl", {"step": step, "epoch": line["epoch"], **losses})
+                append(out / "log.jsonl", {"step": step, "epoch": epoch, **losses})
     bar.close()
 
 
