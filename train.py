@@ -6,8 +6,8 @@
 Loss = MAE + vt_weight * VT (3.5). The paper's eight runs (Table 2): --mask tube|mgm|tgm, with nothing
 more (MAE), with --vt (MAE + VT), with --vt --no-mae (VT).
 
-The first command builds the toy world (data/toy) and ends by itself in about four minutes on two CPU
-cores; the MAE loss ends near 0.6 (1.0 is predicting each cube's mean) and samples.png shows clip,
+The first command builds the toy world (data/toy) and ends by itself in under five minutes on two CPU
+cores; the MAE loss ends near 0.8 (1.0 is predicting each cube's mean) and samples.png shows clip,
 mask and reconstruction. Run again, any command goes on from where its last checkpoint stands.
 """
 
