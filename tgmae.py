@@ -1,4 +1,4 @@
-"""Text-Guided Video Masked Autoencoder (Fan et al., ECCV 2024) in one file.
+"""Text-Guided Video Masked Autoencoder (ECCV 2024) in one file.
 
 A video MAE that hides the cubes which CLIP finds most similar to the video's caption, and that can
 also align the mean of what stays visible with the caption by a contrastive loss.
@@ -675,6 +675,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """(B,N,D) -> (B,N,D): Linear, GELU, Linear."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
