@@ -1,36 +1,46 @@
-"""Makes a folder of videos into something that train.py trains on: a manifest, and captions.
+"""Makes a dataset's videos into what train.py trains on at full speed: manifest, captions, text maps.
 
-    python captions.py index VIDEOS --out data.jsonl            # VIDEOS/<label>/<video>, or VIDEOS/<label>.mp4
-    python captions.py caption data.jsonl --source label        # the class name as the caption
+    python captions.py index k400 VIDEOS --annotations CSVS --out k400.jsonl     # which clips there are
+    torchrun --nproc_per_node 8 captions.py caption k400.jsonl --source blip2    # what they show (3.2)
+    torchrun --nproc_per_node 8 captions.py maps k400.jsonl                      # where they show it (3.3)
 
-A manifest is JSON lines, one clip each, `video` relative to the manifest's folder:
-    {"video": "clips/a.mp4", "label": "abseiling", "split": "train", "captions": ["..."]}
+A manifest is JSON lines, one clip each, `video` and `maps` relative to the manifest's folder:
+    {"video": "a.mp4", "label": "abseiling", "split": "train", "captions": ["..."], "maps": "maps/a.npz"}
+
+Any command can be killed and run again: it goes on where it stopped. What is done is kept in a journal,
+MANIFEST.work/, until all is; only then is the manifest rewritten, at once. A video that cannot be read
+is reported, marked "failed" in the manifest, and tried again the next time.
 """
 
 import argparse
+import csv
+import functools
+import hashlib
 import json
 import os
 import re
+import shutil
 import sys
+import time
+from collections import Counter, defaultdict
+from datetime import timedelta
 from pathlib import Path
 
-import tgmae
+# Loader processes share the cores with us: threads without work must sleep, not spin. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-VIDEOS = {
-    ".mp4",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".flv",
-    ".wmv",
-    ".3gp",
-    ".ogv",
-}
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+import tgmae
+from tgmae import VideoError
+
+VIDEOS = set(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -42,107 +52,955 @@ SPLITS = {
 
 
 # =================================================================================================
-# index: a dataset -> records. One function a dataset.
+# Work that processes share and that survives a kill. Units of work are lists of keys; what became
+# of each key is a line in the journal.
 # =================================================================================================
 
 
-def index_folder(root):
+def start_processes():
+    """Joins torchrun's process group, if it is torchrun that started us."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # the slowest may need that much longer
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Loading(Dataset):
+    """Unit -> [(what load(key) returned, None) or (None, why the video failed) for each of its keys]."""
+
+    def __init__(self, units, load):
+        self.units, self.load = units, load
+
+    def __len__(self):
+        return len(self.units)
+
+    def __getitem__(self, index):
+        loaded = []
+        for key in self.units[index]:
+            try:
+                loaded.append((self.load(key), None))
+            except VideoError as error:
+                loaded.append((None, str(error)))
+        return loaded
+
+
+def itself(key):
+    return key
+
+
+def read_journal(folder):
+    """{key: outcome} of what was done, by any process, before and after a kill."""
+    outcomes = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("}\n"):  # else a kill cut it short
+                outcome = json.loads(line)
+                outcomes[outcome.pop("key")] = outcome
+    return outcomes
+
+
+def open_journal(folder, settings):
+    """Makes the folder, or goes on in it, unless it holds outcomes under other settings: ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    then = json.loads(path.read_text()) if path.exists() and read_journal(folder) else settings
+    changed = [f"{name} {then.get(name)} -> {new}" for name, new in settings.items() if then.get(name) != new]
+    if changed:
+        raise ValueError(
+            f"{folder} is of an unfinished command with other settings ({', '.join(changed)}): "
+            "finish that one with its own flags, or remove the folder"
+        )
+    write_text(path, json.dumps(settings))
+
+
+def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
+    """Does the units of work that the journal does not have yet, shared between torchrun's processes.
+
+    `load` (key -> anything; VideoError: that key failed) runs in loader processes, ahead of `compute`
+    (keys, what was loaded -> a dict for each, its outcome). -> {key: outcome} of all units; the outcome
+    of a failure is {"error": ...}. An unfinished journal of other `settings` is a ValueError."""
+    rank, world = rank_and_world()
+    folder = journal_of(manifest)
+    if rank == 0:
+        open_journal(folder, settings)
+    barrier()
+    done = read_journal(folder).keys()
+    barrier()  # all have read what was done before any adds to it
+    todo = [keys for keys in units if not done >= set(keys)][rank::world]
+    loader = DataLoader(
+        Loading(todo, load), batch_size=None, num_workers=min(workers, len(todo)), collate_fn=itself
+    )
+    every = 0.5 if sys.stderr.isatty() else 10  # seconds
+    name = settings["command"] + (f", one of {world} processes" if world > 1 else "")
+    bar = tqdm(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0, mininterval=every)
+    with bar, open(folder / f"{rank}.jsonl", "a", encoding="utf-8") as journal:
+        journal.write("\n")  # ends a line that a kill cut short
+        for keys, loaded in zip(todo, loader):
+            lines = [
+                {"key": key, "error": error} for key, (_, error) in zip(keys, loaded) if error is not None
+            ]
+            good = [(key, value) for key, (value, error) in zip(keys, loaded) if error is None]
+            if good:
+                outcomes = compute([key for key, _ in good], [value for _, value in good])
+                lines += [{"key": key} | outcome for (key, _), outcome in zip(good, outcomes)]
+            journal.write("".join(json.dumps(line) + "\n" for line in lines))
+            journal.flush()
+            bar.update(len(keys))
+    barrier()
+    return read_journal(folder)
+
+
+def journal_of(manifest):
+    return manifest.with_name(manifest.name + ".work")
+
+
+def write_text(path, text):
+    """Written beside, flushed, renamed: a file is never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_manifest(path, records):
+    added = ("path", "map_path")  # by read_manifest
+    lines = ({key: value for key, value in record.items() if key not in added} for record in records)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def keys_of(records):
+    """A key for each record, that does not change when others are added or captioned."""
+    seen, keys = Counter(), []
+    for record in records:
+        clip = json.dumps([record["video"], record.get("start"), record.get("end")])
+        seen[clip] += 1
+        keys.append(hashlib.sha256(f"{clip} {seen[clip]}".encode()).hexdigest()[:16])
+    return keys
+
+
+def report(manifest, command, problems):
+    """Lists the problems beside the manifest, and says so."""
+    listed = manifest.with_name(f"{manifest.stem}.{command}-problems.txt")
+    listed.unlink(missing_ok=True)
+    if problems:
+        write_text(listed, "".join(line + "\n" for line in problems))
+        print(f"{len(problems)} problem(s), listed in {listed}:\n  " + "\n  ".join(problems[:5]))
+
+
+def conclude(manifest, command, records, wanted, outcomes, update):
+    """On rank 0: puts the outcome of each wanted record into it, by update(key, record, outcome), or marks
+    it as failed; rewrites the manifest; closes the journal. ValueError if all of the wanted failed."""
+    if rank_and_world()[0]:
+        return
+    failures = []
+    for key, record in wanted.items():
+        if "error" in outcomes[key]:
+            record["failed"] = outcomes[key]["error"]
+            failures.append(f"{record['video']}\t{record['failed']}")
+        else:
+            record.pop("failed", None)
+            update(key, record, outcomes[key])
+    write_manifest(manifest, records)
+    shutil.rmtree(journal_of(manifest), ignore_errors=True)
+    report(manifest, command, failures)
+    print(f"{manifest}: {command}: {len(wanted) - len(failures)} clips, {len(failures)} failed", end="; ")
+    print(f"{len(records) - len(wanted)} left as they were")
+    if failures and len(failures) == len(wanted):
+        raise ValueError(f"{manifest}: all {len(wanted)} clips failed, the first: {failures[0]}")
+
+
+# =================================================================================================
+# index: a dataset's own annotation files -> records. One function a dataset, each a generator of
+# (where it says so, the video's name, record); a record's video is None where the file is missing.
+# =================================================================================================
+
+
+def videos_under(root):
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if Path(name).suffix.lower() in VIDEOS:
+                yield Path(folder, name)
+
+
+def finder(root):
+    """-> find(stem, *hints): the video under root with that name, whatever its folder and suffix; of
+    several, the one whose folders have the most of the hints (label, split), and .mp4 before others."""
+
+    def plain(text):
+        return text.lower().replace(" ", "_")
+
+    table = defaultdict(list)
+    for path in videos_under(root):
+        table[path.stem].append(path)
+
+    def find(stem, *hints):
+        hints = set(map(plain, hints))
+        return max(
+            table.get(stem, ()), default=None,
+            key=lambda path: (len(hints.intersection(map(plain, path.parts))), path.suffix == ".mp4"),
+        )  # fmt: skip
+
+    return find
+
+
+def annotation_files(folder, *names):
+    """Those of the files that are there, each the first of its names; the folder may be one file itself."""
+    if folder.is_file():
+        return [folder]
+    names = [(name,) if isinstance(name, str) else name for name in names]
+    found = [next((folder / name for name in these if (folder / name).exists()), None) for these in names]
+    if not any(found):
+        listed = ", ".join(name for these in names for name in these)
+        raise ValueError(f"--annotations {folder}: there is no {listed}")
+    return [path for path in found if path]
+
+
+def read_lines(path):
+    """Yields (file:line, text) of lines that are not blank."""
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if line.strip():
+                yield f"{path}:{number}", line.strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from error
+
+
+def read_csv(path, *columns):
+    """Yields (file:line, row as a dict)."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        missing = set(columns) - set(rows.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path}:1: the header has no column {', '.join(sorted(missing))}")
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}:{rows.line_num}: not {len(rows.fieldnames)} fields, as the header has"
+                )
+            yield f"{path}:{rows.line_num}", row
+
+
+def read_json(path, kind, *keys):
+    """A JSON file that holds a list or dict; of a list, every entry is a dict that has the keys."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: not a {kind.__name__} but a {type(content).__name__}")
+    for number, entry in enumerate(content if keys else (), 1):
+        if not isinstance(entry, dict) or not set(keys) <= entry.keys():
+            raise ValueError(f"{path}: entry {number} has no {' or '.join(keys)}: {str(entry)[:80]}")
+    return content
+
+
+def number(text, where):
+    try:
+        return int(float(text))
+    except ValueError as error:
+        raise ValueError(f"{where}: {text!r} is not a number") from error
+
+
+def lookup(table, key, where, what):
+    if key not in table:
+        raise ValueError(f"{where}: {key!r} is not in {what}")
+    return table[key]
+
+
+def index_k400(args, find):
+    """train.csv, validate.csv (or val.csv), test.csv; videos <id>_<start>_<end>, or <id>, trimmed as well."""
+    columns = "youtube_id", "time_start", "time_end", "split"
+    for file in annotation_files(args.annotations, "train.csv", ("validate.csv", "val.csv"), "test.csv"):
+        for where, row in read_csv(file, *columns):
+            youtube, begin, end, split = (row[name] for name in columns)
+            split, label = lookup(SPLITS, split, where, "train, validate, test"), row.get("label", "")
+            name = f"{youtube}_{number(begin, where):06d}_{number(end, where):06d}"
+            video = find(name, label, split) or find(youtube, label, split)
+            yield where, name, {"video": video, "split": split} | ({"label": label} if label else {})
+
+
+def index_ssv2(args, find):
+    """something-something-v2-{train,validation,test,labels}.json, or without that prefix."""
+    old = "something-something-v2-"
+    labels = read_json(annotation_files(args.annotations, (f"{old}labels.json", "labels.json"))[0], dict)
+    for part in ("train", "validation", "test"):
+        names = f"{old}{part}.json", f"{part}.json"
+        if part == "test" and not any((args.annotations / name).exists() for name in names):
+            continue  # the test split has no labels, and not everybody has it
+        file = annotation_files(args.annotations, names)[0]
+        for count, entry in enumerate(read_json(file, list, "id"), 1):
+            where, record = f"{file}: entry {count}", {"video": find(str(entry["id"])), "split": SPLITS[part]}
+            if part != "test":
+                label, caption = (
+                    entry.get("template", "").replace("[", "").replace("]", ""),
+                    entry.get("label", ""),
+                )
+                record["label"] = label
+                record["class_id"] = number(lookup(labels, label, where, "the labels file"), where)
+                record["human_captions"] = [words(caption, where)]
+            yield where, str(entry["id"]), record
+
+
+def index_ucf101(args, find):
+    """trainlist01.txt, testlist01.txt (--fold: 01, 02, 03) and classInd.txt."""
+    lines = list(read_lines(annotation_files(args.annotations, "classInd.txt")[0]))
+    classes = {line.split()[-1]: number(line.split()[0], where) for where, line in lines}
+    for split in ("train", "test"):
+        for where, line in read_lines(annotation_files(args.annotations, f"{split}list0{args.fold}.txt")[0]):
+            path, _, given = line.partition(" ")
+            label = path.split("/")[0]
+            class_id = lookup(classes, label, where, "classInd.txt")
+            if given and number(given, where) != class_id:
+                raise ValueError(f"{where}: class {given}, but classInd.txt says that {label} is {class_id}")
+            record = {"video": find(Path(path).stem, label), "label": label, "class_id": class_id - 1}
+            yield where, path, record | {"split": split}
+
+
+def index_hmdb51(args, find):
+    """<class>_test_split1.txt (--fold: 1, 2, 3), a file a class; 1 is train, 2 test, 0 unused."""
+    ending = f"_test_split{args.fold}.txt"
+    files = sorted(args.annotations.glob("*" + ending))
+    if not files:
+        raise ValueError(f"--annotations {args.annotations}: there is no *{ending}")
+    for file in files:
+        label = file.name.removesuffix(ending)
+        for where, line in read_lines(file):
+            name, _, code = line.rpartition(" ")
+            split = lookup({"1": "train", "2": "test", "0": None}, code, where, "0, 1, 2")
+            if split:
+                video = find(Path(name.strip()).stem, label)
+                yield where, f"{label}/{name.strip()}", {"video": video, "label": label, "split": split}
+
+
+def index_diving48(args, find):
+    """Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json. A file is a dive: its start
+    and end frames are the file's."""
+    vocab = read_json(annotation_files(args.annotations, "Diving48_vocab.json")[0], list)
+    for split in ("train", "test"):
+        file = annotation_files(args.annotations, f"Diving48_V2_{split}.json")[0]
+        for count, entry in enumerate(read_json(file, list, "vid_name", "label"), 1):
+            where, name = f"{file}: entry {count}", entry["vid_name"]
+            label = lookup(
+                dict(enumerate(vocab)), entry["label"], where, f"the vocabulary (0 to {len(vocab) - 1})"
+            )
+            label = label if isinstance(label, str) else " ".join(label)
+            yield (
+                where,
+                name,
+                {"video": find(name), "label": label, "class_id": entry["label"], "split": split},
+            )
+
+
+def index_epic55(args, find):
+    """EPIC_train_action_labels.csv with EPIC_verb_classes.csv and EPIC_noun_classes.csv: segments of long
+    videos. The public test set has no labels: participants 26 to 31 are held out (split val), as Baradel et
+    al. (ECCV 2018) do."""
+
+    def names(kind):
+        file = annotation_files(args.annotations, f"EPIC_{kind}_classes.csv")[0]
+        return {row[f"{kind}_id"]: row["class_key"] for _, row in read_csv(file, f"{kind}_id", "class_key")}
+
+    def seconds(text, where):
+        parts = text.split(":")
+        if len(parts) != 3 or not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
+            raise ValueError(f"{where}: {text!r} is not HH:MM:SS.ff")
+        return round(3600 * int(parts[0]) + 60 * int(parts[1]) + float(parts[2]), 3)
+
+    verbs, nouns = names("verb"), names("noun")
+    columns = (
+        "participant_id",
+        "video_id",
+        "narration",
+        "start_timestamp",
+        "stop_timestamp",
+        "verb_class",
+        "noun_class",
+    )
+    for where, row in read_csv(
+        annotation_files(args.annotations, "EPIC_train_action_labels.csv")[0], *columns
+    ):
+        participant, video, narration, start, stop, verb, noun = (row[name] for name in columns)
+        verb = lookup(verbs, verb, where, "EPIC_verb_classes.csv")
+        noun = lookup(nouns, noun, where, "EPIC_noun_classes.csv")
+        yield where, video, {
+            "video": find(video, participant), "label": f"{verb} {noun}",
+            "split": "val" if number(participant.removeprefix("P"), where) >= 26 else "train",
+            "start": seconds(start, where), "end": seconds(stop, where), "human_captions": [words(narration, where)],
+        }  # fmt: skip
+
+
+def index_list(args, find):
+    """`path label` a line, separated by a blank, tab or comma: VideoMAE's and mmaction2's lists. A file, or a
+    folder of them; the split is what the file's name says (train otherwise). The path is absolute or under
+    ROOT. --classes: the names of integer labels, a line each."""
+    classes = [line for _, line in read_lines(args.classes)] if args.classes else None
+    files = (
+        [args.annotations] if args.annotations.is_file() else sorted(args.annotations.glob("*.[ct][sx][vt]"))
+    )
+    if not files:
+        raise ValueError(
+            f"--annotations {args.annotations}: no such file, nor a folder with .csv or .txt lists"
+        )
+    endings = "|".join(re.escape(suffix) for suffix in sorted(VIDEOS))
+    for file in files:
+        split = next(
+            (SPLITS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in SPLITS), "train"
+        )
+        for where, line in read_lines(file):
+            # Where the path ends in a known suffix the label may have blanks; it is one word otherwise.
+            match = re.fullmatch(rf'"?(.+?(?:{endings}))"?[\s,]+(.+)', line, re.I) or re.fullmatch(
+                r'"?(.+?)"?[\s,]+([^\s,]+)', line
+            )
+            if not match:
+                raise ValueError(f"{where}: not `path label`: {line[:80]}")
+            path, label = match.groups()
+            record = {"video": Path(args.root, path), "label": label, "split": split}
+            if label.isdigit():
+                record["class_id"] = int(label)
+                if classes:
+                    record["label"] = lookup(dict(enumerate(classes)), int(label), where, str(args.classes))
+            yield where, path, record | ({} if record["video"].is_file() else {"video": None})
+
+
+def index_folder(args, find):
     """ROOT/<label>/<video> or ROOT/<split>/<label>/<video>; a video in ROOT itself: its name is the label."""
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() not in VIDEOS or not path.is_file():
-            continue
-        *folders, _ = path.relative_to(root).parts
+    for path in videos_under(args.root):
+        *folders, name = path.relative_to(args.root).parts
         split = "train"
-        if folders and folders[0].lower() in SPLITS and len(folders) != 1:
+        if len(folders) > 1 and folders[0].lower() in SPLITS:
             split = SPLITS[folders.pop(0).lower()]
-        yield {"video": path, "label": folders[-1] if folders else path.stem, "split": split}
+        yield str(path), name, {"video": path, "label": folders[-1] if folders else path.stem, "split": split}
 
 
-DATASETS = {"folder": index_folder}
+DATASETS = {
+    "folder": index_folder, "list": index_list, "k400": index_k400, "ssv2": index_ssv2, "ucf101": index_ucf101,
+    "hmdb51": index_hmdb51, "diving48": index_diving48, "epic55": index_epic55,
+}  # fmt: skip
+
+
+def words(text, where):
+    if not text.strip():
+        raise ValueError(f"{where}: an empty caption")
+    return text.strip()
+
+
+def check_video(path):
+    """Decodes a frame, or raises VideoError."""
+    tgmae.read_clip(path, [0])
 
 
 def index(args):
     if not args.root.is_dir():
         raise ValueError(f"{args.root}: no such folder")
-    records = list(DATASETS[args.dataset](args.root))
-    if not records:
-        raise ValueError(f"{args.root}: no videos ({' '.join(sorted(VIDEOS))})")
-    for record in records:
-        record["video"] = os.path.relpath(record["video"], args.out.parent)
-    write_manifest(args.out, records)
-    for split in sorted({record["split"] for record in records}):
-        labels = [record["label"] for record in records if record["split"] == split]
-        print(f"{args.out}: {split}: {len(labels)} clips, {len(set(labels))} labels")
+    if args.out.exists() and not args.force:
+        raise ValueError(
+            f"{args.out}: exists, with the captions and maps it may name; --force writes it anew"
+        )
+    args.annotations = args.annotations or args.root
+    find = finder(args.root) if args.dataset not in ("folder", "list") else None
+    rows = list(DATASETS[args.dataset](args, find))
+    if not any(record["video"] for *_, record in rows):
+        missing = (
+            f", not one of the {len(rows)} that the annotations name, such as {rows[0][1]}" if rows else ""
+        )
+        raise ValueError(f"{args.root}: no videos ({' '.join(sorted(VIDEOS))}){missing}")
+    paths = dict.fromkeys(str(record["video"]) for *_, record in rows if record["video"])
+    unreadable = {path: {"error": f"{path}: empty"} for path in paths if os.path.getsize(path) == 0}
+    if args.check:
+        settings = {"command": "index", "dataset": args.dataset, "root": str(args.root)}
+        checked = share(
+            args.out, settings, [[path] for path in paths], check_video, lambda keys, _: [{} for _ in keys],
+            workers=args.workers, unit="video",
+        )  # fmt: skip
+        unreadable |= {path: outcome for path, outcome in checked.items() if "error" in outcome}
+    if rank_and_world()[0]:
+        return
+    found, problems, table = [], [], defaultdict(Counter)
+    for where, name, record in rows:
+        state = (
+            "missing"
+            if not record["video"]
+            else "unreadable"
+            if str(record["video"]) in unreadable
+            else "found"
+        )
+        table[record["split"]][state] += 1
+        if state == "found":
+            found.append(record | {"video": os.path.relpath(record["video"], args.out.parent)})
+        else:
+            reason = (
+                unreadable[str(record["video"])]["error"] if state == "unreadable" else f"no video {name}"
+            )
+            problems.append(f"{state}\t{where}\t{reason}")
+    for split, states in sorted(table.items()):
+        labels = {record.get("label") for record in found if record["split"] == split} - {None}
+        counts = ", ".join(f"{states[state]} {state}" for state in ("found", "missing", "unreadable"))
+        print(f"{args.out}: {split}: {counts}; {len(labels)} labels")
+    write_manifest(args.out, found)
+    shutil.rmtree(journal_of(args.out), ignore_errors=True)
+    report(args.out, "index", problems)
 
 
 # =================================================================================================
 # caption: records -> records with captions.
 # =================================================================================================
 
+PROMPTS = (  # the paper's Figure 5(a)
+    "Describe the action {}.",
+    "What does a person {} look like?",
+    "What does the act of {} look like?",
+)
+
+
+def phrase(label):
+    """A class name in words: 'ApplyEyeMakeup', 'apply_eye_makeup' -> 'apply eye makeup'; EPIC's
+    'board:chopping' -> 'chopping board'. Abbreviations stay."""
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ")
+    text = re.sub(r"(\S+?):(\S+)", lambda match: f"{match[2].replace(':', ' ')} {match[1]}", text)
+    return " ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in text.split())
+
 
 def sentence(label):
-    """A class name as a sentence: 'ApplyEyeMakeup', 'apply_eye_makeup' -> 'Apply eye makeup.'"""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", label).replace("_", " ").split()
-    text = " ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in words)
+    text = phrase(label)
     return text[:1].upper() + text[1:] + "."
 
 
 def caption_label(record):
-    if not isinstance(record.get("label"), str) or not record["label"].strip():
-        raise ValueError(f"{record['video']}: no label to make a caption of")
-    return [sentence(record["label"])]
+    """The oracle of the paper's Figure 5(b): the class name as a sentence."""
+    label = record.get("label", "")
+    if not label.strip() or label.isdigit():
+        return {
+            "error": f"{record['video']}: "
+            + (f"label {label} is a number, no name: index list --classes" if label else "no label")
+        }
+    return {"captions": [sentence(label)]}
 
 
-SOURCES = {"label": caption_label}
+def caption_human(record):
+    """What the dataset itself says. It gives the class away: the paper does without it."""
+    said = record.get("human_captions")
+    return {"captions": said} if said else {"error": f"{record['video']}: no human_captions"}
+
+
+def keyframes(first, stop, count):
+    """`count` numbers spread evenly over [first, stop): the middles of as many equal parts."""
+    return [first + (2 * i + 1) * (stop - first) // (2 * count) for i in range(count)]
+
+
+def load_keyframes(records, count, key):
+    record = records[key]
+    span = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
+    # One by one: between them a long video is skipped, not decoded.
+    return torch.cat([tgmae.read_clip(record["path"], [number]) for number in keyframes(*span, count)])
+
+
+def from_pretrained(kind, model, **more):
+    """A transformers class from a hub name or a local folder; ValueError with the ways out."""
+    online = Path(model).is_dir() or tgmae.work_offline_if_no_hub()
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(model, **more)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if online else "the hub cannot be reached"
+        raise ValueError(
+            f"--model {model}: {reason}. Way out: --model FOLDER, with a downloaded model"
+        ) from error
+
+
+class Captioner:
+    """A transformers model, loaded when there is something to do."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.dtype = torch.bfloat16 if tgmae.bf16_is_fast(device) else torch.float32
+
+    @functools.cached_property
+    def model(self):
+        model = from_pretrained(self.kind, self.args.model, dtype=self.dtype)
+        return model.eval().to(self.device)
+
+
+class Blip2(Captioner):
+    """Keyframes -> a caption each (3.2), greedily, as BLIP-2's own generate does by default."""
+
+    kind = "Blip2ForConditionalGeneration"
+
+    @functools.cached_property
+    def processor(self):
+        return from_pretrained("Blip2Processor", self.args.model)
+
+    @torch.no_grad()
+    def __call__(self, keys, clips):
+        images = [Image.fromarray(frame.numpy()) for clip in clips for frame in clip]
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(
+            self.device, self.dtype
+        )
+        said = self.model.generate(pixel_values=pixels, max_new_tokens=self.args.max_new_tokens)
+        said = [
+            " ".join(text.split()) for text in self.processor.batch_decode(said, skip_special_tokens=True)
+        ]
+        each = len(said) // len(clips)
+        return [outcome(said[i * each : (i + 1) * each], "BLIP-2") for i in range(len(clips))]
+
+
+class Llm(Captioner):
+    """A class name -> what the model says of it: the paper's three prompts, several answers to each."""
+
+    kind = "AutoModelForCausalLM"
+
+    @functools.cached_property
+    def tokenizer(self):
+        return from_pretrained("AutoTokenizer", self.args.model)
+
+    @torch.no_grad()
+    def answers(self, prompt):
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": prompt}]
+            tokens = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            tokens = tokenizer(prompt, return_tensors="pt")
+        tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        # Seeded by what is asked: who asks, and what was asked before, makes no difference.
+        torch.manual_seed(int(hashlib.sha256(f"{self.args.seed} {prompt}".encode()).hexdigest()[:15], 16))
+        said = self.model.generate(
+            **tokens, do_sample=True, num_return_sequences=self.args.per_prompt, max_new_tokens=self.args.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )  # fmt: skip
+        said = tokenizer.batch_decode(said[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [" ".join(text.split()) for text in said]
+
+    def __call__(self, keys, labels):
+        return [
+            outcome(
+                [text for prompt in PROMPTS for text in self.answers(prompt.format(phrase(label)))], "the LLM"
+            )
+            for label in labels
+        ]
+
+
+def outcome(texts, who):
+    captions = [text for text in texts if text]
+    return {"captions": captions} if captions else {"error": f"{who} wrote nothing"}
 
 
 def caption(args):
     records = tgmae.read_manifest(args.manifest)
-    count = 0
-    for record in records:
-        if args.force or not record.get("captions"):
-            record["captions"] = SOURCES[args.source](record)
-            count += 1
-    write_manifest(args.manifest, records)
+    wanted = {
+        key: record
+        for key, record in zip(keys_of(records), records)
+        if args.force or args.append or not record.get("captions")
+    }
+    said = {}
+    if args.source in ("label", "human"):
+        said = {
+            key: {"label": caption_label, "human": caption_human}[args.source](r) for key, r in wanted.items()
+        }
+    elif wanted:
+        args.model = args.model or MODELS[args.source]
+        names = (
+            "command",
+            "source",
+            "model",
+            "frames",
+            "batch_size",
+            "per_prompt",
+            "max_new_tokens",
+            "seed",
+            "append",
+            "force",
+        )
+        settings = {name: getattr(args, name) for name in names}
+        if args.source == "blip2":
+            # The batches do not depend on who computes them, nor on what was done before a kill.
+            keys, load = list(wanted), functools.partial(load_keyframes, wanted, args.frames)
+            units = [keys[i : i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
+            said = share(args.manifest, settings, units, load, Blip2(args, args.device), workers=args.workers)
+        else:
+            of_label = {key: caption_label(record) for key, record in wanted.items()}
+            labels = sorted({wanted[key]["label"] for key, said in of_label.items() if "captions" in said})
+            by_label = share(
+                args.manifest, settings, [[x] for x in labels], itself, Llm(args, args.device), unit="class"
+            )
+            said = {
+                key: by_label.get(wanted[key].get("label"), no_label) for key, no_label in of_label.items()
+            }
+
+    def update(key, record, outcome):
+        before = record.get("captions", []) if args.append else []
+        record["captions"] = before + [text for text in outcome["captions"] if text not in before]
+
+    conclude(args.manifest, "caption", records, wanted, said, update)
+
+
+# =================================================================================================
+# maps: records with captions -> the similarity of every patch of every `--every`th frame to every
+# caption, so that training needs no CLIP.
+# =================================================================================================
+
+PIECE = 32  # frames held at full size at a time
+
+
+def clip_id(args, clip):
+    """Model, weights, and the first digits of the weights' SHA-256: two CLIPs of one name are told apart."""
+    digest = hashlib.sha256()
+    for _, value in sorted(clip.state_dict().items()):
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return f"{tgmae.clip_name(args.clip, args.clip_pretrained)} {digest.hexdigest()[:12]}"
+
+
+def map_size(size, image_size, patch_size):
+    """(H,W) of a frame -> (H',W'): the short side image_size, both rounded to whole patches."""
+    return [max(1, round(side * image_size / min(size) / patch_size)) * patch_size for side in size]
+
+
+def map_numbers(record, every):
+    """Numbers of the frames that the map of a clip holds."""
+    return list(range(*tgmae.frame_range(record["path"], record.get("start"), record.get("end")), every))
+
+
+def load_frames(args, made_by, clips, paths, key):
+    """-> numbers, frames (F,3,H',W') uint8, size of the source; None if its map is there already."""
+    record, path = clips[key], paths[key]
+    numbers, images = map_numbers(record, args.every), []
+    for i in range(0, len(numbers), PIECE):
+        frames = tgmae.read_clip(record["path"], numbers[i : i + PIECE])
+        size = tuple(frames.shape[1:3])
+        resized = map_size(size, args.image_size, args.patch_size)
+        if i == 0 and not args.force and path.exists():
+            if is_current(path, record, made_by, numbers, resized, args.patch_size):
+                return None
+        images.append(TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True))
+    return numbers, torch.cat(images), size
+
+
+def is_current(path, record, made_by, numbers, resized, patch_size):
+    """Whether the map is the one wanted. Half a map, or one of other captions, is not, and is made anew;
+    one of another CLIP or geometry may be wanted by somebody: ValueError."""
+    try:
+        saved = tgmae.read_map(path, record["captions"])
+    except ValueError:
+        return False
+    then = saved.clip, list(saved.resized), saved.patch_size, saved.frames.tolist()
+    for what, old, new in zip(
+        ("CLIP", "size", "patch size", "frames"), then, (made_by, resized, patch_size, numbers)
+    ):
+        if old != new:
+            raise ValueError(
+                f"{path}: a map of another {what}: {str(old)[:60]}, now {str(new)[:60]}; --force makes all anew"
+            )
+    return True
+
+
+@torch.no_grad()
+def similarity_map(clip, frames, text, patch_size, device):
+    """frames (F,3,H',W') uint8, text (captions,E) -> (captions,F,h',w'), of one clip by itself."""
+    chunk = 64 if device == "cpu" else 1024
+    parts = []
+    for piece in frames.split(PIECE):
+        patches = tgmae.patch_embeddings(clip, piece.to(device).float() / 255, patch_size, chunk=chunk)
+        parts.append((patches @ text.T).cpu())  # (F,h',w',captions)
+    return torch.cat(parts).permute(3, 0, 1, 2)
+
+
+def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
+    """(numbers, frames, size) of clips -> their maps, written; nothing where they are there."""
+    for key, value in zip(keys, loaded):
+        if value is None:
+            continue
+        numbers, frames, size = value
+        captions = clips[key]["captions"]
+        text = tgmae.encode_text(clip, tokenizer, captions)
+        similarity = similarity_map(clip, frames, text, args.patch_size, args.device)
+        path = paths[key]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            np.savez(
+                file, similarity=similarity.half().numpy(), frames=np.array(numbers),
+                text=text.half().cpu().numpy(), captions=np.array(captions), clip=np.array(made_by),
+                source_size=np.array(size), resized_size=np.array(frames.shape[-2:]),
+                patch_size=np.array(args.patch_size),
+            )  # fmt: skip
+        os.replace(partial, path)
+    return [{} for _ in keys]
+
+
+def estimate(args, clip, made_by, clips, world):
+    """Measures a few frames of a few clips, and says how long the whole will take and how large it gets."""
+    some = list(clips.values())[:: max(1, len(clips) // 8)]
+    counts, captions = [], []
+    for record in some:
+        try:
+            numbers = map_numbers(record, args.every)
+            frames = tgmae.read_clip(record["path"], numbers[:2])
+        except VideoError:
+            continue  # reported when its turn comes
+        counts.append(len(numbers))
+        captions.append(len(record["captions"]))
+    if not counts:
+        return
+    resized = map_size(frames.shape[1:3], args.image_size, args.patch_size)
+    frames = TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True)
+    text = tgmae.encode_text(clip[0], clip[1], ["a"])
+    for _ in range(2):  # the first warms up
+        began = time.perf_counter()
+        similarity_map(clip[0], frames, text, args.patch_size, args.device)
+    took = (time.perf_counter() - began) / len(frames)
+    cells = resized[0] * resized[1] // args.patch_size**2
+    total = len(clips) * sum(counts) / len(counts)
+    texts = sum(captions) / len(captions)
+    disk = texts * 2 * (total * cells + len(clips) * text.shape[1]) + 3000 * len(clips)
     print(
-        f"{args.manifest}: {count} clips captioned, {len(records) - count} had captions already (--force: anew)"
-    )
+        f"maps    {len(clips)} clips, about {total:.3g} frames x {cells} patches = {total * cells:.3g} forwards of "
+        f"{made_by}: {timedelta(seconds=round(total * took / world))} on {world} process(es) like this one; "
+        f"{disk / 1e6:,.0f} MB",
+        flush=True,
+    )  # fmt: skip
 
 
-def write_manifest(path, records):
-    """Written beside and renamed: a manifest is never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    lines = ({key: value for key, value in record.items() if key != "path"} for record in records)
-    partial.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-    )
-    os.replace(partial, path)
+def maps(args):
+    records = tgmae.read_manifest(args.manifest)
+    clips, paths = {}, {}
+    for key, record in zip(keys_of(records), records):
+        if record.get("captions"):
+            digest = hashlib.sha256(f"{args.manifest.name} {key}".encode()).hexdigest()[:16]
+            clips[key] = record
+            name = f"{Path(record['video']).stem}-{digest[2:]}.npz"
+            paths[key] = args.manifest.parent / "maps" / digest[:2] / name
+    if not clips:
+        raise ValueError(f"{args.manifest}: no clip has captions; captions.py caption makes them")
+    if args.image_size % args.patch_size:
+        raise ValueError(f"--image-size {args.image_size} is not divisible by --patch-size {args.patch_size}")
+    rank, world = rank_and_world()
+    clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device)
+    made_by = clip_id(args, clip[0])
+    if rank == 0:
+        estimate(args, clip, made_by, clips, world)
+    settings = {
+        name: getattr(args, name) for name in ("command", "every", "image_size", "patch_size", "force")
+    }
+    made = share(
+        args.manifest, settings | {"clip": made_by}, [[key] for key in clips],
+        functools.partial(load_frames, args, made_by, clips, paths),
+        functools.partial(make_map, args, *clip, made_by, clips, paths), workers=args.workers,
+    )  # fmt: skip
+
+    def update(key, record, outcome):
+        record["maps"] = os.path.relpath(paths[key], args.manifest.parent)
+
+    conclude(args.manifest, "maps", records, clips, made, update)
+
+
+# =================================================================================================
+# Command line.
+# =================================================================================================
+
+MODELS = {"blip2": "Salesforce/blip2-opt-2.7b", "llm": "Qwen/Qwen2.5-1.5B-Instruct"}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Manifest and captions for train.py.")
+    parser = argparse.ArgumentParser(description="Manifest, captions and text maps for train.py.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("index", help="a dataset on disk -> manifest").add_argument
-    add(
-        "dataset",
-        nargs="?",
-        default="folder",
-        choices=DATASETS,
-        help="how ROOT is laid out (default: folder)",
-    )
+
+    def command(name, help):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        return commands.add_parser(name, help=help, description=help, formatter_class=formatter).add_argument
+
+    def shared(add, force):
+        add(
+            "--workers",
+            type=int,
+            default=min(8, os.cpu_count() or 1),
+            help="processes that decode, per process",
+        )
+        add("--force", action="store_true", help=force)
+
+    add = command("index", "a dataset's videos and annotation files -> manifest")
+    add("dataset", nargs="?", default="folder", choices=DATASETS, help="whose annotation files to read")
     add("root", type=Path, help="the folder with the videos")
-    add("--out", type=Path, default=Path("data.jsonl"), help="the manifest to write (default: data.jsonl)")
-    add = commands.add_parser("caption", help="add captions to a manifest").add_argument
-    add("manifest", type=Path, help="JSON lines, as `index` writes them; rewritten in place")
-    add("--source", choices=SOURCES, required=True, help="label: the class name as a sentence")
-    add("--force", action="store_true", help="replace captions that are already there")
-    return parser.parse_args(argv)
+    add("--annotations", type=Path, help="the folder with the annotation files, or a file of them (ROOT)")
+    add("--fold", type=int, default=1, choices=(1, 2, 3), help="which split of ucf101 and hmdb51")
+    add("--classes", type=Path, help="list: file with the names of integer labels, a line each, from 0")
+    add("--out", type=Path, default=Path("data.jsonl"), help="the manifest to write")
+    add(
+        "--check", action="store_true", help="decode a frame of each video, and leave out what cannot be read"
+    )
+    shared(add, "overwrite the manifest")
+
+    add = command("caption", "captions for the clips of a manifest that have none")
+    add("manifest", type=Path, help="JSON lines, as `index` writes them; rewritten at the end")
+    add("--source", required=True, choices=("blip2", "label", "llm", "human"),
+        help="BLIP-2 on keyframes, the class name, an LLM that is told the class name, or human_captions")  # fmt: skip
+    add("--model", help=f"hub name or folder for transformers ({MODELS})")
+    add(
+        "--frames",
+        type=int,
+        default=3,
+        help="blip2: keyframes per clip, a caption each; 1 is the centre frame",
+    )
+    add("--batch-size", type=int, default=8, help="blip2: clips per forward")
+    add("--per-prompt", type=int, default=3, help="llm: answers to each of the three prompts")
+    add("--max-new-tokens", type=int, default=60, help="longest caption, in the model's tokens")
+    add("--seed", type=int, default=0, help="llm: of the sampling")
+    add("--append", action="store_true", help="add to the captions that are there (the paper's BLIP + GPT)")
+    shared(add, "replace captions that are there")
+
+    add = command("maps", "text maps of the clips that have captions: CLIP once, instead of at every step")
+    add("manifest", type=Path, help="JSON lines with captions; rewritten at the end, maps/ beside it")
+    add("--clip", default="ViT-B-32-quickgelu", help="open_clip model, hf-hub:NAME or local-dir:FOLDER")
+    add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
+    add("--every", type=int, default=8, help="frames from one mapped frame to the next")
+    add(
+        "--image-size",
+        type=int,
+        default=224,
+        help="the frame's short side in pixels, as the model's image_size",
+    )
+    add("--patch-size", type=int, default=16, help="pixels, as the model's patch_size")
+    shared(add, "make maps anew that are there")
+
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) is int and value < (name in ("workers", "seed") and -1 or 1):
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if args.command == "caption" and args.append and args.force:
+        parser.error("--append and --force exclude each other")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.device = (
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        start_processes()
+        {"index": index, "caption": caption, "maps": maps}[args.command](args)
+        barrier()
+    except (ValueError, OSError) as error:
+        # From a loader process the message comes with a traceback in front of it.
+        sys.exit(f"captions.py: {str(error).splitlines()[-1].removeprefix('ValueError: ')}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    try:
-        {"index": index, "caption": caption}[args.command](args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"captions.py: {error}")
+    main()

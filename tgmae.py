@@ -31,6 +31,7 @@ import os
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -126,7 +127,7 @@ PRESETS = {
 
 # =================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both.
-# Needs: av, bisect, contextlib, functools, json, os, warnings, NamedTuple, Path, numpy as np, torch,
+# Needs: av, bisect, contextlib, functools, json, os, warnings, zipfile, NamedTuple, Path, numpy as np, torch,
 # torch.nn.functional as F.
 # A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
 # =================================================================================================
@@ -346,9 +347,44 @@ def read_clip(path, frames, *, motion=False):
     return clip, torch.from_numpy(filled)
 
 
+class TextMap(NamedTuple):
+    """What CLIP says of a clip, computed once: see captions.py maps. h'*w' patches in a frame."""
+
+    similarity: torch.Tensor  # (captions,F,h',w') cosine of every patch and every caption
+    frames: torch.Tensor  # (F,) their numbers in the file
+    text: torch.Tensor  # (captions,E) unit vectors
+    clip: str  # model, weights, and the first digits of the weights' SHA-256
+    size: tuple[int, int]  # (height, width) of the source
+    resized: tuple[int, int]  # as CLIP saw it: h'*patch_size, w'*patch_size
+    patch_size: int
+
+
+def read_map(path, captions, clip=None) -> TextMap:
+    """Reads a text map (.npz without pickles). Raises ValueError if it is not a whole one, or was made
+    of other captions, or (where `clip` is given) by another CLIP."""
+    again = "python captions.py maps makes it anew"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = TextMap(
+                *(torch.from_numpy(file[name]) for name in ("similarity", "frames", "text")), str(file["clip"]),
+                tuple(file["source_size"].tolist()), tuple(file["resized_size"].tolist()), int(file["patch_size"]),
+            )  # fmt: skip
+            made_of = file["captions"].tolist()
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: not a whole text map ({error or type(error).__name__}); {again}"
+        ) from error
+    if made_of != captions:
+        raise ValueError(f"{path}: a text map of other captions ({made_of}, now {captions}); {again}")
+    if clip not in (None, saved.clip):
+        raise ValueError(f"{path}: a text map made with CLIP {saved.clip}, not {clip}; {again}, with --force")
+    return saved
+
+
 def read_manifest(path, split=None):
-    """Records of a manifest (JSON lines, one clip each) as dicts, with `path` made from `video`, which
-    is relative to the manifest's folder; of one split, where a record without one is of any.
+    """Records of a manifest (JSON lines, one clip each) as dicts; of one split, where a record without
+    one is of any. `video` and `maps` are relative to the manifest's folder: `path` and `map_path`, which
+    are added, are not.
 
     Raises ValueError that names file and line for a line that is not such a record."""
     path, records = Path(path), []
@@ -367,9 +403,13 @@ def read_manifest(path, split=None):
         if captions is None or not isinstance(record.get("video"), str):
             raise ValueError(f'{path}:{number}: no "video" in {line[:60]}')
         if not isinstance(captions, list) or not all(isinstance(c, str) and c.strip() for c in captions):
-            raise ValueError(f"{path}:{number}: captions must be a list of non-empty texts: {captions!r}")
+            raise ValueError(
+                f"{path}:{number}: captions must be a list of non-empty texts, or absent: {captions!r}"
+            )
         if split is None or record.get("split", split) == split:
-            records.append({**record, "path": str(path.parent / record["video"])})
+            paths = {"path": str(path.parent / record["video"])}
+            paths |= {"map_path": str(path.parent / record["maps"])} if record.get("maps") else {}
+            records.append(record | paths)
     if not records:
         raise ValueError(f"{path}: no clips" + (f" of split {split!r}" if split else ""))
     return records
@@ -377,7 +417,7 @@ def read_manifest(path, split=None):
 
 # =================================================================================================
 # Augmentation: one crop and flip for frames, motion and text maps alike.
-# Needs: NamedTuple, torch, torchvision.transforms.v2.functional as TF.
+# Needs: NamedTuple, torch, torch.nn.functional as F, torchvision.transforms.v2.functional as TF.
 # Paper: 4.2 and Table 8; the crop is VideoMAE's GroupMultiScaleCrop.
 # =================================================================================================
 
@@ -434,6 +474,19 @@ def crop_motion(motion, crop, grid, cell=8):
     rows = area_weights(motion.shape[-2], h, crop.top / cell, (crop.top + crop.height) / cell)
     cols = area_weights(motion.shape[-1], w, crop.left / cell, (crop.left + crop.width) / cell)
     cropped = rows @ motion @ cols.T
+    return cropped.flip(-1) if crop.flip else cropped
+
+
+def crop_map(similarity, crop, size, grid):
+    """(t,h',w') text similarity of whole frames of `size` (height, width) -> (t,h,w) of the crop: the
+    value at the centre of each of its patches, bilinear between cells."""
+    _, h, w = grid
+    y = 2 * (crop.top + (torch.arange(h) + 0.5) * crop.height / h) / size[0] - 1
+    x = 2 * (crop.left + (torch.arange(w) + 0.5) * crop.width / w) / size[1] - 1
+    centres = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)  # (h,w,2): x and y in -1..1
+    cropped = F.grid_sample(
+        similarity[None].float(), centres[None], padding_mode="border", align_corners=False
+    )[0]
     return cropped.flip(-1) if crop.flip else cropped
 
 
@@ -555,33 +608,39 @@ def bf16_is_fast(device) -> bool:
 
 
 @torch.no_grad()
-def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
-    """The paper's text-guided scores (3.3): every patch of each tubelet's first frame is resized to
-    CLIP's input, and its embedding compared with the caption's.
-
-    clip: an open_clip model. video (B,3,T,H,W): ImageNet-normalised. text (B,E): the captions'
-    embeddings. -> cosine similarity (B,t,h,w) float32. `chunk` patches at a time bound the memory."""
-    frames = video[:, :, ::tubelet_size].transpose(1, 2)  # (B,t,3,H,W)
-    B, t, C, H, W = frames.shape
+def patch_embeddings(clip, frames, patch_size, *, chunk=256):
+    """frames (F,3,H,W) in [0,1] -> (F,h,w,E) float32 unit vectors: every patch resized to the input of
+    `clip`, an open_clip model, and embedded (3.3). `chunk` patches at a time bound the memory."""
+    F_, C, H, W = frames.shape
     h, w = H // patch_size, W // patch_size
-    patches = frames.reshape(B * t, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
-    patches = patches.reshape(-1, C, patch_size, patch_size)  # (B*t*h*w, 3, p, p)
+    patches = frames.reshape(F_, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(-1, C, patch_size, patch_size)  # (F*h*w, 3, p, p)
 
     cfg = clip.visual.preprocess_cfg
-    mean, std, clip_mean, clip_std = (
-        video.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD, cfg["mean"], cfg["std"])
-    )
+    mean, std = (frames.new_tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     size = clip.visual.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
-    similarity = []
-    for start in range(0, len(patches), chunk):
-        part = (patches[start : start + chunk] * std + mean).clamp(0, 1)
+    embeddings = []
+    for part in patches.split(chunk):
         part = F.interpolate(part, size, mode=cfg.get("interpolation", "bicubic"), align_corners=False)
-        with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16_is_fast(video.device)):
-            image = clip.encode_image((part.clamp(0, 1) - clip_mean) / clip_std)
-        owner = torch.arange(start, start + len(part), device=text.device) // (t * h * w)
-        similarity.append(F.cosine_similarity(image.float(), text[owner].float(), dim=-1))
-    return torch.cat(similarity).view(B, t, h, w)
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=bf16_is_fast(frames.device)):
+            embedding = clip.encode_image((part.clamp(0, 1) - mean) / std)
+        embeddings.append(F.normalize(embedding.float(), dim=-1))
+    return torch.cat(embeddings).view(F_, h, w, -1)
+
+
+def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
+    """The paper's text-guided scores (3.3): the embedding of every patch of each tubelet's first frame
+    is compared with the caption's.
+
+    clip: an open_clip model. video (B,3,T,H,W): ImageNet-normalised. text (B,E): the captions'
+    embeddings. -> cosine similarity (B,t,h,w) float32."""
+    frames = video[:, :, ::tubelet_size].transpose(1, 2)  # (B,t,3,H,W)
+    mean, std = (video.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    frames = (frames * std + mean).clamp(0, 1)
+    patches = patch_embeddings(clip, frames.flatten(0, 1), patch_size, chunk=chunk)  # (B*t,h,w,E)
+    patches = patches.unflatten(0, frames.shape[:2])
+    return torch.einsum("bthwe,be->bthw", patches, F.normalize(text.float(), dim=-1))
 
 
 # =================================================================================================
@@ -606,6 +665,13 @@ def work_offline_if_no_hub(timeout=5):
             os.environ["HF_HUB_OFFLINE"] = "1"
             constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
+
+
+def clip_name(name, pretrained):
+    """How a text map calls a CLIP: the model and its weights, of a path the last part."""
+    if name.startswith("local-dir:"):
+        return f"local-dir:{Path(name.removeprefix('local-dir:')).name}"
+    return name if name.startswith("hf-hub:") else f"{name}/{Path(str(pretrained)).name}"
 
 
 def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):

@@ -116,7 +116,8 @@ def parse_args(argv=None):
         "amp": None,
         "out": f"runs/{name}",
     }
-    args.watch = not args.vt and (args.data == "toy" or "clip" in given)
+    args.clip_given = "clip" in given
+    args.watch = not args.vt and (args.data == "toy" or args.clip_given)
     for key, value in {**defaults, **late}.items():
         given.setdefault(key, value)
     check_args(args)
@@ -147,7 +148,7 @@ def check_args(args):
 
 class Clips(Dataset):
     """Samples for training: `repeat` clips of a video, their masks (unless CLIP has to see them first)
-    and captions."""
+    and captions. text: None, "clip" (captions that CLIP will embed) or "maps" (it has done so)."""
 
     def __init__(self, records, config, args, *, text, replace_bad=True):
         self.records, self.config, self.args, self.text = records, config, args, text
@@ -191,30 +192,43 @@ class Clips(Dataset):
             warnings.simplefilter("always", tgmae.NoMotionVectors)
             read = tgmae.read_clip(record["path"], wanted, motion=args.mask == "mgm")
         frames, motion = read if args.mask == "mgm" else (read, None)
+        chosen = self.draw_captions(record, args.repeat, generator)
+        text_map = (
+            tgmae.read_map(record["map_path"], record["captions"], args.clip) if self.text == "maps" else None
+        )
         videos, masks = [], []
-        for clip in clips:
+        for i, clip in enumerate(clips):
             rows = [wanted.index(number) for number in clip]
             crop = tgmae.multi_scale_crop(frames.shape[1:3], flip=args.flip, generator=generator)
             videos.append(tgmae.crop_frames(frames[rows], crop, c.image_size))
-            if args.mask == "tgm":
+            if args.mask == "tgm" and not text_map:
                 continue  # in `prepare`, on the device, where CLIP is
-            if args.mask == "tube":
+            if args.mask == "tgm":
+                first_frames = torch.tensor(clip[:: c.tubelet_size])
+                nearest = (text_map.frames[:, None] - first_frames).abs().argmin(0)  # (t,)
+                similarity = text_map.similarity[chosen[i], nearest]
+                scores = tgmae.crop_map(similarity, crop, frames.shape[1:3], c.grid)[None]
+            elif args.mask == "tube":
                 scores = tgmae.tube_scores(1, c.grid, generator=generator)
             else:
                 scores = tgmae.motion_scores(tgmae.crop_motion(motion[rows], crop, c.grid)[None], c.grid)
             masks.append(
                 tgmae.topk_mask(scores, args.mask_ratio, bottom_k=args.bottom_k, generator=generator)[0]
             )
-        captions = []
-        if self.text:
-            texts = record["captions"]
-            count = min(args.num_captions or len(texts), len(texts))
-            texts = [texts[(2 * i + 1) * len(texts) // (2 * count)] for i in range(count)]
-            captions = [texts[int(torch.randint(count, (), generator=generator))] for _ in clips]
         return {
-            "video": torch.stack(videos), "mask": torch.stack(masks) if masks else None, "captions": captions,
+            "video": torch.stack(videos), "mask": torch.stack(masks) if masks else None,
+            "captions": [record["captions"][i] for i in chosen], "text": text_map.text[chosen] if text_map else None,
             "group": place, "seed": seed, "no_motion": len(caught) > 0,
         }  # fmt: skip
+
+    def draw_captions(self, record, count, generator):
+        """Numbers of `count` captions, each drawn from --num-captions of them, evenly spread."""
+        if not self.text:
+            return []
+        total = len(record["captions"])
+        among = min(self.args.num_captions or total, total)
+        drawn = torch.randint(among, (count,), generator=generator).tolist()
+        return [(2 * i + 1) * total // (2 * among) for i in drawn]
 
 
 def collate(samples):
@@ -225,6 +239,7 @@ def collate(samples):
         "video": torch.cat([sample["video"] for sample in samples]),
         "mask": None if masks[0] is None else torch.cat(masks),
         "captions": sum((sample["captions"] for sample in samples), []),
+        "text": None if samples[0]["text"] is None else torch.cat([sample["text"] for sample in samples]),
         "groups": torch.tensor([sample["group"] for sample in samples]).repeat_interleave(repeat),
         "seeds": [sample["seed"] + i for sample in samples for i in range(repeat)],
         "bad": sum((sample["bad"] for sample in samples), []),
@@ -250,8 +265,11 @@ def batches(dataset, args, rank, world, step, steps_per_epoch):
 def prepare(batch, clip, args, config):
     """A batch on the device -> video (B,3,T,S,S) float, mask (B,N) on the CPU, text (B,E) or None."""
     video = tgmae.normalize(batch["video"].to(args.device, non_blocking=True))
-    text = tgmae.encode_text(*clip, batch["captions"]) if clip else None
-    mask = batch["mask"]
+    text, mask = batch["text"], batch["mask"]
+    if text is not None:
+        text = text.to(args.device, torch.float32, non_blocking=True)
+    elif clip:
+        text = tgmae.encode_text(*clip, batch["captions"])
     if mask is None:
         scores = tgmae.text_scores(clip[0], video, text, config.patch_size, config.tubelet_size).cpu()
         mask = torch.cat([
@@ -431,7 +449,7 @@ def start_processes(args):
 
 
 def load_data(args, rank, world):
-    """-> training records, validation records or None, whether there is text."""
+    """-> training records, validation records or None, and where text comes from: see Clips."""
     manifest = Path(args.data)
     if args.data == "toy":
         import toy
@@ -443,8 +461,17 @@ def load_data(args, rank, world):
         manifest = Path("data/toy/manifest.jsonl")
     records = tgmae.read_manifest(manifest, args.split)
     val = tgmae.read_manifest(manifest, args.val_split) if args.val_split else None
-    silent = next((record for record in records + (val or []) if not record.get("captions")), None)
-    if silent and (args.mask == "tgm" or args.vt):
+    needs_text = args.mask == "tgm" or args.vt
+    if needs_text:  # what captions.py could not read is left out, and said so; never in validation
+        failed = [record for record in records if "failed" in record]
+        records = [record for record in records if "failed" not in record]
+        if failed and rank == 0:
+            print(
+                f'{manifest}: {len(failed)} clips marked "failed" are left out, such as {failed[0]["video"]}'
+            )
+    everything = records + (val or [])
+    silent = next((record for record in everything if not record.get("captions")), None)
+    if silent and needs_text:
         raise ValueError(
             f"{manifest}: {silent['video']} has no captions, which --mask tgm and --vt need; "
             f"python captions.py caption {manifest} --source ... makes them"
@@ -459,16 +486,46 @@ def load_data(args, rank, world):
         raise ValueError(
             f"--vt with a global batch of {world * args.batch_size // args.repeat} video: no negatives"
         )
-    # Text is watched where it costs no download that nobody asked for: on the toy world, or with --clip.
-    return records, val, args.mask == "tgm" or args.vt or (args.watch and not silent)
+    maps = bool(everything) and not silent and find_maps(args, everything)
+    # Text is watched where it costs no download that nobody asked for: on the toy world, with maps, or --clip.
+    if needs_text or (not silent and (maps or args.watch)):
+        return records, val, "maps" if maps else "clip"
+    return records, val, None
 
 
-def build_model(args, text):
-    """-> model on the device, and (clip, tokenizer) or None."""
-    clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device) if text else None
+def find_maps(args, records):
+    """Whether the records have text maps. If so --clip becomes the CLIP that made them, and each map
+    must be by that one. Some maps but not all, a file that is missing, or another --clip: ValueError."""
+    if not any("map_path" in record for record in records):
+        return False
+    bare = next((record for record in records if "map_path" not in record), None)
+    again = f"python captions.py maps {args.data} makes them"
+    if bare:
+        raise ValueError(f"{args.data}: {bare['video']} has no text map, others have; {again}")
+    gone = next((record["map_path"] for record in records if not os.path.exists(record["map_path"])), None)
+    if gone:
+        raise ValueError(f"{gone}: no such text map; {again}")
+    first = tgmae.read_map(records[0]["map_path"], records[0]["captions"])
+    wanted = tgmae.clip_name(args.clip, args.clip_pretrained)
+    if args.clip_given and not first.clip.startswith(wanted + " "):
+        raise ValueError(
+            f"--clip: {wanted} is not the CLIP of the text maps, {first.clip}; {again}, with --force"
+        )
+    args.clip = first.clip
+    return True
+
+
+def build_model(args, text, record):
+    """-> model on the device, and (clip, tokenizer) or None where there are text maps, or no text."""
+    clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device) if text == "clip" else None
     config = replace(PRESETS[args.preset], temperature=args.temperature)
-    if clip:
-        config = replace(config, text_dim=tgmae.encode_text(*clip, ["a"]).shape[1])
+    if text:
+        some = (
+            tgmae.encode_text(*clip, ["a"])
+            if clip
+            else tgmae.read_map(record["map_path"], record["captions"]).text
+        )
+        config = replace(config, text_dim=some.shape[1])
     tgmae.topk_mask(torch.zeros(1, *config.grid), args.mask_ratio)  # refuses a ratio that masks none or all
     torch.manual_seed(args.seed)
     model = tgmae.TGMAE(config)
@@ -486,7 +543,7 @@ def build_model(args, text):
     return model.to(args.device), clip
 
 
-def describe(args, model, clip, data, world, steps_per_epoch):
+def describe(args, model, data, world, steps_per_epoch):
     c = model.config
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     t, h, w = c.grid
@@ -494,9 +551,10 @@ def describe(args, model, clip, data, world, steps_per_epoch):
     mask = f"{args.mask}, {'lowest' if args.bottom_k else 'highest'} {int(args.mask_ratio * h * w)} of {h * w} patches"
     mask += f" in each of {t} slices"
     if args.mask == "tgm":
-        mask += f"; similarity from CLIP online ({args.clip}), {c.num_patches} image embeddings a clip"
+        online = f"CLIP online ({args.clip}), {c.num_patches} image embeddings a clip"
+        mask += f"; similarity from {online if data.text == 'clip' else f'text maps ({args.clip})'}"
     loss = " + ".join(["MAE"] * args.mae + [f"{args.vt_weight:g} VT"] * args.vt)
-    if clip:
+    if data.text:
         loss += "" if args.vt else ", VT watched"
         loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
     print(
@@ -535,7 +593,7 @@ def validate(net, data, clip, args, rank, world):
     mean = torch.tensor(losses).mean(0).to(args.device)
     if world > 1:
         dist.all_reduce(mean)
-    names = ["val_mae"] * args.mae + ["val_vt"] * bool(clip)
+    names = ["val_mae"] * args.mae + ["val_vt"] * bool(data.text)
     return dict(zip(names, (mean / world).tolist()))
 
 
@@ -567,12 +625,12 @@ def open_run(args, rank, world, model, optimizer):
     return step
 
 
-def log_line(args, clip, world, sums, step, epoch, lr, norm, took, waited):
+def log_line(args, text, world, sums, step, epoch, lr, norm, took, waited):
     """What log.jsonl says of a step: losses (means over ranks), schedule, speed, and what went wrong."""
     mae, vt, bad, no_motion = sums.tolist()
     line = {"step": step, "epoch": epoch}
     line |= {"mae": round(mae / world, 6)} if args.mae else {}
-    line |= {"vt": round(vt / world, 6)} if clip else {}
+    line |= {"vt": round(vt / world, 6)} if text else {}
     clips = args.batch_size * args.accum * world
     line |= {"lr": lr, "grad_norm": round(norm, 4), "clips_per_s": round(clips / took, 2)}
     return line | {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
@@ -585,7 +643,7 @@ def train(args, rank, world, model, clip, data, val):
     optimizer = make_optimizer(model, args)
     step = open_run(args, rank, world, model, optimizer)
     if rank == 0:
-        describe(args, model, clip, data, world, steps_per_epoch)
+        describe(args, model, data, world, steps_per_epoch)
         if step:
             finished = ": finished, --no-resume starts over" if step == total else ""
             print(f"resume  at step {step} of {total}{finished}", flush=True)
@@ -623,14 +681,16 @@ def train(args, rank, world, model, clip, data, val):
         if world > 1:
             dist.all_reduce(sums)
         took = time.perf_counter() - began
-        line = log_line(args, clip, world, sums, step, epoch, lr, norms[0], took, waited)
+        line = log_line(args, data.text, world, sums, step, epoch, lr, norms[0], took, waited)
         line |= {} if finite else {"skipped": skipped}
         bar.set_postfix({key: line[key] for key in ("mae", "vt", "wait") if key in line}, refresh=False)
         bar.update()
         if rank == 0:
             append(out / "log.jsonl", line)
         if skipped == MAX_NON_FINITE:
-            raise ValueError(f"step {step}: {skipped} steps in a row without a finite gradient; {out}/last.pt is as it was")
+            raise ValueError(
+                f"step {step}: {skipped} steps in a row without a finite gradient; {out}/last.pt is as it was"
+            )
         if step % steps_per_epoch:
             continue
         if rank == 0:
@@ -678,7 +738,7 @@ def main(argv=None):
         args = parse_args(argv)
         rank, world = start_processes(args)
         records, val, text = load_data(args, rank, world)
-        model, clip = build_model(args, text)
+        model, clip = build_model(args, text, records[0])
         data = Clips(records, model.config, args, text=text)
         val = val and Clips(val, model.config, args, text=text, replace_bad=False)
         train(args, rank, world, model, clip, data, val)
@@ -686,7 +746,8 @@ def main(argv=None):
             finish(args, model, clip, val or data)
     except (ValueError, OSError) as error:
         # From a loader process the message comes with a traceback in front of it.
-        sys.exit(f"train.py: {str(error).splitlines()[-1].removeprefix('tgmae.VideoError: ')}")
+        last = str(error).splitlines()[-1]
+        sys.exit(f"train.py: {last.removeprefix('tgmae.VideoError: ').removeprefix('ValueError: ')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
