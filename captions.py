@@ -758,8 +758,8 @@ PIECE = 32  # frames held at full size at a time
 def clip_id(args, clip):
     """Model, weights, and the first digits of the weights' SHA-256: two CLIPs of one name are told apart."""
     digest = hashlib.sha256()
-    for _, value in sorted(clip.state_dict().items()):
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for _, value in sorted(clip.state_dict().items()):  # rounded alike, whatever precision it runs in
+        digest.update(value.cpu().bfloat16().reshape(-1).view(torch.uint8).numpy())
     return f"{tgmae.clip_name(args.clip, args.clip_pretrained)} {digest.hexdigest()[:12]}"
 
 

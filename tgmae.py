@@ -490,6 +490,13 @@ def crop_map(similarity, crop, size, grid):
     return cropped.flip(-1) if crop.flip else cropped
 
 
+def map_scores(text_map, caption, frames, crop, size, grid):
+    """Scores (t,h,w) of a crop from a TextMap, for its caption of that number: of the stored frame that is
+    nearest to each of `frames`, the t tubelets' first ones. size: (height, width) that the crop is of."""
+    nearest = (text_map.frames[:, None] - torch.tensor(frames)).abs().argmin(0)  # (t,)
+    return crop_map(text_map.similarity[caption, nearest], crop, size, grid)
+
+
 def normalize(video):
     """(B,3,T,H,W) uint8 -> float32 with ImageNet's mean and std taken out."""
     mean, std = (
@@ -610,7 +617,8 @@ def bf16_is_fast(device) -> bool:
 @torch.no_grad()
 def patch_embeddings(clip, frames, patch_size, *, chunk=256):
     """frames (F,3,H,W) in [0,1] -> (F,h,w,E) float32 unit vectors: every patch resized to the input of
-    `clip`, an open_clip model, and embedded (3.3). `chunk` patches at a time bound the memory."""
+    `clip`, an open_clip model, and embedded (3.3), in the precision of its weights. `chunk` patches at a
+    time bound the memory."""
     F_, C, H, W = frames.shape
     h, w = H // patch_size, W // patch_size
     patches = frames.reshape(F_, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
@@ -621,10 +629,10 @@ def patch_embeddings(clip, frames, patch_size, *, chunk=256):
     size = clip.visual.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     embeddings = []
+    dtype = next(clip.visual.parameters()).dtype
     for part in patches.split(chunk):
         part = F.interpolate(part, size, mode=cfg.get("interpolation", "bicubic"), align_corners=False)
-        with torch.autocast(frames.device.type, torch.bfloat16, enabled=bf16_is_fast(frames.device)):
-            embedding = clip.encode_image((part.clamp(0, 1) - mean) / std)
+        embedding = clip.encode_image(((part.clamp(0, 1) - mean) / std).to(dtype))
         embeddings.append(F.normalize(embedding.float(), dim=-1))
     return torch.cat(embeddings).view(F_, h, w, -1)
 
@@ -675,7 +683,7 @@ def clip_name(name, pretrained):
 
 
 def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
-    """-> (clip, tokenizer): a frozen open_clip model in eval mode.
+    """-> (clip, tokenizer): a frozen open_clip model in eval mode, images in bf16 where that is fast.
 
     name: a model of open_clip, hf-hub:..., or local-dir:FOLDER; pretrained: a tag of open_clip or a
     file of weights, ignored for the last two. Plain ViT-B-32 would run OpenAI's weights with the
@@ -695,6 +703,8 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
             f"--clip {name} --clip-pretrained {pretrained}: {reason}. Ways out: --clip-pretrained FILE "
             "(weights on disk), --clip local-dir:FOLDER (an open_clip folder), or a manifest with text maps"
         ) from error
+    if bf16_is_fast(device):  # the weights, not autocast: that turns attention's fast path off
+        clip.visual.to(torch.bfloat16)
     return clip.eval().requires_grad_(False), tokenizer
 
 

@@ -204,10 +204,8 @@ class Clips(Dataset):
             if args.mask == "tgm" and not text_map:
                 continue  # in `prepare`, on the device, where CLIP is
             if args.mask == "tgm":
-                first_frames = torch.tensor(clip[:: c.tubelet_size])
-                nearest = (text_map.frames[:, None] - first_frames).abs().argmin(0)  # (t,)
-                similarity = text_map.similarity[chosen[i], nearest]
-                scores = tgmae.crop_map(similarity, crop, frames.shape[1:3], c.grid)[None]
+                firsts = clip[:: c.tubelet_size]
+                scores = tgmae.map_scores(text_map, chosen[i], firsts, crop, frames.shape[1:3], c.grid)[None]
             elif args.mask == "tube":
                 scores = tgmae.tube_scores(1, c.grid, generator=generator)
             else:

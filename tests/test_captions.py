@@ -499,6 +499,39 @@ def test_crop_map_between_cells():
                 assert cropped[s, i, 3 - j].item() == pytest.approx(value, abs=1e-5)
 
 
+def test_masks_from_maps_cover_what_online_masks_cover(world, tmp_path):
+    """Random crops, flips and times of the 200 test clips: within two points of online masks, at both ratios."""
+    data = tmp_path / "test.jsonl"
+    made = tgmae.read_manifest(world / "manifest.jsonl", "test")
+    captions.write_manifest(data, [{"video": r["path"], "captions": r["captions"]} for r in made])
+    run("maps", data, *map_flags(world))
+    config, truth = tgmae.PRESETS["toy"], toy.read_truth(world)
+    generator = torch.Generator().manual_seed(0)
+    videos, texts, from_map, areas = [], [], [], []
+    for i, (record, original) in enumerate(zip(tgmae.read_manifest(data), made)):
+        numbers = tgmae.clip_indices(0, toy.FRAMES, config.num_frames, 4, generator=generator)
+        crop = tgmae.multi_scale_crop((toy.SIZE, toy.SIZE), generator=generator)
+        videos.append(tgmae.crop_frames(tgmae.read_clip(record["path"], numbers), crop, config.image_size))
+        found = tgmae.read_map(record["map_path"], record["captions"])
+        texts.append(found.text[i % 3])
+        from_map.append(tgmae.map_scores(found, i % 3, numbers[::2], crop, found.size, config.grid))
+        actor = np.repeat(truth[original["video"]][0, numbers, :, :, None], 3, axis=-1)
+        areas.append(
+            tgmae.crop_frames(torch.from_numpy(actor.astype(np.uint8) * 255), crop, config.image_size)
+        )
+    clip = tgmae.load_clip(f"local-dir:{world / 'clip'}")[0]
+    online = tgmae.text_scores(clip, tgmae.normalize(torch.stack(videos)), torch.stack(texts), 8, 2)
+    area = tgmae.patchify(torch.stack(areas).float(), 8, 2).mean(-1)  # (B,N)
+    for ratio in (0.25, 0.6):
+        masks = [tgmae.topk_mask(scores, ratio) for scores in (online, torch.stack(from_map))]
+        covered = [((mask * area).sum() / area.sum()).item() for mask in masks]
+        agree = (masks[0] == masks[1]).float().mean().item()
+        print(
+            f"ratio {ratio}: actor covered online {covered[0]:.1%}, from maps {covered[1]:.1%}; {agree:.1%} of cubes agree"
+        )
+        assert covered[1] > covered[0] - 0.02 and covered[0] > ratio + 0.3 and agree > 0.7
+
+
 def test_wide_frames_keep_whole_patches(world, tmp_path):
     frames = np.zeros((20, 48, 100, 3), np.uint8)
     toy.write_video(tmp_path / "wide.mp4", frames)

@@ -195,6 +195,7 @@ def test_processes_share_the_batch(workdir, manifest, clip_flags):
             *flags,
             "--batch-size",
             batch,
+            "--no-amp",
             "--out",
             f"run{processes}",
             cwd=workdir,
@@ -204,6 +205,55 @@ def test_processes_share_the_batch(workdir, manifest, clip_flags):
     assert len(one) == len(three) == 4
     for a, b in zip(one, three):
         assert a["mae"] == pytest.approx(b["mae"], abs=2e-4) and a["vt"] == pytest.approx(b["vt"], abs=2e-3)
+
+
+def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, capsys):
+    """With text maps no CLIP is loaded; the masks and texts are those of the maps; a wrong map stops the run."""
+    import captions
+
+    data = manifest(10, extra=[{"video": "gone.mp4", "captions": ["a"]}])
+    small = "--image-size", "64", "--patch-size", "8", "--every", "4"
+    captions.main(["maps", str(data), *clip_flags, *small])
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    assert "failed" in lines[-1]
+    monkeypatch.setattr(tgmae, "load_clip", None)
+    for flags in (
+        ("--mask", "tgm", "--vt"), ("--mask", "tgm", "--repeat", 2, "--num-captions", 1), ("--mask", "tube", "--vt"),
+    ):  # fmt: skip
+        out = "run" + "".join(map(str, flags))
+        run("--data", data, *flags, *FEW, "--out", out, workers=1)
+        (step, *_), saved = log(workdir / out), torch.load(f"{out}/last.pt", weights_only=True)
+        assert saved["config"]["text_dim"] == 64 and 0 < step["vt"] < 9
+        said = capsys.readouterr().out
+        assert "1 clips marked" in said and "gone.mp4" in said
+        assert ("from text maps (local-dir:clip " in said) == ("tgm" in flags)
+
+    # One sample, against the map by hand.
+    args = train.parse_args(["--data", str(data), "--mask", "tgm", *map(str, FEW)])
+    records, _, text = train.load_data(args, 0, 1)
+    assert text == "maps" and len(records) == 10
+    sample = train.Clips(records, tgmae.PRESETS["toy"], args, text=text)[3]
+    made = tgmae.read_map(records[3]["map_path"], records[3]["captions"])
+    which = records[3]["captions"].index(sample["captions"][0])
+    assert torch.equal(sample["text"][0], made.text[which]) and sample["mask"].sum(1).tolist() == [2 * 38]
+
+    def stops(reason, change, *flags):
+        bad = [change(dict(line)) if i == 1 else line for i, line in enumerate(lines)]
+        (workdir / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+        said = fails(
+            capsys, "--data", "bad.jsonl", "--mask", "tgm", *FEW, *flags, "--out", "bad", "--no-resume"
+        )
+        assert reason in said, said
+
+    stops("a text map of other captions", lambda line: line | {"captions": ["a blue star"]})
+    stops("has no text map, others have", lambda line: line.pop("maps") and line)
+    stops("nowhere.npz: no such text map", lambda line: line | {"maps": "nowhere.npz"})
+    stops(
+        "--clip: ViT-B-32/openai is not the CLIP of the text maps, local-dir:clip", dict, "--clip", "ViT-B-32"
+    )
+    half = workdir / "half.npz"
+    half.write_bytes((workdir / lines[1]["maps"]).read_bytes()[:900])
+    stops("half.npz: not a whole text map", lambda line: line | {"maps": "half.npz"})
 
 
 def test_bad_videos_are_replaced_and_listed(workdir, manifest, clip_flags, capsys):
@@ -317,35 +367,26 @@ def test_bad_numbers_skip_the_step(workdir, manifest, monkeypatch, capsys):
 
 
 def test_real_footage(workdir, footage, capsys):
-    """The road of a user's own videos: index, label captions, each masker; text with OpenAI's architecture
-    and random weights in a file."""
+    """The road of a user's own videos: index, label captions, text maps, each masker; the CLIP has OpenAI's
+    architecture and random weights in a file. Coarse maps, since this is a slow machine's test."""
     import captions
     import open_clip
 
-    args = captions.parse_args(["index", str(footage / "asl"), "--out", "asl.jsonl"])
-    captions.index(args)
-    captions.caption(captions.parse_args(["caption", "asl.jsonl", "--source", "label"]))
-    small = ("--data", "asl.jsonl", "--epochs", 1, "--warmup-epochs", 0, "--preset", "toy", "--batch-size", 5)
+    torch.save(open_clip.create_model("ViT-B-32-quickgelu").state_dict(), "clip.pt")
+    captions.main(["index", str(footage / "asl"), "--out", "asl.jsonl", "--check"])
+    captions.main(["caption", "asl.jsonl", "--source", "label"])
+    small = "--epochs", 1, "--warmup-epochs", 0, "--preset", "toy", "--batch-size", 5
     for mask in ("tube", "mgm"):
-        run(*small, "--mask", mask, "--out", mask)
+        run("--data", "asl.jsonl", *small, "--mask", mask, "--out", mask)
         lines = log(workdir / mask)
         assert len(lines) == 4 and not any(line["bad"] or line["no_motion"] for line in lines)
-    clip = open_clip.create_model("ViT-B-32-quickgelu")
-    torch.save(clip.state_dict(), "clip.pt")
-    lines = (workdir / "asl.jsonl").read_text().splitlines()[:2]
-    (workdir / "two.jsonl").write_text("\n".join(lines))
+    two = (workdir / "asl.jsonl").read_text().splitlines()[:2]
+    (workdir / "two.jsonl").write_text("\n".join(two))
+    weights = "--clip-pretrained", "clip.pt"
     run(
-        "--data",
-        "two.jsonl",
-        *small[2:],
-        "--batch-size",
-        2,
-        "--mask",
-        "tgm",
-        "--vt",
-        "--clip-pretrained",
-        "clip.pt",
-        "--out",
-        "tgm",
+        "--data", "two.jsonl", *small, "--batch-size", 2, "--mask", "tgm", "--vt", *weights, "--out", "online"
     )
-    assert torch.load("tgm/last.pt")["config"]["text_dim"] == 512
+    captions.main(["maps", "asl.jsonl", *weights, "--image-size", "32", "--every", "64"])
+    run("--data", "asl.jsonl", *small, "--mask", "tgm", "--vt", "--out", "maps")
+    for out, steps in (("online", 1), ("maps", 4)):
+        assert torch.load(f"{out}/last.pt")["config"]["text_dim"] == 512 and len(log(workdir / out)) == steps
