@@ -41,14 +41,8 @@ import tgmae
 from tgmae import VideoError
 
 VIDEOS = set(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "validation": "val",
-    "validate": "val",
-    "test": "test",
-}
+SPLITS = {name: name for name in ("train", "val", "test")}
+SPLITS |= {"training": "train", "validation": "val", "validate": "val"}
 
 
 # =================================================================================================
@@ -100,9 +94,11 @@ def read_journal(folder):
     outcomes = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("}\n"):  # else a kill cut it short
+            try:
                 outcome = json.loads(line)
-                outcomes[outcome.pop("key")] = outcome
+            except json.JSONDecodeError:
+                continue  # blank, or cut short by a kill: that unit is done again
+            outcomes[outcome.pop("key")] = outcome
     return outcomes
 
 
@@ -143,13 +139,11 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
     with bar, open(folder / f"{rank}.jsonl", "a", encoding="utf-8") as journal:
         journal.write("\n")  # ends a line that a kill cut short
         for keys, loaded in zip(todo, loader):
-            lines = [
-                {"key": key, "error": error} for key, (_, error) in zip(keys, loaded) if error is not None
-            ]
-            good = [(key, value) for key, (value, error) in zip(keys, loaded) if error is None]
+            lines = [{"key": key, "error": why} for key, (_, why) in zip(keys, loaded) if why is not None]
+            good = {key: value for key, (value, why) in zip(keys, loaded) if why is None}
             if good:
-                outcomes = compute([key for key, _ in good], [value for _, value in good])
-                lines += [{"key": key} | outcome for (key, _), outcome in zip(good, outcomes)]
+                outcomes = compute(list(good), list(good.values()))
+                lines += [{"key": key} | outcome for key, outcome in zip(good, outcomes)]
             journal.write("".join(json.dumps(line) + "\n" for line in lines))
             journal.flush()
             bar.update(len(keys))
@@ -165,7 +159,7 @@ def write_text(path, text):
     """Written beside, flushed, renamed: a file is never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:  # names that are no UTF-8
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -175,7 +169,7 @@ def write_text(path, text):
 def write_manifest(path, records):
     added = ("path", "map_path")  # by read_manifest
     lines = ({key: value for key, value in record.items() if key not in added} for record in records)
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def keys_of(records):
@@ -269,7 +263,7 @@ def annotation_files(folder, *names):
 def read_lines(path):
     """Yields (file:line, text) of lines that are not blank."""
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 yield f"{path}:{number}", line.strip()
     except UnicodeDecodeError as error:
@@ -285,9 +279,7 @@ def read_csv(path, *columns):
             raise ValueError(f"{path}:1: the header has no column {', '.join(sorted(missing))}")
         for row in rows:
             if None in row or None in row.values():
-                raise ValueError(
-                    f"{path}:{rows.line_num}: not {len(rows.fieldnames)} fields, as the header has"
-                )
+                raise ValueError(f"{path}:{rows.line_num}: not the header's {len(rows.fieldnames)} fields")
             yield f"{path}:{rows.line_num}", row
 
 
@@ -342,19 +334,16 @@ def index_ssv2(args, find):
         for count, entry in enumerate(read_json(file, list, "id"), 1):
             where, record = f"{file}: entry {count}", {"video": find(str(entry["id"])), "split": SPLITS[part]}
             if part != "test":
-                label, caption = (
-                    entry.get("template", "").replace("[", "").replace("]", ""),
-                    entry.get("label", ""),
-                )
+                label = entry.get("template", "").replace("[", "").replace("]", "")
                 record["label"] = label
                 record["class_id"] = number(lookup(labels, label, where, "the labels file"), where)
-                record["human_captions"] = [words(caption, where)]
+                record["human_captions"] = [words(entry.get("label", ""), where)]
             yield where, str(entry["id"]), record
 
 
 def index_ucf101(args, find):
     """trainlist01.txt, testlist01.txt (--fold: 01, 02, 03) and classInd.txt."""
-    lines = list(read_lines(annotation_files(args.annotations, "classInd.txt")[0]))
+    lines = read_lines(annotation_files(args.annotations, "classInd.txt")[0])
     classes = {line.split()[-1]: number(line.split()[0], where) for where, line in lines}
     for split in ("train", "test"):
         for where, line in read_lines(annotation_files(args.annotations, f"{split}list0{args.fold}.txt")[0]):
@@ -387,19 +376,13 @@ def index_diving48(args, find):
     """Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json. A file is a dive: its start
     and end frames are the file's."""
     vocab = read_json(annotation_files(args.annotations, "Diving48_vocab.json")[0], list)
+    classes = {i: words if isinstance(words, str) else " ".join(words) for i, words in enumerate(vocab)}
     for split in ("train", "test"):
         file = annotation_files(args.annotations, f"Diving48_V2_{split}.json")[0]
         for count, entry in enumerate(read_json(file, list, "vid_name", "label"), 1):
-            where, name = f"{file}: entry {count}", entry["vid_name"]
-            label = lookup(
-                dict(enumerate(vocab)), entry["label"], where, f"the vocabulary (0 to {len(vocab) - 1})"
-            )
-            label = label if isinstance(label, str) else " ".join(label)
-            yield (
-                where,
-                name,
-                {"video": find(name), "label": label, "class_id": entry["label"], "split": split},
-            )
+            where, name, class_id = f"{file}: entry {count}", entry["vid_name"], entry["label"]
+            label = lookup(classes, class_id, where, f"the vocabulary (0 to {len(vocab) - 1})")
+            yield where, name, {"video": find(name), "label": label, "class_id": class_id, "split": split}
 
 
 def index_epic55(args, find):
@@ -418,18 +401,9 @@ def index_epic55(args, find):
         return round(3600 * int(parts[0]) + 60 * int(parts[1]) + float(parts[2]), 3)
 
     verbs, nouns = names("verb"), names("noun")
-    columns = (
-        "participant_id",
-        "video_id",
-        "narration",
-        "start_timestamp",
-        "stop_timestamp",
-        "verb_class",
-        "noun_class",
-    )
-    for where, row in read_csv(
-        annotation_files(args.annotations, "EPIC_train_action_labels.csv")[0], *columns
-    ):
+    columns = "participant_id video_id narration start_timestamp stop_timestamp verb_class noun_class".split()
+    file = annotation_files(args.annotations, "EPIC_train_action_labels.csv")[0]
+    for where, row in read_csv(file, *columns):
         participant, video, narration, start, stop, verb, noun = (row[name] for name in columns)
         verb = lookup(verbs, verb, where, "EPIC_verb_classes.csv")
         noun = lookup(nouns, noun, where, "EPIC_noun_classes.csv")
@@ -445,23 +419,18 @@ def index_list(args, find):
     folder of them; the split is what the file's name says (train otherwise). The path is absolute or under
     ROOT. --classes: the names of integer labels, a line each."""
     classes = [line for _, line in read_lines(args.classes)] if args.classes else None
-    files = (
-        [args.annotations] if args.annotations.is_file() else sorted(args.annotations.glob("*.[ct][sx][vt]"))
-    )
+    folder = args.annotations
+    files = [folder] if folder.is_file() else sorted({*folder.glob("*.csv"), *folder.glob("*.txt")})
     if not files:
-        raise ValueError(
-            f"--annotations {args.annotations}: no such file, nor a folder with .csv or .txt lists"
-        )
+        raise ValueError(f"--annotations {folder}: no such file, nor a folder with .csv or .txt lists")
     endings = "|".join(re.escape(suffix) for suffix in sorted(VIDEOS))
+    # Where the path ends in a known suffix the label may have blanks; it is one word otherwise.
+    forms = rf'"?(.+?(?:{endings}))"?[\s,]+(.+)', r'"?(.+?)"?[\s,]+([^\s,]+)'
     for file in files:
-        split = next(
-            (SPLITS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in SPLITS), "train"
-        )
+        known = [SPLITS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in SPLITS]
+        split = known[0] if known else "train"
         for where, line in read_lines(file):
-            # Where the path ends in a known suffix the label may have blanks; it is one word otherwise.
-            match = re.fullmatch(rf'"?(.+?(?:{endings}))"?[\s,]+(.+)', line, re.I) or re.fullmatch(
-                r'"?(.+?)"?[\s,]+([^\s,]+)', line
-            )
+            match = next(filter(None, (re.fullmatch(form, line, re.I) for form in forms)), None)
             if not match:
                 raise ValueError(f"{where}: not `path label`: {line[:80]}")
             path, label = match.groups()
@@ -504,16 +473,12 @@ def index(args):
     if not args.root.is_dir():
         raise ValueError(f"{args.root}: no such folder")
     if args.out.exists() and not args.force:
-        raise ValueError(
-            f"{args.out}: exists, with the captions and maps it may name; --force writes it anew"
-        )
+        raise ValueError(f"{args.out}: exists, perhaps with captions; --force writes it anew")
     args.annotations = args.annotations or args.root
     find = finder(args.root) if args.dataset not in ("folder", "list") else None
     rows = list(DATASETS[args.dataset](args, find))
     if not any(record["video"] for *_, record in rows):
-        missing = (
-            f", not one of the {len(rows)} that the annotations name, such as {rows[0][1]}" if rows else ""
-        )
+        missing = f", none of the {len(rows)} in the annotations, such as {rows[0][1]}" if rows else ""
         raise ValueError(f"{args.root}: no videos ({' '.join(sorted(VIDEOS))}){missing}")
     paths = dict.fromkeys(str(record["video"]) for *_, record in rows if record["video"])
     unreadable = {path: {"error": f"{path}: empty"} for path in paths if os.path.getsize(path) == 0}
@@ -528,21 +493,16 @@ def index(args):
         return
     found, problems, table = [], [], defaultdict(Counter)
     for where, name, record in rows:
-        state = (
-            "missing"
-            if not record["video"]
-            else "unreadable"
-            if str(record["video"]) in unreadable
-            else "found"
-        )
-        table[record["split"]][state] += 1
-        if state == "found":
-            found.append(record | {"video": os.path.relpath(record["video"], args.out.parent)})
+        video = str(record["video"])
+        if record["video"] is None:
+            state, reason = "missing", f"no video {name}"
+        elif video in unreadable:
+            state, reason = "unreadable", unreadable[video]["error"]
         else:
-            reason = (
-                unreadable[str(record["video"])]["error"] if state == "unreadable" else f"no video {name}"
-            )
-            problems.append(f"{state}\t{where}\t{reason}")
+            state, reason = "found", ""
+            found.append(record | {"video": os.path.relpath(video, args.out.parent)})
+        table[record["split"]][state] += 1
+        problems += [f"{state}\t{where}\t{reason}"] if reason else []
     for split, states in sorted(table.items()):
         labels = {record.get("label") for record in found if record["split"] == split} - {None}
         counts = ", ".join(f"{states[state]} {state}" for state in ("found", "missing", "unreadable"))
@@ -578,19 +538,18 @@ def sentence(label):
 
 def caption_label(record):
     """The oracle of the paper's Figure 5(b): the class name as a sentence."""
-    label = record.get("label", "")
-    if not label.strip() or label.isdigit():
-        return {
-            "error": f"{record['video']}: "
-            + (f"label {label} is a number, no name: index list --classes" if label else "no label")
-        }
+    label = str(record.get("label", "")).strip()
+    if not label:
+        return {"error": "no label"}
+    if label.isdigit():
+        return {"error": f"label {label} is a number, not a name: index list --classes FILE names it"}
     return {"captions": [sentence(label)]}
 
 
 def caption_human(record):
     """What the dataset itself says. It gives the class away: the paper does without it."""
     said = record.get("human_captions")
-    return {"captions": said} if said else {"error": f"{record['video']}: no human_captions"}
+    return {"captions": said} if said else {"error": "no human_captions"}
 
 
 def keyframes(first, stop, count):
@@ -614,17 +573,15 @@ def from_pretrained(kind, model, **more):
         return getattr(transformers, kind).from_pretrained(model, **more)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if online else "the hub cannot be reached"
-        raise ValueError(
-            f"--model {model}: {reason}. Way out: --model FOLDER, with a downloaded model"
-        ) from error
+        raise ValueError(f"--model {model}: {reason}. Way out: --model FOLDER, a downloaded one") from error
 
 
 class Captioner:
     """A transformers model, loaded when there is something to do."""
 
-    def __init__(self, args, device):
-        self.args, self.device = args, device
-        self.dtype = torch.bfloat16 if tgmae.bf16_is_fast(device) else torch.float32
+    def __init__(self, args):
+        self.args, self.device = args, args.device
+        self.dtype = torch.bfloat16 if tgmae.bf16_is_fast(args.device) else torch.float32
 
     @functools.cached_property
     def model(self):
@@ -644,13 +601,10 @@ class Blip2(Captioner):
     @torch.no_grad()
     def __call__(self, keys, clips):
         images = [Image.fromarray(frame.numpy()) for clip in clips for frame in clip]
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(
-            self.device, self.dtype
-        )
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.device, self.dtype)
         said = self.model.generate(pixel_values=pixels, max_new_tokens=self.args.max_new_tokens)
-        said = [
-            " ".join(text.split()) for text in self.processor.batch_decode(said, skip_special_tokens=True)
-        ]
+        said = self.processor.batch_decode(said, skip_special_tokens=True)
         each = len(said) // len(clips)
         return [outcome(said[i * each : (i + 1) * each], "BLIP-2") for i in range(len(clips))]
 
@@ -669,76 +623,52 @@ class Llm(Captioner):
         tokenizer = self.tokenizer
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}]
-            tokens = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+            tokens = tokenizer.apply_chat_template(chat, **how)
         else:
             tokens = tokenizer(prompt, return_tensors="pt")
         tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
         # Seeded by what is asked: who asks, and what was asked before, makes no difference.
         torch.manual_seed(int(hashlib.sha256(f"{self.args.seed} {prompt}".encode()).hexdigest()[:15], 16))
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         said = self.model.generate(
-            **tokens, do_sample=True, num_return_sequences=self.args.per_prompt, max_new_tokens=self.args.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **tokens, do_sample=True, num_return_sequences=self.args.per_prompt, pad_token_id=pad,
+            max_new_tokens=self.args.max_new_tokens,
         )  # fmt: skip
-        said = tokenizer.batch_decode(said[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [" ".join(text.split()) for text in said]
+        return tokenizer.batch_decode(said[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def __call__(self, keys, labels):
-        return [
-            outcome(
-                [text for prompt in PROMPTS for text in self.answers(prompt.format(phrase(label)))], "the LLM"
-            )
-            for label in labels
-        ]
+        asked = ([prompt.format(phrase(label)) for prompt in PROMPTS] for label in labels)
+        return [outcome(sum(map(self.answers, prompts), []), "the LLM") for prompts in asked]
 
 
 def outcome(texts, who):
-    captions = [text for text in texts if text]
+    captions = [" ".join(text.split()) for text in texts if text.strip()]
     return {"captions": captions} if captions else {"error": f"{who} wrote nothing"}
 
 
 def caption(args):
     records = tgmae.read_manifest(args.manifest)
-    wanted = {
-        key: record
-        for key, record in zip(keys_of(records), records)
-        if args.force or args.append or not record.get("captions")
-    }
-    said = {}
-    if args.source in ("label", "human"):
-        said = {
-            key: {"label": caption_label, "human": caption_human}[args.source](r) for key, r in wanted.items()
-        }
-    elif wanted:
-        args.model = args.model or MODELS[args.source]
-        names = (
-            "command",
-            "source",
-            "model",
-            "frames",
-            "batch_size",
-            "per_prompt",
-            "max_new_tokens",
-            "seed",
-            "append",
-            "force",
-        )
-        settings = {name: getattr(args, name) for name in names}
-        if args.source == "blip2":
-            # The batches do not depend on who computes them, nor on what was done before a kill.
-            keys, load = list(wanted), functools.partial(load_keyframes, wanted, args.frames)
-            units = [keys[i : i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
-            said = share(args.manifest, settings, units, load, Blip2(args, args.device), workers=args.workers)
-        else:
-            of_label = {key: caption_label(record) for key, record in wanted.items()}
-            labels = sorted({wanted[key]["label"] for key, said in of_label.items() if "captions" in said})
-            by_label = share(
-                args.manifest, settings, [[x] for x in labels], itself, Llm(args, args.device), unit="class"
-            )
-            said = {
-                key: by_label.get(wanted[key].get("label"), no_label) for key, no_label in of_label.items()
-            }
+    wanted = dict(zip(keys_of(records), records))
+    if not (args.force or args.append):
+        wanted = {key: record for key, record in wanted.items() if not record.get("captions")}
+    by_label = {key: caption_label(record) for key, record in wanted.items()}
+    args.model = args.model or MODELS.get(args.source)
+    names = "command source model frames batch_size per_prompt max_new_tokens seed append force".split()
+    settings = {name: getattr(args, name) for name in names}
+    if args.source == "label":
+        said = by_label
+    elif args.source == "human":
+        said = {key: caption_human(record) for key, record in wanted.items()}
+    elif args.source == "blip2":
+        # The batches do not depend on who computes them, nor on what was done before a kill.
+        keys, load = list(wanted), functools.partial(load_keyframes, wanted, args.frames)
+        units = [keys[i : i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
+        said = share(args.manifest, settings, units, load, Blip2(args), workers=args.workers)
+    else:
+        labels = sorted({wanted[key]["label"] for key, named in by_label.items() if "captions" in named})
+        told = share(args.manifest, settings, [[x] for x in labels], itself, Llm(args), unit="class")
+        said = {key: told.get(wanted[key].get("label"), unnamed) for key, unnamed in by_label.items()}
 
     def update(key, record, outcome):
         before = record.get("captions", []) if args.append else []
@@ -795,14 +725,13 @@ def is_current(path, record, made_by, numbers, resized, patch_size):
         saved = tgmae.read_map(path, record["captions"])
     except ValueError:
         return False
-    then = saved.clip, list(saved.resized), saved.patch_size, saved.frames.tolist()
-    for what, old, new in zip(
-        ("CLIP", "size", "patch size", "frames"), then, (made_by, resized, patch_size, numbers)
-    ):
+    for what, old, new in (
+        ("CLIP", saved.clip, made_by), ("size", list(saved.resized), resized),
+        ("patch size", saved.patch_size, patch_size), ("frames", saved.frames.tolist(), numbers),
+    ):  # fmt: skip
         if old != new:
-            raise ValueError(
-                f"{path}: a map of another {what}: {str(old)[:60]}, now {str(new)[:60]}; --force makes all anew"
-            )
+            change = f"{str(old)[:60]}, now {str(new)[:60]}"
+            raise ValueError(f"{path}: a map of another {what}: {change}; --force makes all anew")
     return True
 
 
@@ -891,11 +820,10 @@ def maps(args):
     made_by = clip_id(args, clip[0])
     if rank == 0:
         estimate(args, clip, made_by, clips, world)
-    settings = {
-        name: getattr(args, name) for name in ("command", "every", "image_size", "patch_size", "force")
-    }
+    names = "command every image_size patch_size force".split()
+    settings = {name: getattr(args, name) for name in names} | {"clip": made_by}
     made = share(
-        args.manifest, settings | {"clip": made_by}, [[key] for key in clips],
+        args.manifest, settings, [[key] for key in clips],
         functools.partial(load_frames, args, made_by, clips, paths),
         functools.partial(make_map, args, *clip, made_by, clips, paths), workers=args.workers,
     )  # fmt: skip
@@ -922,12 +850,8 @@ def parse_args(argv=None):
         return commands.add_parser(name, help=help, description=help, formatter_class=formatter).add_argument
 
     def shared(add, force):
-        add(
-            "--workers",
-            type=int,
-            default=min(8, os.cpu_count() or 1),
-            help="processes that decode, per process",
-        )
+        workers = min(8, os.cpu_count() or 1)
+        add("--workers", type=int, default=workers, help="processes that decode, per process")
         add("--force", action="store_true", help=force)
 
     add = command("index", "a dataset's videos and annotation files -> manifest")
@@ -937,9 +861,7 @@ def parse_args(argv=None):
     add("--fold", type=int, default=1, choices=(1, 2, 3), help="which split of ucf101 and hmdb51")
     add("--classes", type=Path, help="list: file with the names of integer labels, a line each, from 0")
     add("--out", type=Path, default=Path("data.jsonl"), help="the manifest to write")
-    add(
-        "--check", action="store_true", help="decode a frame of each video, and leave out what cannot be read"
-    )
+    add("--check", action="store_true", help="decode a frame of each video; leave out the unreadable")
     shared(add, "overwrite the manifest")
 
     add = command("caption", "captions for the clips of a manifest that have none")
@@ -947,12 +869,7 @@ def parse_args(argv=None):
     add("--source", required=True, choices=("blip2", "label", "llm", "human"),
         help="BLIP-2 on keyframes, the class name, an LLM that is told the class name, or human_captions")  # fmt: skip
     add("--model", help=f"hub name or folder for transformers ({MODELS})")
-    add(
-        "--frames",
-        type=int,
-        default=3,
-        help="blip2: keyframes per clip, a caption each; 1 is the centre frame",
-    )
+    add("--frames", type=int, default=3, help="blip2: keyframes, a caption each (1: the centre frame)")
     add("--batch-size", type=int, default=8, help="blip2: clips per forward")
     add("--per-prompt", type=int, default=3, help="llm: answers to each of the three prompts")
     add("--max-new-tokens", type=int, default=60, help="longest caption, in the model's tokens")
@@ -965,12 +882,7 @@ def parse_args(argv=None):
     add("--clip", default="ViT-B-32-quickgelu", help="open_clip model, hf-hub:NAME or local-dir:FOLDER")
     add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
     add("--every", type=int, default=8, help="frames from one mapped frame to the next")
-    add(
-        "--image-size",
-        type=int,
-        default=224,
-        help="the frame's short side in pixels, as the model's image_size",
-    )
+    add("--image-size", type=int, default=224, help="the frame's short side in pixels, as the model's")
     add("--patch-size", type=int, default=16, help="pixels, as the model's patch_size")
     shared(add, "make maps anew that are there")
 
@@ -985,10 +897,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    args.device = (
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
-    if args.device == "cuda":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that are no UTF-8
+    args.device = "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        args.device = "cuda"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         start_processes()

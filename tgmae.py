@@ -389,7 +389,7 @@ def read_manifest(path, split=None):
     Raises ValueError that names file and line for a line that is not such a record."""
     path, records = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a manifest: {error}") from error
     for number, line in enumerate(lines, 1):

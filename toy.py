@@ -30,6 +30,7 @@ from tqdm import tqdm
 import tgmae
 
 SIZE, FRAMES, FPS = 64, 24, 12
+EVERY = 0.5 if sys.stderr.isatty() else 10  # seconds between two lines of a progress bar
 ACTORS = ("circle", "square", "triangle", "cross")
 DISTRACTORS = ("ring", "star", "diamond")
 COLOURS = {
@@ -192,7 +193,7 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
     mean, std = (torch.tensor(CLIP_CONFIG["preprocess_cfg"][key]).view(3, 1, 1) for key in ("mean", "std"))
     optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    bar = tqdm(range(steps), desc="toy CLIP", unit="step")
+    bar = tqdm(range(steps), desc="toy CLIP", unit="step", mininterval=EVERY)
     for _ in bar:
         images, captions, groups = _crops(rng, stills, batch)
         image, text = clip.encode_image((images - mean) / std), clip.encode_text(tokenizer(captions))
@@ -201,7 +202,7 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1))
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
@@ -261,7 +262,7 @@ def _build(out, clips, seed):
     total = clips + clips // 4
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and x264 let go of the interpreter
         made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total))
-        for record, extra in tqdm(made, desc="toy world", unit="clip", total=total):
+        for record, extra in tqdm(made, desc="toy world", unit="clip", total=total, mininterval=EVERY):
             records.append(record)
             if record["split"] == "train":
                 stills += extra

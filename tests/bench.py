@@ -1,7 +1,7 @@
 """What things cost here, in pairs within one run; medians and their ratios. Run by hand, on an idle machine.
 
-    python tests/bench.py step     # training: tube, TGM from text maps, TGM online (a minute or two on a CPU)
-    python tests/bench.py maps     # captions.py maps, against what the device's matrix rate allows
+python tests/bench.py step     # training: tube, TGM from text maps, TGM online (a minute or two on a CPU)
+python tests/bench.py maps     # captions.py maps, against what the device's matrix rate allows
 """
 
 import argparse
@@ -55,7 +55,10 @@ def untrained_clip(folder, name):
         return "--clip", name, "--clip-pretrained", str(folder / "clip.pt")
     (folder / "clip").mkdir()
     (folder / "clip/open_clip_config.json").write_text(json.dumps(toy.CLIP_CONFIG))
-    save_file(open_clip.CLIP(**toy.CLIP_CONFIG["model_cfg"]).state_dict(), folder / "clip/open_clip_model.safetensors")
+    save_file(
+        open_clip.CLIP(**toy.CLIP_CONFIG["model_cfg"]).state_dict(),
+        folder / "clip/open_clip_model.safetensors",
+    )
     return "--clip", f"local-dir:{folder / 'clip'}"
 
 
@@ -75,7 +78,18 @@ def videos(folder, count, frames=120, size=(240, 320)):
 def stepper(data, mask, batch, flags=()):
     """-> function that loads a batch (in this process, so that nothing hides behind something else) and
     takes a training step with it, everything at mask ratio 0.6, MAE + VT."""
-    words = "--data", str(data), "--mask", mask, "--mask-ratio", "0.6", "--vt", "--batch-size", str(batch), *flags
+    words = (
+        "--data",
+        str(data),
+        "--mask",
+        mask,
+        "--mask-ratio",
+        "0.6",
+        "--vt",
+        "--batch-size",
+        str(batch),
+        *flags,
+    )
     args = train.parse_args([*words, "--device", DEVICE])
     rank, world = train.start_processes(args)
     records, _, text = train.load_data(args, rank, world)
@@ -99,7 +113,9 @@ def bench_step(folder, args):
     data, online = folder / "maps.jsonl", untrained_clip(folder, "ViT-B-32-quickgelu")
     preset = "--preset", args.preset
     took = medians({mask: stepper(data, mask, args.batch, preset) for mask in ("tube", "tgm")}, args.repeats)
-    took["online"] = medians({"online": stepper(folder / "online.jsonl", "tgm", args.batch, (*preset, *online))}, 1)["online"]
+    took["online"] = medians(
+        {"online": stepper(folder / "online.jsonl", "tgm", args.batch, (*preset, *online))}, 1
+    )["online"]
     print(
         f"step    {args.preset}, batch {args.batch}, decoding included: tube {took['tube']:.2f} s; TGM from maps "
         f"{took['tgm']:.2f} s, {took['tgm'] / took['tube']:.3f}x (goal: 1.05x); TGM online with ViT-B/32 "
@@ -119,12 +135,20 @@ def bench_maps(folder, args):
     size = size if isinstance(size, tuple) else (size, size)
     torch.backends.mha.set_fastpath_enabled(False)  # in which the counter does not see the matrix products
     with FlopCounterMode(display=False) as counter:
-        clip[0].encode_image(torch.zeros(1, 3, *size, device=DEVICE, dtype=next(clip[0].visual.parameters()).dtype))
+        clip[0].encode_image(
+            torch.zeros(1, 3, *size, device=DEVICE, dtype=next(clip[0].visual.parameters()).dtype)
+        )
     torch.backends.mha.set_fastpath_enabled(True)
     dtype = torch.bfloat16 if tgmae.bf16_is_fast(DEVICE) else torch.float32
-    a = torch.randn(8192 if DEVICE == "cuda" else 2048, 8192 if DEVICE == "cuda" else 2048, device=DEVICE, dtype=dtype)
+    a = torch.randn(
+        8192 if DEVICE == "cuda" else 2048, 8192 if DEVICE == "cuda" else 2048, device=DEVICE, dtype=dtype
+    )
     took = medians(
-        {"product": lambda: a @ a, "maps": lambda: captions.similarity_map(clip[0], frames, text, 16, DEVICE)}, args.repeats
+        {
+            "product": lambda: a @ a,
+            "maps": lambda: captions.similarity_map(clip[0], frames, text, 16, DEVICE),
+        },
+        args.repeats,
     )
     rate = 2 * len(a) ** 3 / took["product"]
     bound = rate / counter.get_total_flops()
@@ -136,9 +160,13 @@ def bench_maps(folder, args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("what", choices=("step", "maps"))
-    parser.add_argument("--preset", default="base", choices=tgmae.PRESETS, help="of the model that is trained")
+    parser.add_argument(
+        "--preset", default="base", choices=tgmae.PRESETS, help="of the model that is trained"
+    )
     parser.add_argument("--batch", type=int, default=2, help="clips a step")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
     args = parser.parse_args()

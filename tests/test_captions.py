@@ -253,10 +253,10 @@ def test_annotation_mistakes_name_file_and_line(tree, tmp_path):
     for files, dataset, reason in (
         ({}, "k400", "there is no train.csv, validate.csv, val.csv, test.csv"),
         ({"train.csv": "label,youtube_id\n"}, "k400", "train.csv:1: the header has no column split, time_end"),
-        ({"train.csv": good + "a,b,1,2\n"}, "k400", "train.csv:2: not 5 fields"),
+        ({"train.csv": good + "a,b,1,2\n"}, "k400", "train.csv:2: not the header's 5 fields"),
         ({"train.csv": good + "a,b,one,2,train\n"}, "k400", "train.csv:2: 'one' is not a number"),
         ({"train.csv": good + "a,b,1,2,dev\n"}, "k400", "train.csv:2: 'dev' is not in train, validate, test"),
-        ({"train.csv": good + "a,b,1,2,train\n"}, "k400", "not one of the 1 that the annotations name, such as b_000001"),
+        ({"train.csv": good + "a,b,1,2,train\n"}, "k400", "none of the 1 in the annotations, such as b_000001"),
         ({"train.json": "{", "labels.json": {}}, "ssv2", "train.json: not JSON"),
         ({"train.json": [{}], "labels.json": {}}, "ssv2", "train.json: entry 1 has no id"),
         ({"train.json": [{"id": 1, "template": "X [y]", "label": "x"}], "labels.json": {}}, "ssv2", "entry 1: 'X y' is not in"),
@@ -408,7 +408,8 @@ def test_chat_template_is_used(llm, tmp_path, manifest):
     args = captions.parse_args(
         ["caption", "x", "--source", "llm", "--model", str(llm), "--max-new-tokens", "5"]
     )
-    teller = captions.Llm(args, "cpu")
+    args.device = "cpu"
+    teller = captions.Llm(args)
     plain = teller.answers("word7")
     teller.tokenizer = tokenizer
     seen = []
