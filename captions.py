@@ -191,13 +191,16 @@ def report(manifest, command, problems):
         print(f"{len(problems)} problem(s), listed in {listed}:\n  " + "\n  ".join(problems[:5]))
 
 
-def conclude(manifest, command, records, wanted, outcomes, update):
-    """On rank 0: puts the outcome of each wanted record into it, by update(key, record, outcome), or marks
-    it as failed; rewrites the manifest; closes the journal. ValueError if all of the wanted failed."""
+def conclude(manifest, command, outcomes, update):
+    """On rank 0: puts the outcomes into the manifest, by update(key, record, outcome), or marks as failed;
+    closes the journal. The manifest is read again: hours may have passed, and others may have added to it.
+    ValueError if all failed."""
     if rank_and_world()[0]:
         return
-    failures = []
-    for key, record in wanted.items():
+    records, failures = tgmae.read_manifest(manifest), []
+    for key, record in zip(keys_of(records), records):
+        if key not in outcomes:
+            continue
         if "error" in outcomes[key]:
             record["failed"] = outcomes[key]["error"]
             failures.append(f"{record['video']}\t{record['failed']}")
@@ -207,10 +210,10 @@ def conclude(manifest, command, records, wanted, outcomes, update):
     write_manifest(manifest, records)
     shutil.rmtree(journal_of(manifest), ignore_errors=True)
     report(manifest, command, failures)
-    print(f"{manifest}: {command}: {len(wanted) - len(failures)} clips, {len(failures)} failed", end="; ")
-    print(f"{len(records) - len(wanted)} left as they were")
-    if failures and len(failures) == len(wanted):
-        raise ValueError(f"{manifest}: all {len(wanted)} clips failed, the first: {failures[0]}")
+    done, left = len(outcomes) - len(failures), len(records) - len(outcomes)
+    print(f"{manifest}: {command}: {done} clips, {len(failures)} failed; {left} left as they were")
+    if failures and not done:
+        raise ValueError(f"{manifest}: all {len(failures)} clips failed, the first: {failures[0]}")
 
 
 # =================================================================================================
@@ -508,7 +511,8 @@ def index(args):
         counts = ", ".join(f"{states[state]} {state}" for state in ("found", "missing", "unreadable"))
         print(f"{args.out}: {split}: {counts}; {len(labels)} labels")
     write_manifest(args.out, found)
-    shutil.rmtree(journal_of(args.out), ignore_errors=True)
+    if args.check:
+        shutil.rmtree(journal_of(args.out), ignore_errors=True)
     report(args.out, "index", problems)
 
 
@@ -652,29 +656,31 @@ def caption(args):
     wanted = dict(zip(keys_of(records), records))
     if not (args.force or args.append):
         wanted = {key: record for key, record in wanted.items() if not record.get("captions")}
-    by_label = {key: caption_label(record) for key, record in wanted.items()}
-    args.model = args.model or MODELS.get(args.source)
     names = "command source model frames batch_size per_prompt max_new_tokens seed append force".split()
-    settings = {name: getattr(args, name) for name in names}
-    if args.source == "label":
-        said = by_label
-    elif args.source == "human":
-        said = {key: caption_human(record) for key, record in wanted.items()}
-    elif args.source == "blip2":
+    args.model = args.model or MODELS.get(args.source)
+    settings, keys = {name: getattr(args, name) for name in names}, list(wanted)
+    if args.source == "blip2":
         # The batches do not depend on who computes them, nor on what was done before a kill.
-        keys, load = list(wanted), functools.partial(load_keyframes, wanted, args.frames)
         units = [keys[i : i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
+        load = functools.partial(load_keyframes, wanted, args.frames)
         said = share(args.manifest, settings, units, load, Blip2(args), workers=args.workers)
-    else:
-        labels = sorted({wanted[key]["label"] for key, named in by_label.items() if "captions" in named})
+    elif args.source == "llm":
+        named = {key: caption_label(wanted[key]) for key in keys}
+        labels = sorted({wanted[key]["label"] for key in keys if "captions" in named[key]})
         told = share(args.manifest, settings, [[x] for x in labels], itself, Llm(args), unit="class")
-        said = {key: told.get(wanted[key].get("label"), unnamed) for key, unnamed in by_label.items()}
+        said = {key: told.get(wanted[key].get("label"), named[key]) for key in keys}
+    else:
+        source = {"label": caption_label, "human": caption_human}[args.source]
+        units = [keys] if keys else []  # a moment's work: one process does it all
+        said = share(
+            args.manifest, settings, units, itself, lambda keys, _: [source(wanted[k]) for k in keys]
+        )
 
     def update(key, record, outcome):
         before = record.get("captions", []) if args.append else []
         record["captions"] = before + [text for text in outcome["captions"] if text not in before]
 
-    conclude(args.manifest, "caption", records, wanted, said, update)
+    conclude(args.manifest, "caption", {key: said[key] for key in keys}, update)
 
 
 # =================================================================================================
@@ -831,7 +837,7 @@ def maps(args):
     def update(key, record, outcome):
         record["maps"] = os.path.relpath(paths[key], args.manifest.parent)
 
-    conclude(args.manifest, "maps", records, clips, made, update)
+    conclude(args.manifest, "maps", {key: made[key] for key in clips}, update)
 
 
 # =================================================================================================

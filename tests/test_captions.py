@@ -700,12 +700,14 @@ def test_an_unfinished_command_is_not_mixed_with_another(manifest, blip2, tmp_pa
         run(*flags)
     assert data.read_bytes() == before
     assert "unfinished command with other settings (frames 3 -> 1)" in fails(*flags, "--frames", 1)
+    assert "(source blip2 -> label" in fails("caption", data, "--source", "label")
     with open(tmp_path / "some.jsonl.work/0.jsonl", "a") as file:
-        file.write('{"key": "half a li')
+        file.write('{"key": "half a li}')
+    captions.write_manifest(data, records(data) + [records(data)[0] | {"start": 0.5}])  # edited meanwhile
     run(*flags)
-    assert len(calls) == 5 and all(
-        len(record["captions"]) == 3 for record in records(data)
-    )  # 2 done, 1 lost, 2 more
+    assert len(calls) == 6  # two were done, one was lost in flight, three more
+    assert len(records(data)) == 5 and all(len(record["captions"]) == 3 for record in records(data))
+    assert not (tmp_path / "some.jsonl.work").exists()
 
 
 def test_no_hub_is_told_at_once(manifest, monkeypatch, tmp_path):
@@ -729,3 +731,37 @@ def test_empty_captions_and_labels(manifest, tmp_path):
     assert "e.jsonl:2: captions must be a list of non-empty texts" in fails("maps", tmp_path / "e.jsonl")
     (tmp_path / "n.jsonl").write_text('{"video": "a.mp4"}\n')
     assert "n.jsonl" in fails("caption", tmp_path / "n.jsonl", "--source", "label")
+
+
+def test_the_manifest_may_be_edited_meanwhile(world, manifest, monkeypatch):
+    """Records that others add while maps are made, and their keys, stay."""
+    data = manifest(2)
+    estimate = captions.estimate
+
+    def edits(*args):
+        captions.write_manifest(
+            data, [records(data)[1], records(data)[0] | {"mine": 1}, {"video": "new.mp4"}]
+        )
+        estimate(*args)
+
+    monkeypatch.setattr(captions, "estimate", edits)
+    run("maps", data, *map_flags(world))
+    one, two, new = records(data)
+    assert "maps" in one and "maps" in two and two["mine"] == 1 and new == {"video": "new.mp4"}
+    for record in tgmae.read_manifest(data)[:2]:
+        tgmae.read_map(record["map_path"], record["captions"])
+
+
+def test_names_that_are_no_utf8(tmp_path, clip_file):
+    (tmp_path / "v").mkdir()
+    name = (
+        os.fsencode(tmp_path / "v") + b"/caf\xe9 \xe2\x80\xa8x.mp4"
+    )  # Latin-1, and a Unicode line separator
+    try:
+        os.link(clip_file, name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    run("index", tmp_path / "v", "--out", tmp_path / "n.jsonl", "--check")
+    run("caption", tmp_path / "n.jsonl", "--source", "label")
+    (record,) = tgmae.read_manifest(tmp_path / "n.jsonl")
+    assert os.fsencode(record["path"]) == name and tgmae.probe_video(record["path"]).frames == 50
