@@ -904,9 +904,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # names that are no UTF-8
-    args.device = "mps" if torch.backends.mps.is_available() else "cpu"
-    if torch.cuda.is_available():
-        args.device = "cuda"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = next(name for name in there if there[name])
+    if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         start_processes()

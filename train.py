@@ -46,10 +46,8 @@ MAX_NON_FINITE = 10  # steps in a row before the run stops
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Pre-train a text-guided video MAE.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
 
     def either(name, help, **more):  # a flag whose default depends on the data
@@ -61,31 +59,22 @@ def parse_args(argv=None):
     add("--split", default="train", help="split of the manifest to train on")
     add("--val-split", default=argparse.SUPPRESS, help="split for held-out losses after each epoch (none)")
     either("--preset", "size of the model", choices=PRESETS)
-    add(
-        "--mask",
-        default="tube",
-        choices=MASK_RATIOS,
-        help="what to mask: noise, most motion, or most like the caption",
-    )
+    add("--mask", default="tube", choices=MASK_RATIOS, help="noise, most motion, or most like the caption")
     add("--mask-ratio", type=float, default=argparse.SUPPRESS, help=f"share of cubes masked ({MASK_RATIOS})")
     add("--bottom-k", action=yes_no, default=False, help="mask the lowest scores instead of the highest")
     add("--vt", action=yes_no, default=False, help="optimise the video-text contrastive loss")
     add("--mae", action=yes_no, default=True, help="optimise the reconstruction loss")
     add("--vt-weight", type=float, default=1.0, help="weight of the contrastive loss")
     add("--temperature", type=float, default=0.07, help="of the contrastive loss")
-    either(
-        "--clip",
-        "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is watched where not optimised",
-    )
+    either("--clip", "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is at least watched")
     add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
     add(
-        "--num-captions", type=int, default=0, help="captions of a video to draw from, evenly spread (0: all)"
+        "--num-captions",
+        type=int,
+        default=0,
+        help="of a video's captions to draw from, evenly spread (0: all)",
     )
-    add(
-        "--init",
-        default=argparse.SUPPRESS,
-        help="start from weights: a checkpoint of ours, VideoMAE's or transformers'",
-    )
+    add("--init", default=argparse.SUPPRESS, help="checkpoint to start from: ours, VideoMAE's, transformers'")
     add("--grad-checkpointing", action=yes_no, default=False, help="less memory for about a third more time")
     either("--epochs", "passes over the data", type=int)
     either("--warmup-epochs", "epochs of linear warm-up", type=float)
@@ -109,13 +98,8 @@ def parse_args(argv=None):
 
     given, defaults = vars(args), TOY if args.data == "toy" else REAL
     name = "-".join([Path(args.data).stem, args.mask] + ["no-mae"] * (not args.mae) + ["vt"] * args.vt)
-    late = {
-        "mask_ratio": MASK_RATIOS[args.mask],
-        "val_split": None,
-        "init": None,
-        "amp": None,
-        "out": f"runs/{name}",
-    }
+    late = {"mask_ratio": MASK_RATIOS[args.mask], "out": f"runs/{name}"}
+    late |= dict.fromkeys(("val_split", "init", "amp"))
     args.clip_given = "clip" in given
     args.watch = not args.vt and (args.data == "toy" or args.clip_given)
     for key, value in {**defaults, **late}.items():
@@ -135,9 +119,7 @@ def check_args(args):
     if args.batch_size % args.repeat:
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}")
     if not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(
-            f"--warmup-epochs {args.warmup_epochs}: must lie between 0 and --epochs {args.epochs}"
-        )
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
 
 
 # =================================================================================================
@@ -327,7 +309,7 @@ def clip_together(model, args):
 
 # What a resumed run must share with the checkpoint, beside the sizes of the model.
 SAME = (
-    "data", "split", "mask", "mask_ratio", "bottom_k", "mae", "vt", "vt_weight", "seed",
+    "data", "split", "clip", "mask", "mask_ratio", "bottom_k", "mae", "vt", "vt_weight", "seed",
     "epochs", "batch_size", "accum", "repeat", "world",
 )  # fmt: skip
 
@@ -393,19 +375,16 @@ def draw_samples(path, model, video, mask, captions):
     c = model.config
     model.eval()
     cubes = tgmae.patchify(video, c.patch_size, c.tubelet_size)  # (B,N,P)
-    std, mean = (
-        cubes.new_tensor(v).repeat(c.patch_dim // 3) for v in (tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN)
-    )
-    cubes = cubes * std + mean
+    std, mean = cubes.new_tensor(tgmae.IMAGENET_STD), cubes.new_tensor(tgmae.IMAGENET_MEAN)
+    cubes = cubes * std.repeat(c.patch_dim // 3) + mean.repeat(c.patch_dim // 3)
     _, mean, std = tgmae.reconstruction_target(video, mask, c)
     pred = model(video, mask)["pred"].float().unflatten(-1, (-1, 3)) * std + mean
     _, ids_mask = tgmae.split_mask(mask, video.device)
     ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)
     volumes = (cubes, cubes.scatter(1, ids_mask, 0.5), cubes.scatter(1, ids_mask, pred.flatten(2)))
     every = max(1, c.num_frames // 8)  # at most 8 frames side by side
-    rows = [
-        tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size)[:, :, ::every] for volume in volumes
-    ]
+    rows = [tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size) for volume in volumes]
+    rows = [row[:, :, ::every] for row in rows]
     rows = torch.stack(rows, 1).clamp(0, 1).mul(255).byte().cpu()  # (B, 3 rows, C, t, S, S)
     B, _, _, t, S, _ = rows.shape
     scale, margin = max(1, 96 // S), 16
@@ -432,9 +411,8 @@ def draw_samples(path, model, video, mask, captions):
 def start_processes(args):
     """Joins torchrun's process group, if it is torchrun that started us. -> rank, world size."""
     if args.device == "auto":
-        args.device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        args.device = next(name for name in there if there[name])
     if args.amp is None:
         args.amp = tgmae.bf16_is_fast(args.device)
     if args.device == "cuda":
@@ -480,15 +458,13 @@ def load_data(args, rank, world):
                 f"{manifest}: {len(part)} clips of split {name!r} are fewer than a step takes "
                 f"({world} processes x --batch-size {args.batch_size} x --accum {args.accum} / --repeat {args.repeat})"
             )
-    if args.vt and world * args.batch_size // args.repeat < 2:
-        raise ValueError(
-            f"--vt with a global batch of {world * args.batch_size // args.repeat} video: no negatives"
-        )
-    maps = bool(everything) and not silent and find_maps(args, everything)
-    # Text is watched where it costs no download that nobody asked for: on the toy world, with maps, or --clip.
-    if needs_text or (not silent and (maps or args.watch)):
-        return records, val, "maps" if maps else "clip"
-    return records, val, None
+    videos = world * args.batch_size // args.repeat
+    if args.vt and videos < 2:
+        raise ValueError(f"--vt with a global batch of {videos} video: no negatives")
+    # VT is watched where that costs no download that nobody asked for: on the toy world, or with --clip.
+    if not needs_text and (silent or not args.watch):
+        return records, val, None
+    return records, val, "maps" if find_maps(args, everything) else "clip"
 
 
 def find_maps(args, records):
@@ -518,12 +494,9 @@ def build_model(args, text, record):
     clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device) if text == "clip" else None
     config = replace(PRESETS[args.preset], temperature=args.temperature)
     if text:
-        some = (
-            tgmae.encode_text(*clip, ["a"])
-            if clip
-            else tgmae.read_map(record["map_path"], record["captions"]).text
-        )
-        config = replace(config, text_dim=some.shape[1])
+        maps = None if clip else tgmae.read_map(record["map_path"], record["captions"])
+        text_dim = (tgmae.encode_text(*clip, ["a"]) if clip else maps.text).shape[1]
+        config = replace(config, text_dim=text_dim)
     tgmae.topk_mask(torch.zeros(1, *config.grid), args.mask_ratio)  # refuses a ratio that masks none or all
     torch.manual_seed(args.seed)
     model = tgmae.TGMAE(config)
@@ -574,13 +547,9 @@ def validate(net, data, clip, args, rank, world):
     net.eval()
     sampler = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
     loader = DataLoader(
-        data,
-        args.batch_size // args.repeat,
-        sampler=sampler,
-        num_workers=args.workers,
-        collate_fn=collate,
+        data, args.batch_size // args.repeat, sampler=sampler, num_workers=args.workers, collate_fn=collate,
         drop_last=True,
-    )
+    )  # fmt: skip
     losses = []
     for batch in loader:
         video, mask, text = prepare(batch, clip, args, data.config)
@@ -687,7 +656,7 @@ def train(args, rank, world, model, clip, data, val):
             append(out / "log.jsonl", line)
         if skipped == MAX_NON_FINITE:
             raise ValueError(
-                f"step {step}: {skipped} steps in a row without a finite gradient; {out}/last.pt is as it was"
+                f"step {step}: {skipped} in a row without a finite gradient; {out}/last.pt is as it was"
             )
         if step % steps_per_epoch:
             continue
@@ -713,19 +682,12 @@ def finish(args, model, clip, data):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "lr" in line]
     last = steps[-max(1, len(steps) // 20) :]
-    means = (
-        f"{name} {sum(line[name] for line in last) / len(last):.3f}"
-        for name in ("mae", "vt")
-        if name in last[0]
-    )
-    print(
-        f"done    {', '.join(means)} (mean of the last {len(last)} steps); {out}/samples.png, {out}/last.pt"
-    )
+    names = [name for name in ("mae", "vt") if name in last[0]]
+    means = ", ".join(f"{name} {sum(line[name] for line in last) / len(last):.3f}" for name in names)
+    print(f"done    {means} (mean of the last {len(last)} steps); {out}/samples.png, {out}/last.pt")
     bad, no_motion = (sum(line[name] for line in steps) for name in ("bad", "no_motion"))
     if bad:
-        print(
-            f"bad     {bad} times a video could not be read and another took its place: {out}/bad_videos.txt"
-        )
+        print(f"bad     {bad} times a video could not be read, another took its place: {out}/bad_videos.txt")
     if no_motion:
         print(f"motion  {no_motion} times a video had no motion vectors: the difference of frames stood in")
 

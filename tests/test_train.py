@@ -245,6 +245,11 @@ def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, ca
         )
         assert reason in said, said
 
+    run(
+        "--data", data, "--mask", "tube", *FEW, "--out", "plain"
+    )  # asks for no text: maps or failures do not matter
+    assert "vt" not in log(workdir / "plain")[0] and "11 videos" in capsys.readouterr().out
+
     stops("a text map of other captions", lambda line: line | {"captions": ["a blue star"]})
     stops("has no text map, others have", lambda line: line.pop("maps") and line)
     stops("nowhere.npz: no such text map", lambda line: line | {"maps": "nowhere.npz"})
