@@ -711,29 +711,29 @@ def map_numbers(record, every):
 
 def load_frames(args, made_by, clips, paths, key):
     """-> numbers, frames (F,3,H',W') uint8, size of the source; None if its map is there already."""
-    record, path = clips[key], paths[key]
-    numbers, images = map_numbers(record, args.every), []
+    record, images = clips[key], []
+    numbers = map_numbers(record, args.every)
+    if not args.force and is_current(args, paths[key], record, made_by, numbers):
+        return None
     for i in range(0, len(numbers), PIECE):
         frames = tgmae.read_clip(record["path"], numbers[i : i + PIECE])
         size = tuple(frames.shape[1:3])
         resized = map_size(size, args.image_size, args.patch_size)
-        if i == 0 and not args.force and path.exists():
-            if is_current(path, record, made_by, numbers, resized, args.patch_size):
-                return None
         images.append(TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True))
     return numbers, torch.cat(images), size
 
 
-def is_current(path, record, made_by, numbers, resized, patch_size):
-    """Whether the map is the one wanted. Half a map, or one of other captions, is not, and is made anew;
-    one of another CLIP or geometry may be wanted by somebody: ValueError."""
+def is_current(args, path, record, made_by, numbers):
+    """Whether the wanted map is there. Half a map, or one of other captions, is made anew; one of another
+    CLIP or geometry may be wanted by somebody: ValueError."""
     try:
         saved = tgmae.read_map(path, record["captions"])
-    except ValueError:
+    except ValueError:  # none at all, most often
         return False
+    resized = map_size(saved.size, args.image_size, args.patch_size)
     for what, old, new in (
         ("CLIP", saved.clip, made_by), ("size", list(saved.resized), resized),
-        ("patch size", saved.patch_size, patch_size), ("frames", saved.frames.tolist(), numbers),
+        ("patch size", saved.patch_size, args.patch_size), ("frames", saved.frames.tolist(), numbers),
     ):  # fmt: skip
         if old != new:
             change = f"{str(old)[:60]}, now {str(new)[:60]}"
@@ -777,7 +777,7 @@ def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
 
 def estimate(args, clip, made_by, clips, world):
     """Measures a few frames of a few clips, and says how long the whole will take and how large it gets."""
-    some = list(clips.values())[:: max(1, len(clips) // 8)]
+    some = clips[:: max(1, len(clips) // 8)]
     counts, captions = [], []
     for record in some:
         try:
@@ -801,7 +801,7 @@ def estimate(args, clip, made_by, clips, world):
     texts = sum(captions) / len(captions)
     disk = texts * 2 * (total * cells + len(clips) * text.shape[1]) + 3000 * len(clips)
     print(
-        f"maps    {len(clips)} clips, about {total:.3g} frames x {cells} patches = {total * cells:.3g} forwards of "
+        f"maps    {len(clips)} clips to do, about {total:.3g} frames x {cells} patches = {total * cells:.3g} forwards of "
         f"{made_by}: {timedelta(seconds=round(total * took / world))} on {world} process(es) like this one; "
         f"{disk / 1e6:,.0f} MB",
         flush=True,
@@ -824,8 +824,10 @@ def maps(args):
     rank, world = rank_and_world()
     clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device)
     made_by = clip_id(args, clip[0])
-    if rank == 0:
-        estimate(args, clip, made_by, clips, world)
+    done = read_journal(journal_of(args.manifest))
+    left = [record for key, record in clips.items() if key not in done]
+    if rank == 0 and left:
+        estimate(args, clip, made_by, left, world)
     names = "command every image_size patch_size force".split()
     settings = {name: getattr(args, name) for name in names} | {"clip": made_by}
     made = share(
