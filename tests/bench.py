@@ -159,17 +159,20 @@ def bench_maps(folder, args):
     )  # fmt: skip
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def parse_args(argv=None):
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     parser.add_argument("what", choices=("step", "maps"))
     parser.add_argument(
         "--preset", default="base", choices=tgmae.PRESETS, help="of the model that is trained"
     )
     parser.add_argument("--batch", type=int, default=2, help="clips a step")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()
     with tempfile.TemporaryDirectory() as folder:
         {"step": bench_step, "maps": bench_maps}[args.what](Path(folder), args)
     print(f"        {DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")

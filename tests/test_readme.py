@@ -6,6 +6,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import bench
 import captions
 import toy
 import train
@@ -29,9 +30,8 @@ def test_command_parses(command):
         assert (ROOT / "tests").is_dir()
     else:
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        parse = {"train.py": train.parse_args, "toy.py": toy.parse_args, "captions.py": captions.parse_args}[
-            words[script]
-        ]
+        modules = {"train.py": train, "toy.py": toy, "captions.py": captions, "tests/bench.py": bench}
+        parse = modules[words[script]].parse_args
         if "--help" in words:
             with pytest.raises(SystemExit) as stop:
                 parse(["--help"])
