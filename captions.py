@@ -148,7 +148,9 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
             journal.flush()
             bar.update(len(keys))
     barrier()
-    return read_journal(folder)
+    outcomes = read_journal(folder)
+    barrier()  # all have read it before rank 0 removes it
+    return outcomes
 
 
 def journal_of(manifest):
@@ -510,10 +512,13 @@ def index(args):
         labels = {record.get("label") for record in found if record["split"] == split} - {None}
         counts = ", ".join(f"{states[state]} {state}" for state in ("found", "missing", "unreadable"))
         print(f"{args.out}: {split}: {counts}; {len(labels)} labels")
-    write_manifest(args.out, found)
+    report(args.out, "index", problems)
+    if found:
+        write_manifest(args.out, found)
     if args.check:
         shutil.rmtree(journal_of(args.out), ignore_errors=True)
-    report(args.out, "index", problems)
+    if not found:
+        raise ValueError(f"{args.root}: none of {len(rows)} videos can be read")
 
 
 # =================================================================================================

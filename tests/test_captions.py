@@ -246,6 +246,14 @@ def test_folder_and_check(tree, tmp_path, capsys):
     assert "train: 1 found, 0 missing, 2 unreadable" in capsys.readouterr().out
     assert "bad.mp4: Invalid data" in (tmp_path / "f.index-problems.txt").read_text()
     assert not (tmp_path / "f.jsonl.work").exists()
+    said = fails(
+        "index",
+        tree({"bad.mp4": "", "worse.mp4": "x"}, root="all bad"),
+        "--out",
+        tmp_path / "b.jsonl",
+        "--check",
+    )
+    assert "all bad: none of 2 videos can be read" in said and not (tmp_path / "b.jsonl").exists()
 
 
 def test_annotation_mistakes_name_file_and_line(tree, tmp_path):

@@ -111,7 +111,7 @@ def test_index_and_label_captions(tmp_path, capsys):
     ):
         path = tmp_path / "videos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.write_bytes(b"not looked into")
     out = tmp_path / "lists" / "data.jsonl"
     run_captions("index", tmp_path / "videos", "--out", out)
     records = tgmae.read_manifest(out)
@@ -121,7 +121,7 @@ def test_index_and_label_captions(tmp_path, capsys):
         ("train", "apply_eye_makeup"),
     ]
     assert records[0]["video"] == "../videos/test/ApplyLipstick/c.webm"
-    assert "test: 1 clips, 1 labels" in capsys.readouterr().out
+    assert "test: 1 found, 0 missing, 0 unreadable; 1 labels" in capsys.readouterr().out
     run_captions("caption", out, "--source", "label")
     assert [r["captions"] for r in tgmae.read_manifest(out)] == [
         ["Apply lipstick."],
@@ -163,9 +163,9 @@ def test_bad_manifests_name_the_line(tmp_path):
     path.write_text('{"video": "a.mp4", "split": "train"}\n')
     with pytest.raises(ValueError, match="no clips of split 'test'"):
         tgmae.read_manifest(path, "test")
-    with pytest.raises(ValueError, match="a.mp4: no label"):
+    with pytest.raises(ValueError, match="all 1 clips failed, the first: a.mp4\tno label"):
         run_captions("caption", path, "--source", "label")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         run_captions("index", tmp_path / "nowhere", "--out", path)
     with pytest.raises(ValueError, match="no videos"):
-        run_captions("index", tmp_path, "--out", path)
+        run_captions("index", tmp_path, "--out", tmp_path / "new.jsonl")
