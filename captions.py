@@ -219,17 +219,51 @@ def conclude(manifest, command, outcomes, update):
 
 
 # =================================================================================================
-# index: a dataset's own annotation files -> records. One function a dataset, each a generator of
-# (where it says so, the video's name, record); a record's video is None where the file is missing.
+# index: a dataset's own annotation files -> records. One generator a dataset, of (the video's name,
+# record); the record's video is None where the file is missing.
 # =================================================================================================
+
+
+class Annotations:
+    """Reads annotation files; `where` is what was read last, for whoever has to complain about it."""
+
+    def __init__(self, folder):
+        self.folder, self.where = folder, str(folder)
+
+    def path(self, *names, needed=True):
+        """The first of the names that is there; None if it is not needed."""
+        path = next((self.folder / name for name in names if (self.folder / name).exists()), None)
+        if needed and not path:
+            self.where = str(self.folder)
+            raise ValueError(f"there is no {' or '.join(names)}")
+        self.where = str(path)
+        return path
+
+    def lines(self, path):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+            self.where = f"{path}:{number}"
+            if line.strip():
+                yield line.strip()
+
+    def rows(self, path):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                self.where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(f"not the header's {len(reader.fieldnames)} fields")
+                yield row
+
+    def entries(self, path):
+        for number, entry in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
+            self.where = f"{path}: entry {number}"
+            yield entry
 
 
 def videos_under(root):
     for folder, folders, names in os.walk(root, followlinks=True):
         folders.sort()
-        for name in sorted(names):
-            if Path(name).suffix.lower() in VIDEOS:
-                yield Path(folder, name)
+        yield from (Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in VIDEOS)
 
 
 def finder(root):
@@ -244,217 +278,141 @@ def finder(root):
         table[path.stem].append(path)
 
     def find(stem, *hints):
-        hints = set(map(plain, hints))
-        return max(
-            table.get(stem, ()), default=None,
-            key=lambda path: (len(hints.intersection(map(plain, path.parts))), path.suffix == ".mp4"),
-        )  # fmt: skip
+        def likeness(path):
+            return len(set(map(plain, hints)) & set(map(plain, path.parts))), path.suffix == ".mp4"
+
+        return max(table.get(stem, ()), key=likeness, default=None)
 
     return find
 
 
-def annotation_files(folder, *names):
-    """Those of the files that are there, each the first of its names; the folder may be one file itself."""
-    if folder.is_file():
-        return [folder]
-    names = [(name,) if isinstance(name, str) else name for name in names]
-    found = [next((folder / name for name in these if (folder / name).exists()), None) for these in names]
-    if not any(found):
-        listed = ", ".join(name for these in names for name in these)
-        raise ValueError(f"--annotations {folder}: there is no {listed}")
-    return [path for path in found if path]
+def human(text):
+    if not text.strip():
+        raise ValueError("an empty caption")
+    return [text.strip()]
 
 
-def read_lines(path):
-    """Yields (file:line, text) of lines that are not blank."""
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", line.strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from error
-
-
-def read_csv(path, *columns):
-    """Yields (file:line, row as a dict)."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        missing = set(columns) - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}:1: the header has no column {', '.join(sorted(missing))}")
-        for row in rows:
-            if None in row or None in row.values():
-                raise ValueError(f"{path}:{rows.line_num}: not the header's {len(rows.fieldnames)} fields")
-            yield f"{path}:{rows.line_num}", row
-
-
-def read_json(path, kind, *keys):
-    """A JSON file that holds a list or dict; of a list, every entry is a dict that has the keys."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path}: not a {kind.__name__} but a {type(content).__name__}")
-    for number, entry in enumerate(content if keys else (), 1):
-        if not isinstance(entry, dict) or not set(keys) <= entry.keys():
-            raise ValueError(f"{path}: entry {number} has no {' or '.join(keys)}: {str(entry)[:80]}")
-    return content
-
-
-def number(text, where):
-    try:
-        return int(float(text))
-    except ValueError as error:
-        raise ValueError(f"{where}: {text!r} is not a number") from error
-
-
-def lookup(table, key, where, what):
-    if key not in table:
-        raise ValueError(f"{where}: {key!r} is not in {what}")
-    return table[key]
-
-
-def index_k400(args, find):
+def index_k400(args, files, find):
     """train.csv, validate.csv (or val.csv), test.csv; videos <id>_<start>_<end>, or <id>, trimmed as well."""
-    columns = "youtube_id", "time_start", "time_end", "split"
-    for file in annotation_files(args.annotations, "train.csv", ("validate.csv", "val.csv"), "test.csv"):
-        for where, row in read_csv(file, *columns):
-            youtube, begin, end, split = (row[name] for name in columns)
-            split, label = lookup(SPLITS, split, where, "train, validate, test"), row.get("label", "")
-            name = f"{youtube}_{number(begin, where):06d}_{number(end, where):06d}"
-            video = find(name, label, split) or find(youtube, label, split)
-            yield where, name, {"video": video, "split": split} | ({"label": label} if label else {})
+    files.path("train.csv", "validate.csv", "val.csv", "test.csv")  # one of them there must be
+    parts = ("train.csv",), ("validate.csv", "val.csv"), ("test.csv",)
+    for path in filter(None, [files.path(*names, needed=False) for names in parts]):
+        for row in files.rows(path):
+            youtube, split, label = row["youtube_id"], SPLITS[row["split"]], row.get("label")
+            name = f"{youtube}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+            video = find(name, label or "", split) or find(youtube, label or "", split)
+            yield name, {"video": video, "split": split} | ({"label": label} if label else {})
 
 
-def index_ssv2(args, find):
-    """something-something-v2-{train,validation,test,labels}.json, or without that prefix."""
+def index_ssv2(args, files, find):
+    """something-something-v2-{train,validation,test,labels}.json, or without that prefix. The test split
+    has no labels, and not everybody has it."""
     old = "something-something-v2-"
-    labels = read_json(annotation_files(args.annotations, (f"{old}labels.json", "labels.json"))[0], dict)
+    labels = json.loads(files.path(f"{old}labels.json", "labels.json").read_text(encoding="utf-8"))
     for part in ("train", "validation", "test"):
-        names = f"{old}{part}.json", f"{part}.json"
-        if part == "test" and not any((args.annotations / name).exists() for name in names):
-            continue  # the test split has no labels, and not everybody has it
-        file = annotation_files(args.annotations, names)[0]
-        for count, entry in enumerate(read_json(file, list, "id"), 1):
-            where, record = f"{file}: entry {count}", {"video": find(str(entry["id"])), "split": SPLITS[part]}
+        path = files.path(f"{old}{part}.json", f"{part}.json", needed=part != "test")
+        for entry in files.entries(path) if path else ():
+            record = {"video": find(str(entry["id"])), "split": SPLITS[part]}
             if part != "test":
-                label = entry.get("template", "").replace("[", "").replace("]", "")
-                record["label"] = label
-                record["class_id"] = number(lookup(labels, label, where, "the labels file"), where)
-                record["human_captions"] = [words(entry.get("label", ""), where)]
-            yield where, str(entry["id"]), record
+                label = entry["template"].replace("[", "").replace("]", "")
+                record |= {"label": label, "class_id": int(labels[label])}
+                record |= {"human_captions": human(entry["label"])}
+            yield str(entry["id"]), record
 
 
-def index_ucf101(args, find):
+def index_ucf101(args, files, find):
     """trainlist01.txt, testlist01.txt (--fold: 01, 02, 03) and classInd.txt."""
-    lines = read_lines(annotation_files(args.annotations, "classInd.txt")[0])
-    classes = {line.split()[-1]: number(line.split()[0], where) for where, line in lines}
+    numbered = (line.split() for line in files.lines(files.path("classInd.txt")))
+    classes = {name: int(number) for number, name in numbered}
     for split in ("train", "test"):
-        for where, line in read_lines(annotation_files(args.annotations, f"{split}list0{args.fold}.txt")[0]):
+        for line in files.lines(files.path(f"{split}list0{args.fold}.txt")):
             path, _, given = line.partition(" ")
             label = path.split("/")[0]
-            class_id = lookup(classes, label, where, "classInd.txt")
-            if given and number(given, where) != class_id:
-                raise ValueError(f"{where}: class {given}, but classInd.txt says that {label} is {class_id}")
-            record = {"video": find(Path(path).stem, label), "label": label, "class_id": class_id - 1}
-            yield where, path, record | {"split": split}
+            if given and int(given) != classes[label]:
+                raise ValueError(f"class {given}, but classInd.txt says that {label} is {classes[label]}")
+            record = {"video": find(Path(path).stem, label), "label": label, "split": split}
+            yield path, record | {"class_id": classes[label] - 1}
 
 
-def index_hmdb51(args, find):
+def index_hmdb51(args, files, find):
     """<class>_test_split1.txt (--fold: 1, 2, 3), a file a class; 1 is train, 2 test, 0 unused."""
     ending = f"_test_split{args.fold}.txt"
-    files = sorted(args.annotations.glob("*" + ending))
-    if not files:
-        raise ValueError(f"--annotations {args.annotations}: there is no *{ending}")
-    for file in files:
-        label = file.name.removesuffix(ending)
-        for where, line in read_lines(file):
+    paths = sorted(files.folder.glob("*" + ending)) or [files.path("*" + ending)]  # none: says so
+    for path in paths:
+        label = path.name.removesuffix(ending)
+        for line in files.lines(path):
             name, _, code = line.rpartition(" ")
-            split = lookup({"1": "train", "2": "test", "0": None}, code, where, "0, 1, 2")
+            split = {"1": "train", "2": "test", "0": None}[code]
             if split:
                 video = find(Path(name.strip()).stem, label)
-                yield where, f"{label}/{name.strip()}", {"video": video, "label": label, "split": split}
+                yield f"{label}/{name.strip()}", {"video": video, "label": label, "split": split}
 
 
-def index_diving48(args, find):
+def index_diving48(args, files, find):
     """Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json. A file is a dive: its start
     and end frames are the file's."""
-    vocab = read_json(annotation_files(args.annotations, "Diving48_vocab.json")[0], list)
+    vocab = list(files.entries(files.path("Diving48_vocab.json")))
     classes = {i: words if isinstance(words, str) else " ".join(words) for i, words in enumerate(vocab)}
     for split in ("train", "test"):
-        file = annotation_files(args.annotations, f"Diving48_V2_{split}.json")[0]
-        for count, entry in enumerate(read_json(file, list, "vid_name", "label"), 1):
-            where, name, class_id = f"{file}: entry {count}", entry["vid_name"], entry["label"]
-            label = lookup(classes, class_id, where, f"the vocabulary (0 to {len(vocab) - 1})")
-            yield where, name, {"video": find(name), "label": label, "class_id": class_id, "split": split}
+        for entry in files.entries(files.path(f"Diving48_V2_{split}.json")):
+            name, class_id = entry["vid_name"], entry["label"]
+            record = {"video": find(name), "label": classes[class_id], "class_id": class_id, "split": split}
+            yield name, record
 
 
-def index_epic55(args, find):
+def index_epic55(args, files, find):
     """EPIC_train_action_labels.csv with EPIC_verb_classes.csv and EPIC_noun_classes.csv: segments of long
     videos. The public test set has no labels: participants 26 to 31 are held out (split val), as Baradel et
     al. (ECCV 2018) do."""
-
-    def names(kind):
-        file = annotation_files(args.annotations, f"EPIC_{kind}_classes.csv")[0]
-        return {row[f"{kind}_id"]: row["class_key"] for _, row in read_csv(file, f"{kind}_id", "class_key")}
-
-    def seconds(text, where):
-        parts = text.split(":")
-        if len(parts) != 3 or not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
-            raise ValueError(f"{where}: {text!r} is not HH:MM:SS.ff")
-        return round(3600 * int(parts[0]) + 60 * int(parts[1]) + float(parts[2]), 3)
-
-    verbs, nouns = names("verb"), names("noun")
-    columns = "participant_id video_id narration start_timestamp stop_timestamp verb_class noun_class".split()
-    file = annotation_files(args.annotations, "EPIC_train_action_labels.csv")[0]
-    for where, row in read_csv(file, *columns):
-        participant, video, narration, start, stop, verb, noun = (row[name] for name in columns)
-        verb = lookup(verbs, verb, where, "EPIC_verb_classes.csv")
-        noun = lookup(nouns, noun, where, "EPIC_noun_classes.csv")
-        yield where, video, {
-            "video": find(video, participant), "label": f"{verb} {noun}",
-            "split": "val" if number(participant.removeprefix("P"), where) >= 26 else "train",
-            "start": seconds(start, where), "end": seconds(stop, where), "human_captions": [words(narration, where)],
+    verbs, nouns = (
+        {row[f"{kind}_id"]: row["class_key"] for row in files.rows(files.path(f"EPIC_{kind}_classes.csv"))}
+        for kind in ("verb", "noun")
+    )
+    for row in files.rows(files.path("EPIC_train_action_labels.csv")):
+        spans = {}
+        for key, column in (("start", "start_timestamp"), ("end", "stop_timestamp")):
+            hours, minutes, seconds = row[column].split(":")
+            spans[key] = round(3600 * int(hours) + 60 * int(minutes) + float(seconds), 3)
+        participant = row["participant_id"]
+        yield row["video_id"], {
+            "video": find(row["video_id"], participant),
+            "label": f"{verbs[row['verb_class']]} {nouns[row['noun_class']]}",
+            "split": "val" if int(participant.removeprefix("P")) >= 26 else "train",
+            "human_captions": human(row["narration"]), **spans,
         }  # fmt: skip
 
 
-def index_list(args, find):
+def index_list(args, files, find):
     """`path label` a line, separated by a blank, tab or comma: VideoMAE's and mmaction2's lists. A file, or a
     folder of them; the split is what the file's name says (train otherwise). The path is absolute or under
     ROOT. --classes: the names of integer labels, a line each."""
-    classes = [line for _, line in read_lines(args.classes)] if args.classes else None
-    folder = args.annotations
-    files = [folder] if folder.is_file() else sorted({*folder.glob("*.csv"), *folder.glob("*.txt")})
-    if not files:
-        raise ValueError(f"--annotations {folder}: no such file, nor a folder with .csv or .txt lists")
+    names = dict(enumerate(files.lines(args.classes))) if args.classes else None
+    folder = files.folder
+    paths = [folder] if folder.is_file() else sorted({*folder.glob("*.csv"), *folder.glob("*.txt")})
     endings = "|".join(re.escape(suffix) for suffix in sorted(VIDEOS))
     # Where the path ends in a known suffix the label may have blanks; it is one word otherwise.
     forms = rf'"?(.+?(?:{endings}))"?[\s,]+(.+)', r'"?(.+?)"?[\s,]+([^\s,]+)'
-    for file in files:
-        known = [SPLITS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in SPLITS]
-        split = known[0] if known else "train"
-        for where, line in read_lines(file):
+    for path in paths or [files.path("*.csv", "*.txt")]:  # none: says so
+        known = [SPLITS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in SPLITS]
+        for line in files.lines(path):
             match = next(filter(None, (re.fullmatch(form, line, re.I) for form in forms)), None)
             if not match:
-                raise ValueError(f"{where}: not `path label`: {line[:80]}")
-            path, label = match.groups()
-            record = {"video": Path(args.root, path), "label": label, "split": split}
+                raise ValueError(f"not `path label`: {line[:80]}")
+            name, label = match.groups()
+            record = {"video": Path(args.root, name), "label": label, "split": (known + ["train"])[0]}
             if label.isdigit():
-                record["class_id"] = int(label)
-                if classes:
-                    record["label"] = lookup(dict(enumerate(classes)), int(label), where, str(args.classes))
-            yield where, path, record | ({} if record["video"].is_file() else {"video": None})
+                record |= {"class_id": int(label), "label": names[int(label)] if names else label}
+            yield name, record | ({} if record["video"].is_file() else {"video": None})
 
 
-def index_folder(args, find):
+def index_folder(args, files, find):
     """ROOT/<label>/<video> or ROOT/<split>/<label>/<video>; a video in ROOT itself: its name is the label."""
     for path in videos_under(args.root):
         *folders, name = path.relative_to(args.root).parts
-        split = "train"
+        files.where, split = str(path), "train"
         if len(folders) > 1 and folders[0].lower() in SPLITS:
             split = SPLITS[folders.pop(0).lower()]
-        yield str(path), name, {"video": path, "label": folders[-1] if folders else path.stem, "split": split}
+        yield name, {"video": path, "label": folders[-1] if folders else path.stem, "split": split}
 
 
 DATASETS = {
@@ -463,10 +421,22 @@ DATASETS = {
 }  # fmt: skip
 
 
-def words(text, where):
-    if not text.strip():
-        raise ValueError(f"{where}: an empty caption")
-    return text.strip()
+def read_annotations(args):
+    """-> [(where it says so, the video's name, record)]; what is wrong with a file is a ValueError that
+    names file and line."""
+    files, rows = Annotations(args.annotations or args.root), []
+    find = finder(args.root) if args.dataset not in ("folder", "list") else None
+    try:
+        for name, record in DATASETS[args.dataset](args, files, find):
+            rows.append((files.where, name, record))
+    except KeyError as error:
+        raise ValueError(f"{files.where}: {error} is unknown or missing") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{files.where}: {error}") from error
+    if not any(record["video"] for *_, record in rows):
+        missing = f", none of the {len(rows)} in the annotations, such as {rows[0][1]}" if rows else ""
+        raise ValueError(f"{args.root}: no videos ({' '.join(sorted(VIDEOS))}){missing}")
+    return rows
 
 
 def check_video(path):
@@ -479,21 +449,16 @@ def index(args):
         raise ValueError(f"{args.root}: no such folder")
     if args.out.exists() and not args.force:
         raise ValueError(f"{args.out}: exists, perhaps with captions; --force writes it anew")
-    args.annotations = args.annotations or args.root
-    find = finder(args.root) if args.dataset not in ("folder", "list") else None
-    rows = list(DATASETS[args.dataset](args, find))
-    if not any(record["video"] for *_, record in rows):
-        missing = f", none of the {len(rows)} in the annotations, such as {rows[0][1]}" if rows else ""
-        raise ValueError(f"{args.root}: no videos ({' '.join(sorted(VIDEOS))}){missing}")
-    paths = dict.fromkeys(str(record["video"]) for *_, record in rows if record["video"])
-    unreadable = {path: {"error": f"{path}: empty"} for path in paths if os.path.getsize(path) == 0}
+    rows = read_annotations(args)
+    paths = list(dict.fromkeys(str(record["video"]) for *_, record in rows if record["video"]))
+    unreadable = {path: f"{path}: empty" for path in paths if os.path.getsize(path) == 0}
     if args.check:
         settings = {"command": "index", "dataset": args.dataset, "root": str(args.root)}
         checked = share(
             args.out, settings, [[path] for path in paths], check_video, lambda keys, _: [{} for _ in keys],
             workers=args.workers, unit="video",
         )  # fmt: skip
-        unreadable |= {path: outcome for path, outcome in checked.items() if "error" in outcome}
+        unreadable |= {path: result["error"] for path, result in checked.items() if "error" in result}
     if rank_and_world()[0]:
         return
     found, problems, table = [], [], defaultdict(Counter)
@@ -502,7 +467,7 @@ def index(args):
         if record["video"] is None:
             state, reason = "missing", f"no video {name}"
         elif video in unreadable:
-            state, reason = "unreadable", unreadable[video]["error"]
+            state, reason = "unreadable", unreadable[video]
         else:
             state, reason = "found", ""
             found.append(record | {"video": os.path.relpath(video, args.out.parent)})
