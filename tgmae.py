@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as TF
@@ -127,7 +128,7 @@ PRESETS = {
 
 # =================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both.
-# Needs: av, bisect, contextlib, functools, json, os, warnings, zipfile, NamedTuple, Path, numpy as np, torch,
+# Needs: av, VideoReformatter, bisect, contextlib, functools, json, os, warnings, zipfile, NamedTuple, Path, numpy as np, torch,
 # torch.nn.functional as F.
 # A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
 # =================================================================================================
@@ -255,11 +256,19 @@ def _numbered_frames(container, stream, index, first, last, seek):
             return
 
 
-def _to_rgb(frame, width, height):
+# PyAV scales in as many threads as there are cores (since 17), and keeps them for the next frame (since
+# 19), for which a loader process that is forked in between would wait for ever. So: one thread, and
+# scalers of our own.
+_ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+
+
+def _to_rgb(frame, size, scalers):
+    rotation = frame.rotation
     if frame.format.components[0].bits > 8:  # straight to rgb24 swscale is off by up to 3 levels
-        frame = frame.reformat(format="yuv420p")
-    rgb = frame.to_ndarray(format="rgb24", width=width, height=height)
-    return np.rot90(rgb, round(frame.rotation / 90))  # the metadata's rotation is not applied by itself
+        frame = scalers[0].reformat(frame, format="yuv420p", **_ONE_THREAD)
+    height, width = size
+    rgb = scalers[1].reformat(frame, width, height, "rgb24", **_ONE_THREAD).to_ndarray()
+    return np.rot90(rgb, round(rotation / 90))  # the metadata's rotation is not applied by itself
 
 
 def _block_motion(frame, rows, cols):
@@ -317,7 +326,7 @@ def read_clip(path, frames, *, motion=False):
     if not frames or frames != sorted(frames) or frames[0] < 0 or frames[-1] >= index.frames:
         raise ValueError(f"{path}: frame numbers {frames}: must be sorted and in 0..{index.frames - 1}")
     for seek in (True, False):  # a seek that lands too late is told by missing frames: from the start, then
-        rgb, fields = {}, {}
+        rgb, fields, scalers = {}, {}, (VideoReformatter(), VideoReformatter())
         with _open_video(path) as (container, stream):
             if motion:
                 stream.codec_context.options = {"flags2": "+export_mvs"}
@@ -325,7 +334,7 @@ def read_clip(path, frames, *, motion=False):
                 if not rgb and not fields:
                     width, height = frame.width, frame.height  # should they change: as the first
                 if number in frames:
-                    rgb[number] = _to_rgb(frame, width, height)
+                    rgb[number] = _to_rgb(frame, (height, width), scalers)
                 if motion:
                     cells = -(-height // MOTION_CELL), -(-width // MOTION_CELL)
                     fields[number] = _block_motion(frame, *cells)

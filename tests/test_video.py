@@ -195,3 +195,25 @@ def test_corrupted_footage(footage):
     assert tgmae.read_clip(path, [0, 20]).shape[0] == 2
     with pytest.raises(VideoError, match="corrupted.mp4"):
         tgmae.read_clip(path, [0, 40])
+
+
+class _OneClip(torch.utils.data.Dataset):
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return tgmae.read_clip(self.path, [0, 5, 9])
+
+
+def test_a_process_forked_after_reading_reads_too(tmp_path):
+    """PyAV keeps scaling threads that a forked loader process does not have: it must not wait for them."""
+    path = tmp_path / "clip.mp4"
+    toy.write_video(path, np.random.default_rng(0).integers(0, 256, (10, 256, 256, 3)).astype(np.uint8))
+    with av.open(str(path)) as container:
+        next(container.decode(video=0)).to_ndarray(format="rgb24")
+    here = _OneClip(path)[0]
+    loader = torch.utils.data.DataLoader(_OneClip(path), batch_size=None, num_workers=1, timeout=60)
+    assert torch.equal(next(iter(loader)), here)
