@@ -199,7 +199,7 @@ def conclude(manifest, command, outcomes, update):
     ValueError if all failed."""
     if rank_and_world()[0]:
         return
-    records, failures = tgmae.read_manifest(manifest), []
+    records, failures, done = tgmae.read_manifest(manifest), [], 0
     for key, record in zip(keys_of(records), records):
         if key not in outcomes:
             continue
@@ -209,10 +209,11 @@ def conclude(manifest, command, outcomes, update):
         else:
             record.pop("failed", None)
             update(key, record, outcomes[key])
+            done += 1
     write_manifest(manifest, records)
     shutil.rmtree(journal_of(manifest), ignore_errors=True)
     report(manifest, command, failures)
-    done, left = len(outcomes) - len(failures), len(records) - len(outcomes)
+    left = len(records) - done - len(failures)
     print(f"{manifest}: {command}: {done} clips, {len(failures)} failed; {left} left as they were")
     if failures and not done:
         raise ValueError(f"{manifest}: all {len(failures)} clips failed, the first: {failures[0]}")
@@ -835,7 +836,7 @@ def parse_args(argv=None):
     add = command("index", "a dataset's videos and annotation files -> manifest")
     add("dataset", nargs="?", default="folder", choices=DATASETS, help="whose annotation files to read")
     add("root", type=Path, help="the folder with the videos")
-    add("--annotations", type=Path, help="the folder with the annotation files, or a file of them (ROOT)")
+    add("--annotations", type=Path, help="the folder with the annotation files; list: or one file (ROOT)")
     add("--fold", type=int, default=1, choices=(1, 2, 3), help="which split of ucf101 and hmdb51")
     add("--classes", type=Path, help="list: file with the names of integer labels, a line each, from 0")
     add("--out", type=Path, default=Path("data.jsonl"), help="the manifest to write")
@@ -866,8 +867,9 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if type(value) is int and value < (name in ("workers", "seed") and -1 or 1):
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        least = 0 if name in ("workers", "seed") else 1
+        if type(value) is int and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.command == "caption" and args.append and args.force:
         parser.error("--append and --force exclude each other")
     return args

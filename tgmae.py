@@ -128,8 +128,8 @@ PRESETS = {
 
 # =================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both.
-# Needs: av, VideoReformatter, bisect, contextlib, functools, json, os, warnings, zipfile, NamedTuple, Path, numpy as np, torch,
-# torch.nn.functional as F.
+# Needs: av, VideoReformatter, bisect, contextlib, functools, json, os, warnings, zipfile, NamedTuple, Path,
+# numpy as np, torch, torch.nn.functional as F.
 # A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
 # =================================================================================================
 
@@ -571,7 +571,8 @@ def take(x, ids):
 
 # =================================================================================================
 # Maskers: scores (B,t,h,w) -> mask (B,N). Every masker is a top-k over a score volume.
-# Needs: torch, torch.nn.functional as F; motion_scores needs area_weights of Augmentation.
+# Needs: torch, torch.nn.functional as F; motion_scores area_weights, text_scores IMAGENET_MEAN and
+# IMAGENET_STD of Augmentation.
 # Paper: 3.3 (text); tube: VideoMAE; motion: MGM. In the paper all mask the same number in each slice.
 # =================================================================================================
 
@@ -613,14 +614,6 @@ def motion_scores(motion, grid):
     down = area_weights(rows, h, 0, rows).to(motion)
     across = area_weights(cols, w, 0, cols).to(motion)
     return down @ slices @ across.T
-
-
-def bf16_is_fast(device) -> bool:
-    """Whether bf16 autocast pays on this device: on GPUs, and on CPUs with bf16 matrix units."""
-    if torch.device(device).type != "cpu":
-        return torch.device(device).type == "cuda"
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 @torch.no_grad()
@@ -682,6 +675,14 @@ def work_offline_if_no_hub(timeout=5):
             os.environ["HF_HUB_OFFLINE"] = "1"
             constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
+
+
+def bf16_is_fast(device) -> bool:
+    """Whether bf16 autocast pays on this device: on GPUs, and on CPUs with bf16 matrix units."""
+    if torch.device(device).type != "cpu":
+        return torch.device(device).type == "cuda"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 def clip_name(name, pretrained):

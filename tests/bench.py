@@ -78,18 +78,7 @@ def videos(folder, count, frames=120, size=(240, 320)):
 def stepper(data, mask, batch, flags=()):
     """-> function that loads a batch (in this process, so that nothing hides behind something else) and
     takes a training step with it, everything at mask ratio 0.6, MAE + VT."""
-    words = (
-        "--data",
-        str(data),
-        "--mask",
-        mask,
-        "--mask-ratio",
-        "0.6",
-        "--vt",
-        "--batch-size",
-        str(batch),
-        *flags,
-    )
+    words = f"--data {data} --mask {mask} --mask-ratio 0.6 --vt --batch-size {batch}".split() + [*flags]
     args = train.parse_args([*words, "--device", DEVICE])
     rank, world = train.start_processes(args)
     records, _, text = train.load_data(args, rank, world)

@@ -383,6 +383,11 @@ def test_blip2(manifest, blip2, tmp_path, capsys, monkeypatch):
             )
             assert text == expected.strip() and text.startswith("word")
     assert len({text for record in said[1:5] for text in record["captions"]}) > 1
+    middle = [record["captions"][1] for record in said[1:5]]
+    run("caption", data, "--source", "blip2", "--model", blip2, "--frames", 1, "--force", "--workers", 0)
+    assert [record["captions"] for record in records(data)[1:5]] == [
+        [text] for text in middle
+    ]  # the centre frame
 
 
 def test_llm(manifest, llm, capsys, monkeypatch):

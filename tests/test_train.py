@@ -228,14 +228,21 @@ def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, ca
         assert "1 clips marked" in said and "gone.mp4" in said
         assert ("from text maps (local-dir:clip " in said) == ("tgm" in flags)
 
-    # One sample, against the map by hand.
+    # One sample: its text and its mask are those of the map, the caption and the frames that were drawn.
+    asked, map_scores = [], tgmae.map_scores
+    monkeypatch.setattr(tgmae, "map_scores", lambda *args: asked.append(args) or map_scores(*args))
     args = train.parse_args(["--data", str(data), "--mask", "tgm", *map(str, FEW)])
     records, _, text = train.load_data(args, 0, 1)
     assert text == "maps" and len(records) == 10
     sample = train.Clips(records, tgmae.PRESETS["toy"], args, text=text)[3]
     made = tgmae.read_map(records[3]["map_path"], records[3]["captions"])
     which = records[3]["captions"].index(sample["captions"][0])
-    assert torch.equal(sample["text"][0], made.text[which]) and sample["mask"].sum(1).tolist() == [2 * 38]
+    assert torch.equal(sample["text"][0], made.text[which])
+    (_, caption, (first, second), crop, size, grid) = asked[0]
+    assert caption == which and second - first == 8 and size == (64, 64)
+    scores = map_scores(made, which, [first, second], crop, size, grid).flatten(1)
+    for slice_, mask in zip(scores, sample["mask"].view(2, 64)):
+        assert mask.sum() == 38 and slice_[mask].min() >= slice_[~mask].max()
 
     def stops(reason, change, *flags):
         bad = [change(dict(line)) if i == 1 else line for i, line in enumerate(lines)]
@@ -245,9 +252,8 @@ def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, ca
         )
         assert reason in said, said
 
-    run(
-        "--data", data, "--mask", "tube", *FEW, "--out", "plain"
-    )  # asks for no text: maps or failures do not matter
+    # Tube masking asks for no text: neither maps nor failures matter to it.
+    run("--data", data, "--mask", "tube", *FEW, "--out", "plain")
     assert "vt" not in log(workdir / "plain")[0] and "11 videos" in capsys.readouterr().out
 
     stops("a text map of other captions", lambda line: line | {"captions": ["a blue star"]})
@@ -328,11 +334,12 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags, capsys):
         assert reason in fails(capsys, *flags), flags
 
 
-def test_another_run_is_not_overwritten(workdir, manifest, capsys):
+def test_another_run_is_not_overwritten(workdir, manifest, clip_flags, capsys):
     flags = ("--data", manifest(4), *FEW, "--out", "run")
     run(*flags, "--mask", "tube")
     before = (workdir / "run/last.pt").read_bytes(), (workdir / "run/log.jsonl").read_bytes()
     assert "mask tube -> mgm" in fails(capsys, *flags, "--mask", "mgm")
+    assert "clip ViT-B-32-quickgelu -> local-dir" in fails(capsys, *flags, "--mask", "tube", *clip_flags)
     assert "embed_dim 128 -> 384" in fails(capsys, *flags, "--mask", "tube", "--preset", "small")
     assert before == ((workdir / "run/last.pt").read_bytes(), (workdir / "run/log.jsonl").read_bytes())
     (workdir / "run/last.pt").write_bytes(b"half a checkpoint")
