@@ -8,7 +8,7 @@ also align the mean of what stays visible with the caption by a contrastive loss
 The file follows one clip from the video file to the loss, a section a step:
 
     Config -> Reading -> Augmentation -> Cubes -> Maskers -> CLIP -> Transformer -> Losses -> TGMAE
-           -> Weights in and out
+           -> Weights in and out -> Runs
 
 Each section can be lifted out: its banner names what it needs.
 
@@ -27,12 +27,14 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import urllib.error
 import urllib.request
 import warnings
 import zipfile
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -727,7 +729,7 @@ def encode_text(clip, tokenizer, captions):
 
 # =================================================================================================
 # Transformer: visible cubes (B,Nv,P) -> Encoder (B,Nv,D);  tokens (B,N,Dd) -> Decoder (B,Nm,P).
-# Needs: torch, torch.nn as nn, torch.nn.functional as F, checkpoint, StochasticDepth; take of Cubes.
+# Needs: numpy as np, torch, torch.nn as nn, torch.nn.functional as F, checkpoint, StochasticDepth; take of Cubes.
 # Paper: 3.1, 4.2; names and order as in VideoMAE's modeling_finetune.py and modeling_pretrain.py.
 # =================================================================================================
 
@@ -814,7 +816,7 @@ class Encoder(nn.Module):
         c = config
         self.patch_embed = PatchEmbed(c.patch_dim, c.embed_dim)
         self.register_buffer("pos_embed", sinusoid(c.num_patches, c.embed_dim), persistent=False)
-        rates = torch.linspace(0, c.drop_path, c.depth).tolist()  # deeper blocks are dropped more often
+        rates = np.linspace(0, c.drop_path, c.depth).tolist()  # deeper blocks are dropped more often
         self.blocks = nn.ModuleList(
             Block(c.embed_dim, c.num_heads, c.mlp_ratio, c.layer_norm_eps, rate) for rate in rates
         )
@@ -1005,9 +1007,33 @@ class TGMAE(nn.Module):
         return out
 
 
+@torch.no_grad()
+def reconstruct(video, mask, pred, config):
+    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), pred (B,Nm,P) of TGMAE.forward, or None -> dict of
+    videos (B,3,T,H,W) in [0,1]: `clip`, `masked` (in grey), and with pred `reconstructed`, in which masked
+    cubes have their true mean and std put back, and `predicted`, in which they have not: 0.5 + pred/6."""
+    c = config
+    cubes = patchify(video, c.patch_size, c.tubelet_size)  # (B,N,P)
+    std, mean = cubes.new_tensor(IMAGENET_STD), cubes.new_tensor(IMAGENET_MEAN)
+    cubes = cubes * std.repeat(c.patch_dim // 3) + mean.repeat(c.patch_dim // 3)
+    _, ids_mask = split_mask(mask, video.device)
+    ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)  # (B,Nm,P)
+    volumes = {"clip": cubes, "masked": cubes.scatter(1, ids_mask, 0.5)}
+    if pred is not None:
+        _, mean, std = reconstruction_target(video, mask, c)
+        pixels = (pred.unflatten(-1, (-1, 3)) * std + mean).flatten(2)
+        volumes["reconstructed"] = cubes.scatter(1, ids_mask, pixels)
+        volumes["predicted"] = cubes.scatter(1, ids_mask, 0.5 + pred / 6)
+    return {
+        name: unpatchify(volume, c.grid, c.patch_size, c.tubelet_size).clamp(0, 1)
+        for name, volume in volumes.items()
+    }
+
+
 # =================================================================================================
 # Weights in and out: VideoMAE's official names are ours, except for the patch embedding's shape.
-# Needs: argparse, importlib.metadata, Path, torch; work_offline_if_no_hub of CLIP for hub names.
+# Needs: argparse, importlib.metadata, Path, torch; Config and PRESETS, and work_offline_if_no_hub of CLIP
+# for hub names.
 # =================================================================================================
 
 # transformers' name <- our name, the first that fits; the order matters when read backwards.
@@ -1056,7 +1082,8 @@ def from_videomae(state_dict):
 
 
 def to_huggingface(model):
-    """TGMAE -> state dict of transformers' VideoMAEForPreTraining (config: use_mean_pooling=False)."""
+    """TGMAE -> state dict of transformers' VideoMAEForPreTraining (config: use_mean_pooling=False); a
+    fine-tuned model of eval.py -> VideoMAEForVideoClassification."""
     c, new = model.config, {}
     five = int(importlib.metadata.version("transformers").split(".")[0]) >= 5
     for name, value in model.state_dict().items():
@@ -1066,8 +1093,8 @@ def to_huggingface(model):
             value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans).permute(
                 0, 4, 1, 2, 3
             )
-        for ours, theirs in _HUGGINGFACE[:-1]:
-            name = name.replace(ours, theirs)
+        for ours, theirs in _HUGGINGFACE:
+            name = name.replace(ours, theirs) if ours != "head." or name.startswith(ours) else name
         name = name.replace(".attn.q_bias", ".attn.query.bias" if five else ".attn.q_bias")
         name = name.replace(".attn.v_bias", ".attn.value.bias" if five else ".attn.v_bias")
         if name.endswith(".attn.qkv.weight"):
@@ -1089,21 +1116,211 @@ def load_file(path):
         raise ValueError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
 
 
-def load_weights(source):
-    """Weights in our names from a checkpoint of train.py, an official VideoMAE .pth, or a folder or
-    hub name of transformers. Raises ValueError if they cannot be had."""
-    if Path(source).is_file():
-        saved = load_file(source)
-        state = next((saved[key] for key in ("model", "module") if key in saved), saved)
-        return state if "config" in saved else from_videomae(state)
-    if not Path(source).is_dir():
-        work_offline_if_no_hub()
-    from transformers import VideoMAEForPreTraining
+def _official_config(state, flags):
+    """Config of official weights, in our names except for the patch embedding. Neither the clip's size nor
+    heads are in weights: those are what the file's flags say, and the published model's of that width."""
+    D, C, tubelet, patch, _ = state["encoder.patch_embed.proj.weight"].shape
+    known = next((preset for preset in PRESETS.values() if preset.embed_dim == D), None)
+
+    def depth(part):
+        names = (
+            name.removeprefix(f"{part}.blocks.").split(".") for name in state if f"{part}.blocks." in name
+        )
+        return 1 + max((int(name[0]) for name in names), default=0)
+
+    sizes = dict(
+        image_size=getattr(flags, "input_size", 224), patch_size=patch, num_frames=getattr(flags, "num_frames", 16),
+        tubelet_size=tubelet, in_chans=C, embed_dim=D, depth=depth("encoder"), mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.weight"]) / D,
+        num_heads=known.num_heads if known else max(1, D // 64),
+    )  # fmt: skip
+    if "encoder_to_decoder.weight" in state:
+        width = len(state["encoder_to_decoder.weight"])
+        same = known and known.decoder_embed_dim == width
+        sizes |= dict(
+            decoder_embed_dim=width, decoder_depth=depth("decoder"),
+            decoder_num_heads=known.decoder_num_heads if same else max(1, width // 64),
+        )  # fmt: skip
+    return Config(**sizes)
+
+
+def _load_huggingface(source):
+    import transformers
 
     try:
-        return from_videomae(VideoMAEForPreTraining.from_pretrained(source).state_dict())
+        theirs = transformers.VideoMAEConfig.from_pretrained(source)
+        kind = (theirs.architectures or ["VideoMAEForPreTraining"])[0]
+        if kind not in ("VideoMAEModel", "VideoMAEForPreTraining", "VideoMAEForVideoClassification"):
+            raise ValueError(f"{source}: a {kind}, not a VideoMAE")
+        model = getattr(transformers, kind).from_pretrained(source)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{source}: neither a checkpoint nor a folder or hub name of transformers: {reason}"
         ) from error
+    config = Config(
+        image_size=theirs.image_size, patch_size=theirs.patch_size, num_frames=theirs.num_frames,
+        tubelet_size=theirs.tubelet_size, in_chans=theirs.num_channels, embed_dim=theirs.hidden_size,
+        depth=theirs.num_hidden_layers, num_heads=theirs.num_attention_heads,
+        mlp_ratio=theirs.intermediate_size / theirs.hidden_size, layer_norm_eps=theirs.layer_norm_eps,
+        decoder_embed_dim=theirs.decoder_hidden_size, decoder_depth=theirs.decoder_num_hidden_layers,
+        decoder_num_heads=theirs.decoder_num_attention_heads, norm_pix_loss=theirs.norm_pix_loss,
+    )  # fmt: skip
+    saved = {"transformers": kind}
+    if kind == "VideoMAEForVideoClassification":
+        saved["classes"] = [theirs.id2label[number] for number in range(theirs.num_labels)]
+    return config, from_videomae(model.state_dict()), saved
+
+
+def _load_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if "config" not in header:
+                raise ValueError(f"{path}: not one that eval.py export wrote")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be loaded as safetensors: {error}") from error
+    rest = {key: value for key, value in json.loads(header["saved"]).items() if value}
+    return Config(**json.loads(header["config"])), state, rest
+
+
+def load_checkpoint(source):
+    """-> (Config, state dict in our names, what else was there, a dict) from a checkpoint of train.py or
+    eval.py, an official VideoMAE .pth, or a folder or hub name of transformers' VideoMAE. Sizes are read
+    from it. Raises ValueError if it is none of these."""
+    if not Path(source).is_file():
+        if not Path(source).is_dir():
+            work_offline_if_no_hub()
+        return _load_huggingface(source)
+    if Path(source).suffix == ".safetensors":
+        return _load_safetensors(source)
+    saved = load_file(source)
+    if not isinstance(saved, dict):
+        raise ValueError(f"{source}: holds a {type(saved).__name__}, not a checkpoint's dict")
+    state = next((saved.pop(key) for key in ("model", "module") if key in saved), saved)
+    if "config" in saved:
+        return Config(**saved["config"]), state, saved
+    try:
+        ours = from_videomae(state)
+        conv = next(value for name, value in state.items() if name.endswith("patch_embed.proj.weight"))
+        return (
+            _official_config(ours | {"encoder.patch_embed.proj.weight": conv}, saved.get("args")),
+            ours,
+            saved,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+# =================================================================================================
+# Runs: what train.py and eval.py finetune share, and the method does not need: processes, schedule, the
+# place of a video that cannot be read, log and checkpoint files.
+# Needs: json, math, os, timedelta, Path, numpy as np, torch, torch.distributed as dist; VideoError of
+# Reading, bf16_is_fast of CLIP.
+# =================================================================================================
+
+
+def start_processes(args):
+    """Joins torchrun's process group, if it is torchrun that started us; settles args.device ("auto") and
+    args.amp (None). -> rank, world size."""
+    if args.device == "auto":
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        args.device = next(name for name in there if there[name])
+    if args.amp is None:
+        args.amp = bf16_is_fast(args.device)
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ:
+        return 0, 1
+    # Long enough for rank 0 to build the toy world.
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def seed_of(*numbers):
+    """A seed that follows from the numbers alone: those of the run, the epoch, the sample, ..."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def learning_rate(step, warmup, total, peak, last, first=0.0):
+    """Of `total` steps: `warmup` linear ones from `first` to `peak`, then a cosine to `last`."""
+    if step < warmup:
+        return first + (peak - first) * step / max(1, warmup - 1)
+    return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+MAX_REPLACEMENTS = 100  # bad videos in a row before all are thought to be bad
+
+
+class TrainingClips(torch.utils.data.Dataset):
+    """Samples for training. What a subclass's load(record's number, seed) -> dict makes of a record is a
+    function of (seed, epoch, index), never of a worker's history, so a run that is resumed sees what it
+    would have seen. A video that cannot be read gives its place to another, drawn from the same numbers;
+    the sample's "bad" lists [(video, why), ...]. replace_bad=False: it is a VideoError instead."""
+
+    def __init__(self, records, seed, *, replace_bad=True):
+        self.records, self.run_seed, self.epoch = records, seed, 0
+        self.attempts = min(len(records), MAX_REPLACEMENTS) if replace_bad else 1
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        bad, others = [], []
+        for attempt in range(self.attempts):
+            if attempt == 1:
+                generator = torch.Generator().manual_seed(seed_of(self.run_seed, self.epoch, index, 0))
+                order = torch.randperm(len(self), generator=generator)
+                others = [i for i in order[: self.attempts + 1].tolist() if i != index]
+            place = others[attempt - 1] if attempt else index
+            try:
+                return {**self.load(place, seed_of(self.run_seed, self.epoch, index, 1)), "bad": bad}
+            except VideoError as error:
+                bad.append((self.records[place]["video"], str(error)))
+        raise VideoError(f"{len(bad)} video(s) in a row cannot be read, the last: {bad[-1][1]}")
+
+
+def read_bad(path):
+    """The videos in a list that note_bad made."""
+    return {line.split("\t")[0] for line in path.read_text().splitlines()} if path.exists() else set()
+
+
+def note_bad(path, bad, known):
+    """Lists videos that could not be read, once each, with the reason."""
+    new = {video: reason for video, reason in bad if video not in known}
+    known.update(new)
+    if new:
+        with open(path, "a") as file:
+            file.write("".join(f"{video}\t{reason}\n" for video, reason in new.items()))
+
+
+def append_log(path, line):
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def cut_log(path, step):
+    """Drops the lines after `step`: those steps will be taken again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+def save_checkpoint(path, **state):
+    """Written beside, flushed, renamed: whatever happens, `path` is a whole checkpoint."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def last_line(error):
+    """What an exception says, in one line: a loader process puts its traceback in front of the message."""
+    text = str(error).strip().splitlines()[-1]
+    return text.removeprefix("tgmae.VideoError: ").removeprefix("ValueError: ")

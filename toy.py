@@ -6,7 +6,7 @@
 
 Each clip shows an ACTOR (shape x colour x direction) that its three captions name, and a DISTRACTOR
 that they do not, over a textured background that pans faster than either: what moves most is not
-what the caption names. The class, shape x direction of the actor (16), needs the video; distractors
+what the caption names. Mostly the camera follows the actor, and the light tells the shape. The class, shape x direction of the actor (16), needs the video; distractors
 have shapes that no class uses. A tiny CLIP (open_clip's own class, opened with local-dir:) is trained
 on captioned crops. Everything follows from the seed; two CPU cores take about two minutes.
 """
@@ -30,6 +30,7 @@ from tqdm import tqdm
 import tgmae
 
 SIZE, FRAMES, FPS = 64, 24, 12
+TELLING = 0.9  # share of clips whose camera follows the actor, and of clips lit from their shape's corner
 EVERY = 0.5 if sys.stderr.isatty() else 10  # seconds between two lines of a progress bar
 ACTORS = ("circle", "square", "triangle", "cross")
 DISTRACTORS = ("ring", "star", "diamond")
@@ -79,10 +80,19 @@ def _path(rng, direction, r):
     return (rng.uniform(low, high) + step * np.arange(FRAMES)[:, None]).astype(np.float32)
 
 
-def _background(rng, y, x):
-    """(F,S,S,3): long waves in two greyish tones that pan by 5 to 6.5 pixels a frame, faster than any
-    object. Long and strong, so that a tiny model learns in minutes to predict what is masked."""
-    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(5, 6.5)
+def _background(rng, label, y, x):
+    """(F,S,S,3): long waves in two greyish tones, long and strong, so that a tiny model learns in minutes
+    to predict what is masked. They pan by 5 to 6.5 pixels a frame, faster than any object.
+
+    As in real video the scene tells of the action, in most clips: the camera follows the actor, and each
+    shape is lit from a corner of its own. Else a text-guided mask, which hides the actor, would leave
+    nothing to learn from its caption."""
+    (dx, dy), speed = list(DIRECTIONS.values())[label % 4], rng.uniform(5, 6.5)
+    follows, own_light = rng.random(2) < TELLING
+    angle = np.arctan2(dy, dx) + rng.normal(0, 0.25) if follows else rng.uniform(0, 2 * np.pi)
+    lamp = label // 4 if own_light else rng.integers(len(ACTORS))
+    bottom, right = divmod(int(lamp), 2)
+    near = np.exp(-((x - right * SIZE) ** 2 + (y - bottom * SIZE) ** 2) / (2 * 30**2))  # (S,S)
     shift = np.float32(speed) * np.arange(FRAMES, dtype=np.float32)[:, None, None]
     x, y = x + shift * np.cos(angle), y + shift * np.sin(angle)
     wave = 0.5
@@ -94,7 +104,7 @@ def _background(rng, y, x):
         rng.uniform(15, 45) + rng.uniform(-15, 15, 3),
         rng.uniform(210, 240) + rng.uniform(-15, 15, 3),
     )
-    return (dark + wave[..., None] * (light - dark)).astype(np.float32)
+    return ((dark + wave[..., None] * (light - dark)) * (0.5 + 0.5 * near[..., None])).astype(np.float32)
 
 
 def make_clip(rng, label):
@@ -111,7 +121,7 @@ def make_clip(rng, label):
     other_path = max(tries, key=lambda way: np.linalg.norm(way - path, axis=1).min())  # the least overlap
 
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    frames, masks = _background(rng, y, x), []
+    frames, masks = _background(rng, label, y, x), []
     objects = (distractor["shape"], other, other_radius, other_path), (shape, colour, radius, path)
     for shape_, colour_, r, way in objects:  # the actor in front
         dx, dy = x - way[:, 0, None, None], y - way[:, 1, None, None]
@@ -180,8 +190,20 @@ def _crops(rng, stills, count):
     return torch.cat(images).clamp(0, 1), captions, torch.tensor(groups)
 
 
+def _paraphrases(rng, count):
+    """Two different captions of the same words, `count` times, and groups (count,): what they say."""
+    shapes, colours, directions = ACTORS + DISTRACTORS, list(COLOURS), list(DIRECTIONS)
+    chosen = np.stack([rng.integers(len(kind), size=count) for kind in (shapes, colours, directions)], 1)
+    words = [{"shape": shapes[s], "colour": colours[c], "direction": directions[d]} for s, c, d in chosen]
+    pairs = [rng.choice(captions_of(word), 2, replace=False).tolist() for word in words]
+    return [a for a, _ in pairs], [b for _, b in pairs], torch.from_numpy(chosen @ [1, 10, 100])
+
+
 def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
-    """Trains open_clip's CLIP class at toy size and saves it as a folder that local-dir: opens."""
+    """Trains open_clip's CLIP class at toy size and saves it as a folder that local-dir: opens.
+
+    Captions are told apart from each other, too: a still does not show a direction, but CLIP's text
+    encoder, which has read more than it has seen, does not confuse left and right."""
     from open_clip import CLIP, SimpleTokenizer
     from safetensors.torch import save_file
 
@@ -198,6 +220,9 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
         images, captions, groups = _crops(rng, stills, batch)
         image, text = clip.encode_image((images - mean) / std), clip.encode_text(tokenizer(captions))
         loss = tgmae.info_nce(image, text, 0.07, groups=groups)
+        one, other, groups = _paraphrases(rng, batch // 2)
+        one, other = clip.encode_text(tokenizer(one + other)).chunk(2)
+        loss = loss + tgmae.info_nce(one, other, 0.07, groups=groups)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

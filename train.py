@@ -20,28 +20,25 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 # Loader processes share the cores with us: threads without work must sleep, not spin. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 import tgmae
-from tgmae import MASK_RATIOS, PRESETS, VideoError
+from tgmae import MASK_RATIOS, PRESETS, TrainingClips
 
 TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1, "batch_size": 16, "blr": 0.048, "min_lr": 1e-4,
        "stride": 4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
 REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, "blr": 1.5e-4, "min_lr": 1e-5,
         "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
-MAX_REPLACEMENTS = 100  # bad videos in a row before all are thought to be bad
 MAX_NON_FINITE = 10  # steps in a row before the run stops
 
 
@@ -123,43 +120,17 @@ def check_args(args):
 
 
 # =================================================================================================
-# Data: everything random about a sample is a function of (seed, epoch, index), never of a worker's
-# history, so a run that is resumed in the middle of an epoch sees what it would have seen.
+# Data.
 # =================================================================================================
 
 
-class Clips(Dataset):
+class Clips(TrainingClips):
     """Samples for training: `repeat` clips of a video, their masks (unless CLIP has to see them first)
     and captions. text: None, "clip" (captions that CLIP will embed) or "maps" (it has done so)."""
 
     def __init__(self, records, config, args, *, text, replace_bad=True):
-        self.records, self.config, self.args, self.text = records, config, args, text
-        self.attempts = min(len(records), MAX_REPLACEMENTS) if replace_bad else 1
-        self.epoch = 0
-
-    def __len__(self):
-        return len(self.records)
-
-    def seed(self, index, *more):
-        return int(
-            np.random.SeedSequence([self.args.seed, self.epoch, index, *more]).generate_state(1, np.uint64)[0]
-            >> 1
-        )
-
-    def __getitem__(self, index):
-        bad, others = [], []
-        for attempt in range(self.attempts):
-            if attempt == 1:  # it was bad, and who takes its place follows from the same numbers
-                order = torch.randperm(
-                    len(self), generator=torch.Generator().manual_seed(self.seed(index, 0))
-                )
-                others = [i for i in order[: self.attempts + 1].tolist() if i != index]
-            place = others[attempt - 1] if attempt else index
-            try:
-                return {**self.load(place, self.seed(index, 1)), "bad": bad}
-            except VideoError as error:
-                bad.append((self.records[place]["video"], str(error)))
-        raise VideoError(f"{len(bad)} video(s) in a row cannot be read, the last: {bad[-1][1]}")
+        super().__init__(records, args.seed, replace_bad=replace_bad)
+        self.config, self.args, self.text = config, args, text
 
     def load(self, place, seed):
         record, args, c = self.records[place], self.args, self.config
@@ -265,15 +236,6 @@ def prepare(batch, clip, args, config):
 # =================================================================================================
 
 
-def learning_rate(step, args, steps_per_epoch, global_batch):
-    """Linear warm-up from 0, then a cosine to min_lr; both rates scale with the global batch."""
-    peak, last = args.blr * global_batch / 256, args.min_lr * global_batch / 256
-    warmup, total = int(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
-    if step < warmup:
-        return peak * step / max(1, warmup - 1)
-    return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
 def make_optimizer(model, args):
     """AdamW as in VideoMAE: betas .9/.95, no decay on 1-D parameters and the mask token."""
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -314,16 +276,6 @@ SAME = (
 )  # fmt: skip
 
 
-def save_checkpoint(path, **state):
-    """Written beside, flushed, renamed: whatever happens, `path` is a whole checkpoint."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def resume(path, model, optimizer, args, world):
     """Loads a checkpoint of the same run; another one's is refused. Returns its step."""
     saved = tgmae.load_file(path)
@@ -341,51 +293,16 @@ def resume(path, model, optimizer, args, world):
     return saved["step"]
 
 
-def cut_log(path, step):
-    """Drops the lines after `step`: those steps will be taken again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
-
-
-def append(path, line):
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_bad(path):
-    return {line.split("\t")[0] for line in path.read_text().splitlines()} if path.exists() else set()
-
-
-def note_bad(path, bad, known):
-    """Lists videos that could not be read, once each, with the reason."""
-    new = {video: reason for video, reason in bad if video not in known}
-    known.update(new)
-    if new:
-        with open(path, "a") as file:
-            file.write("".join(f"{video}\t{reason}\n" for video, reason in new.items()))
-
-
 @torch.no_grad()
 def draw_samples(path, model, video, mask, captions):
     """samples.png: for each clip its frames, the frames with the mask, and the reconstruction, in which
     masked cubes have their own mean and std put back."""
     c = model.config
     model.eval()
-    cubes = tgmae.patchify(video, c.patch_size, c.tubelet_size)  # (B,N,P)
-    std, mean = cubes.new_tensor(tgmae.IMAGENET_STD), cubes.new_tensor(tgmae.IMAGENET_MEAN)
-    cubes = cubes * std.repeat(c.patch_dim // 3) + mean.repeat(c.patch_dim // 3)
-    _, mean, std = tgmae.reconstruction_target(video, mask, c)
-    pred = model(video, mask)["pred"].float().unflatten(-1, (-1, 3)) * std + mean
-    _, ids_mask = tgmae.split_mask(mask, video.device)
-    ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)
-    volumes = (cubes, cubes.scatter(1, ids_mask, 0.5), cubes.scatter(1, ids_mask, pred.flatten(2)))
+    videos = tgmae.reconstruct(video, mask, model(video, mask)["pred"].float(), c)
     every = max(1, c.num_frames // 8)  # at most 8 frames side by side
-    rows = [tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size) for volume in volumes]
-    rows = [row[:, :, ::every] for row in rows]
-    rows = torch.stack(rows, 1).clamp(0, 1).mul(255).byte().cpu()  # (B, 3 rows, C, t, S, S)
+    rows = [videos[name][:, :, ::every] for name in ("clip", "masked", "reconstructed")]
+    rows = torch.stack(rows, 1).mul(255).byte().cpu()  # (B, 3 rows, C, t, S, S)
     B, _, _, t, S, _ = rows.shape
     scale, margin = max(1, 96 // S), 16
     S = S * scale
@@ -406,22 +323,6 @@ def draw_samples(path, model, video, mask, captions):
 # =================================================================================================
 # The run.
 # =================================================================================================
-
-
-def start_processes(args):
-    """Joins torchrun's process group, if it is torchrun that started us. -> rank, world size."""
-    if args.device == "auto":
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        args.device = next(name for name in there if there[name])
-    if args.amp is None:
-        args.amp = tgmae.bf16_is_fast(args.device)
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" not in os.environ:
-        return 0, 1
-    # Long enough for rank 0 to build the toy world.
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    return dist.get_rank(), dist.get_world_size()
 
 
 def load_data(args, rank, world):
@@ -501,7 +402,7 @@ def build_model(args, text, record):
     torch.manual_seed(args.seed)
     model = tgmae.TGMAE(config)
     if args.init:
-        weights = tgmae.load_weights(args.init)
+        _, weights, _ = tgmae.load_checkpoint(args.init)
         try:
             missing = model.load_state_dict(weights, strict=False).missing_keys
         except RuntimeError as error:
@@ -586,7 +487,7 @@ def open_run(args, rank, world, model, optimizer):
     if args.resume and (out / "last.pt").exists():
         step = resume(out / "last.pt", model, optimizer, args, world)
     if rank == 0:
-        cut_log(out / "log.jsonl", step)
+        tgmae.cut_log(out / "log.jsonl", step)
         settings = vars(args) | {"world": world, "torch": torch.__version__}
         (out / "args.json").write_text(json.dumps(settings, indent=1))
     return step
@@ -607,6 +508,9 @@ def train(args, rank, world, model, clip, data, val):
     out = Path(args.out)
     steps_per_epoch = len(data) // world // (args.batch_size // args.repeat) // args.accum
     total, global_batch = args.epochs * steps_per_epoch, args.batch_size * args.accum * world
+    # Both rates, like VideoMAE's, are given per 256 clips.
+    peak, last = args.blr * global_batch / 256, args.min_lr * global_batch / 256
+    warmup = int(args.warmup_epochs * steps_per_epoch)
     optimizer = make_optimizer(model, args)
     step = open_run(args, rank, world, model, optimizer)
     if rank == 0:
@@ -622,9 +526,9 @@ def train(args, rank, world, model, clip, data, val):
     stream = batches(data, args, rank, world, step, steps_per_epoch)
     every = 0.5 if sys.stderr.isatty() else 10  # seconds
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=every)
-    known_bad, skipped = read_bad(out / "bad_videos.txt"), 0
+    known_bad, skipped = tgmae.read_bad(out / "bad_videos.txt"), 0
     while step < total:
-        lr = learning_rate(step, args, steps_per_epoch, global_batch)
+        lr = tgmae.learning_rate(step, warmup, total, peak, last)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
@@ -633,7 +537,7 @@ def train(args, rank, world, model, clip, data, val):
             asked = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - asked
-            note_bad(out / "bad_videos.txt", batch["bad"], known_bad)
+            tgmae.note_bad(out / "bad_videos.txt", batch["bad"], known_bad)
             with contextlib.nullcontext() if world == 1 or micro == args.accum - 1 else net.no_sync():
                 sums = sums + losses_and_gradients(net, batch, clip, args, model.config)
         limit = args.clip_grad or math.inf
@@ -653,7 +557,7 @@ def train(args, rank, world, model, clip, data, val):
         bar.set_postfix({key: line[key] for key in ("mae", "vt", "wait") if key in line}, refresh=False)
         bar.update()
         if rank == 0:
-            append(out / "log.jsonl", line)
+            tgmae.append_log(out / "log.jsonl", line)
         if skipped == MAX_NON_FINITE:
             raise ValueError(
                 f"step {step}: {skipped} in a row without a finite gradient; {out}/last.pt is as it was"
@@ -661,14 +565,14 @@ def train(args, rank, world, model, clip, data, val):
         if step % steps_per_epoch:
             continue
         if rank == 0:
-            save_checkpoint(
+            tgmae.save_checkpoint(
                 out / "last.pt", config=asdict(model.config), model=model.state_dict(), world=world,
                 optimizer=optimizer.state_dict(), epoch=epoch + 1, step=step, args=vars(args),
             )  # fmt: skip
         if val:
             losses = validate(net, val, clip, args, rank, world)
             if rank == 0:
-                append(out / "log.jsonl", {"step": step, "epoch": epoch, **losses})
+                tgmae.append_log(out / "log.jsonl", {"step": step, "epoch": epoch, **losses})
     bar.close()
 
 
@@ -696,7 +600,7 @@ def main(argv=None):
     # A user's mistake is one line; anything else keeps its traceback.
     try:
         args = parse_args(argv)
-        rank, world = start_processes(args)
+        rank, world = tgmae.start_processes(args)
         records, val, text = load_data(args, rank, world)
         model, clip = build_model(args, text, records[0])
         data = Clips(records, model.config, args, text=text)
@@ -705,9 +609,7 @@ def main(argv=None):
         if rank == 0:
             finish(args, model, clip, val or data)
     except (ValueError, OSError) as error:
-        # From a loader process the message comes with a traceback in front of it.
-        last = str(error).splitlines()[-1]
-        sys.exit(f"train.py: {last.removeprefix('tgmae.VideoError: ').removeprefix('ValueError: ')}")
+        sys.exit(f"train.py: {tgmae.last_line(error)}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -80,7 +80,7 @@ def stepper(data, mask, batch, flags=()):
     takes a training step with it, everything at mask ratio 0.6, MAE + VT."""
     words = f"--data {data} --mask {mask} --mask-ratio 0.6 --vt --batch-size {batch}".split() + [*flags]
     args = train.parse_args([*words, "--device", DEVICE])
-    rank, world = train.start_processes(args)
+    rank, world = tgmae.start_processes(args)
     records, _, text = train.load_data(args, rank, world)
     model, clip = train.build_model(args, text, records[0])
     clips = train.Clips(records, model.config, args, text=text)

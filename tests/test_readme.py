@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import bench
 import captions
+import eval as evaluation
 import toy
 import train
 
@@ -30,7 +31,8 @@ def test_command_parses(command):
         assert (ROOT / "tests").is_dir()
     else:
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        modules = {"train.py": train, "toy.py": toy, "captions.py": captions, "tests/bench.py": bench}
+        modules = {"train.py": train, "toy.py": toy, "captions.py": captions, "eval.py": evaluation}
+        modules["tests/bench.py"] = bench
         parse = modules[words[script]].parse_args
         if "--help" in words:
             with pytest.raises(SystemExit) as stop:
@@ -42,7 +44,8 @@ def test_command_parses(command):
 
 def test_headers_parse():
     """The commands in the scripts' own headers, too."""
-    for script, module in (("train.py", train), ("toy.py", toy), ("captions.py", captions)):
+    scripts = ("train.py", train), ("toy.py", toy), ("captions.py", captions), ("eval.py", evaluation)
+    for script, module in scripts:
         found = [
             line.split("#")[0]
             for line in module.__doc__.splitlines()

@@ -1,6 +1,8 @@
 """The method against things that no one here wrote: transformers, nn.MultiheadAttention, naive loops."""
 
+import argparse
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -97,25 +99,47 @@ def test_bare_transformers_encoder(config):
     assert bare and all(torch.equal(v, whole[k]) for k, v in bare.items())
 
 
-def test_load_weights(config, tmp_path):
+def test_load_checkpoint(config, tmp_path):
+    """Sizes come with the weights: of transformers' folders, official files, and ours."""
     full = VideoMAEForPreTraining(hf_config(config))
     full.save_pretrained(tmp_path / "hf")
     expected = tgmae.from_videomae(full.state_dict())
-    loaded = tgmae.load_weights(tmp_path / "hf")
+    read, loaded, _ = tgmae.load_checkpoint(tmp_path / "hf")
+    assert replace(read, text_dim=config.text_dim) == config
     assert all(torch.equal(loaded[k], v) for k, v in expected.items())
-    import argparse
 
     model = TGMAE(config)
     official = {**model.state_dict(), "encoder.patch_embed.proj.weight": torch.rand(48, 3, 2, 8, 8)}
-    torch.save({"model": official, "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
-    assert torch.equal(
-        tgmae.load_weights(tmp_path / "official.pth")["encoder.norm.bias"], official["encoder.norm.bias"]
-    )
-    torch.save({"model": model.state_dict(), "config": {}}, tmp_path / "ours.pt")
-    assert tgmae.load_weights(tmp_path / "ours.pt").keys() == model.state_dict().keys()
+    flags = argparse.Namespace(lr=1, input_size=32, num_frames=4)
+    torch.save({"model": official, "args": flags}, tmp_path / "official.pth")
+    read, loaded, _ = tgmae.load_checkpoint(tmp_path / "official.pth")
+    assert torch.equal(loaded["encoder.norm.bias"], official["encoder.norm.bias"])
+    # Heads are in no weight: 64 wide, in widths that were not published, and one at least.
+    assert replace(read, text_dim=16, num_heads=3, decoder_num_heads=3) == config
+    fine_tuned = {k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")}
+    torch.save({"module": fine_tuned}, tmp_path / "tuned.pth")
+    read, loaded, _ = tgmae.load_checkpoint(tmp_path / "tuned.pth")
+    assert (read.embed_dim, read.depth, read.num_frames, read.image_size) == (48, 2, 16, 224)
+    assert loaded.keys() == {k for k in official if k.startswith("encoder.")}
+
+    torch.save({"model": model.state_dict(), "config": asdict(config)}, tmp_path / "ours.pt")
+    read, loaded, _ = tgmae.load_checkpoint(tmp_path / "ours.pt")
+    assert read == config and loaded.keys() == model.state_dict().keys()
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(ValueError, match="text.pt: cannot be loaded as a checkpoint"):
-        tgmae.load_weights(tmp_path / "text.pt")
+        tgmae.load_checkpoint(tmp_path / "text.pt")
+    torch.save(torch.ones(3), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match="tensor.pt: holds a Tensor"):
+        tgmae.load_checkpoint(tmp_path / "tensor.pt")
+
+
+@pytest.mark.parametrize("name", ["small", "base", "large", "huge"])
+def test_published_sizes_are_read(name):
+    """Official weights of each published size -> that preset."""
+    with torch.device("meta"):
+        state = TGMAE(tgmae.PRESETS[name]).state_dict()
+        state["encoder.patch_embed.proj.weight"] = torch.empty(tgmae.PRESETS[name].embed_dim, 3, 2, 16, 16)
+    assert tgmae._official_config(state, None) == tgmae.PRESETS[name]
 
 
 def test_attention_is_multihead_attention():

@@ -19,7 +19,7 @@ def test_the_mask_follows_the_words(world):
     actor, distractor = table["text, the distractor's words"]
     assert distractor >= 0.90 and actor <= 0.50
     actor, distractor = table["text, bottom-k"]
-    assert actor <= 0.05 and distractor <= 0.30
+    assert actor <= 0.05
     assert all(abs(share - 0.25) <= 0.03 for share in table["tube"])
     assert table["motion"][0] < table["text"][0] / 2
 

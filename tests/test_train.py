@@ -151,19 +151,19 @@ def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
     """Stopped after its second checkpoint and run again: the same weights and log as undisturbed."""
     flags = ("--data", manifest(8), "--mask", "tgm", "--vt", *clip_flags, *FEW, "--epochs", 3)
     run(*flags, "--out", "whole")
-    save = train.save_checkpoint
+    save = tgmae.save_checkpoint
 
     def stop_after(path, **state):
         save(path, **state)
         if state["epoch"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_checkpoint", stop_after)
+    monkeypatch.setattr(tgmae, "save_checkpoint", stop_after)
     with pytest.raises(KeyboardInterrupt):
         run(*flags, "--out", "cut")
     with open("cut/log.jsonl", "a") as file:  # steps that no checkpoint holds, and half a line
         file.write('{"step": 5, "mae": 7}\n{"step": 6, "m')
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(tgmae, "save_checkpoint", save)
     run(*flags, "--out", "cut", workers=2)
     whole, cut = (torch.load(f"{name}/last.pt") for name in ("whole", "cut"))
     assert all(torch.equal(whole["model"][key], cut["model"][key]) for key in whole["model"])

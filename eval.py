@@ -1,0 +1,1368 @@
+"""Is the representation any good? Every way the paper asks (4.2, 4.4, 4.7), for any checkpoint.
+
+    python eval.py linear runs/toy-tgm-vt/last.pt      # a linear classifier on frozen features
+    python eval.py retrieve runs/toy-tgm-vt/last.pt    # nearest neighbours; captions too, after --vt
+    torchrun eval.py finetune runs/toy-tgm-vt/last.pt  # the whole network
+    python eval.py show runs/toy-tgm-vt/last.pt        # masks, reconstruction, attention: PNG and MP4
+    python eval.py export runs/toy-tgm-vt/last.pt      # for transformers
+    torchrun --nproc_per_node 8 eval.py finetune MCG-NJU/videomae-base --data ssv2.jsonl --recipe ssv2
+
+CHECKPOINT is of train.py, of finetune or export, an official VideoMAE .pth, or a folder or hub name of
+transformers' VideoMAE; sizes are read from it. Any number of processes gives the same metrics: a clip that
+cannot be read is reported and left out, never replaced, and none is counted twice.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+# Loader processes share the cores with us: threads without work must sleep, not spin. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import av
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import tgmae
+from tgmae import MASK_RATIOS, Crop, TrainingClips, VideoError
+
+# Fine-tuning and testing, a recipe a dataset: Table 9, and VideoMAE's FINETUNE.md for the rest.
+_PAPER = {
+    "lr": 1e-3, "epochs": 75, "stride": 4, "flip": True, "sampling": "dense", "views": "5x3", "batch_size": 48,
+    "warmup_epochs": 5.0, "repeat": 2, "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1, "mixup": 0.8,
+    "cutmix": 1.0, "randaug": 21, "crop_scale": 0.08, "erasing": 0.25, "holdout": 0.02, "random": False,
+}  # fmt: skip
+RECIPES = {
+    "toy": _PAPER | {
+        "lr": 0.03, "epochs": 16, "flip": False, "views": "3x1", "batch_size": 16, "warmup_epochs": 2.0, "holdout": 0.1,
+        "layer_decay": 0.9, "repeat": 1, "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6, "erasing": 0.0, "random": True,
+    },
+    "k400": _PAPER,
+    "ssv2": _PAPER | {"lr": 5e-4, "epochs": 30, "stride": 2, "flip": False, "sampling": "tsn", "views": "2x3"},
+    "ucf101": _PAPER | {"epochs": 100},
+    "hmdb51": _PAPER | {"epochs": 50},
+    "diving48": _PAPER | {"epochs": 50},
+    "epic55": _PAPER | {"epochs": 50},
+}  # fmt: skip
+RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
+MAX_NON_FINITE = 10  # steps in a row before fine-tuning stops
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    yes_no, late = argparse.BooleanOptionalAction, argparse.SUPPRESS
+
+    def command(name, help):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=formatter)
+        add = sub.add_argument
+        add("checkpoint", metavar="CHECKPOINT", help="a file, a folder, or a hub name")
+        add("--json", metavar="FILE", help="write the result there, too")
+        add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+        add("--amp", action=yes_no, default=late, help="bf16 autocast (where the hardware has it)")
+        add("--seed", type=int, default=0, help="of all that is random")
+
+        def either(flag, help, **more):  # a flag whose default is the recipe's
+            key = flag[2:].replace("-", "_")
+            values = {name: recipe[key] for name, recipe in RECIPES.items()}
+            most = values["k400"]
+            others = "".join(f", {name}: {value}" for name, value in values.items() if value != most)
+            add(flag, default=late, help=f"{help} ({most}{others})", **more)
+
+        if name == "export":
+            return add, either
+        add("--data", default="toy", help="toy, or a manifest (JSON lines, see captions.py)")
+        add("--test-split", default="test", help="split of the manifest to test on")
+        add("--recipe", default=late, choices=RECIPES, help="defaults of a dataset (toy; other data: k400)")
+        either("--stride", "frames from one frame of a clip to the next", type=int)
+        either("--sampling", "consecutive frames, or one of each 16th", choices=("dense", "tsn"))
+        add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
+        if name != "show":
+            add("--split", default="train", help="split of the manifest to train on, or to retrieve from")
+            either("--views", "of each test clip, time x space", metavar="TxS")
+            either(
+                "--batch-size", "per process: videos a forward (finetune), views at a time (tests)", type=int
+            )
+        return add, either
+
+    add, either = command("finetune", "Train all of the network on labels, then test it (4.2).")
+    either("--lr", "learning rate per 256 videos of global batch", type=float)
+    add("--min-lr", type=float, default=1e-6, help="first and last learning rate per 256 videos")
+    either("--epochs", "passes over the data; 0 tests a fine-tuned checkpoint as it is", type=int)
+    either("--warmup-epochs", "epochs of linear warm-up", type=float)
+    add("--accum", type=int, default=1, help="forwards per step")
+    add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
+    either("--layer-decay", "factor of the learning rate from a block to the one below", type=float)
+    either("--drop-path", "chance to drop the last block for a clip; less for those below", type=float)
+    either("--smoothing", "label smoothing", type=float)
+    either("--mixup", "alpha of MixUp (0: none)", type=float)
+    either("--cutmix", "alpha of CutMix (0: none)", type=float)
+    either("--randaug", "RandAugment's bin of 31, in each of 4 operations (0: none)", type=int)
+    either("--crop-scale", "least area of a crop, as a share of the frame", type=float)
+    either("--erasing", "chance to erase a box of a clip", type=float)
+    either("--flip", "mirror half the clips", action=yes_no)
+    either("--repeat", "augmented clips from each decoded video", type=int)
+    either("--holdout", "share of the training clips kept to choose best.pt by (0: no best.pt)", type=float)
+    add("--val-split", default=None, help="split to choose best.pt by, in place of --holdout")
+    add("--grad-checkpointing", action=yes_no, default=False, help="less memory for a third more time")
+    add("--out", default=late, help="run folder (CHECKPOINT's folder/finetune-DATA)")
+    add("--resume", action=yes_no, default=True, help="go on from the run folder's last.pt")
+
+    add, either = command("linear", "Train a linear classifier on frozen features, then test it (4.2).")
+    either("--random", "do the same with random weights, beside it", action=yes_no)
+    add("--epochs", type=int, default=100, help="passes over the features")
+    add("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
+    add("--holdout", type=float, default=0.2, help="share of the training clips that chooses the rate")
+    add("--train-views", default="1x1", metavar="TxS", help="views of each training clip, time x space")
+
+    add, either = command("retrieve", "Find clips of the same class, zero-shot; and captions (4.4).")
+    either("--random", "do the same with random weights, beside it", action=yes_no)
+    add("--text", action=yes_no, default=None, help="video-text retrieval (default: where CHECKPOINT can)")
+    add("--clip", default=None, help="open_clip model of the captions (the one CHECKPOINT was trained with)")
+    add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
+
+    add, either = command("show", "Draw masks, reconstruction and attention of a clip (4.7).")
+    add("--video", default=None, help="a video file, in place of a clip of --data")
+    add("--caption", default=None, help="what it shows (of a clip of --data: its middle caption)")
+    add("--number", type=int, default=0, help="which clip of --data, without --video")
+    add(
+        "--start", type=float, default=None, help="seconds; the clip is taken from the middle of what follows"
+    )
+    add("--mask", default=None, choices=MASK_RATIOS, help="of the reconstruction (CHECKPOINT's own, or tube)")
+    add("--mask-ratio", type=float, default=None, help=f"of that mask ({MASK_RATIOS})")
+    add("--layers", type=int, nargs="+", default=None, help="whose attention, from 1 (first, middle, last)")
+    add("--clip", default=None, help="open_clip model (CHECKPOINT's, or ViT-B-32-quickgelu)")
+    add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
+    add("--out", type=Path, default=Path("show"), help="pictures go to OUT.png and OUT.mp4")
+
+    add, either = command("export", "Write safetensors, and a folder that transformers opens.")
+    add("--out", type=Path, default=late, help="folder (CHECKPOINT's name-huggingface)")
+
+    args = parser.parse_args(argv)
+    given = vars(args)
+    given.setdefault("amp", None)
+    if args.command == "export":
+        given.setdefault("out", Path(f"{Path(args.checkpoint).with_suffix('')}-huggingface"))
+        return args
+    given.setdefault("recipe", "toy" if args.data == "toy" else "k400")
+    for key, value in RECIPES[args.recipe].items():
+        given.setdefault(key, value)
+    if args.command == "finetune":
+        here = Path(args.checkpoint)
+        folder = here.parent if here.is_file() else Path("runs") / here.name
+        given.setdefault("out", str(folder / f"finetune-{Path(args.data).stem}"))
+    check_args(args)
+    return args
+
+
+def two_numbers(flag, text):
+    """5x3 -> [5, 3]."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{flag} {text}: must be like 5x3, views in time x in space")
+    return [int(part) for part in parts]
+
+
+def check_args(args):
+    for name in ("stride", "batch_size", "repeat", "accum"):
+        if name in args and getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if args.command == "show":
+        return
+    args.view_grid = two_numbers("--views", args.views)
+    if args.command == "linear":
+        args.train_view_grid = two_numbers("--train-views", args.train_views)
+        if args.epochs <= 0 or not 0 < args.holdout < 1 or min(args.rates) <= 0:
+            raise ValueError(
+                f"--epochs {args.epochs}, --rates {args.rates}: must be positive; --holdout {args.holdout}: in 0 to 1"
+            )
+    if args.command == "finetune":
+        if args.epochs < 0 or not 0 <= args.warmup_epochs <= max(args.epochs, 1e-9) and args.epochs:
+            raise ValueError(
+                f"--epochs {args.epochs}, --warmup-epochs {args.warmup_epochs}: the second must lie in 0 to the first"
+            )
+        if not 0 <= args.holdout < 1:
+            raise ValueError(f"--holdout {args.holdout}: must lie in 0 to 1")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ValueError(f"--json {args.json}: no such folder {Path(args.json).parent}")
+
+
+# =================================================================================================
+# Models: a checkpoint of any kind -> TGMAE, or Classifier if it is fine-tuned.
+# =================================================================================================
+
+
+class Classifier(nn.Module):
+    """VideoMAE's fine-tuning model, in its names: encoder without the final norm, mean over cubes, a fresh
+    norm, a linear head."""
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        self.config = config
+        self.encoder = tgmae.Encoder(config)
+        self.encoder.norm = nn.Identity()
+        self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            self.head.weight.mul_(0.001)
+
+    def features(self, video):
+        """(B,3,T,S,S) -> (B,D)."""
+        cubes = tgmae.patchify(video, self.config.patch_size, self.config.tubelet_size)
+        return self.fc_norm(self.encoder(cubes).mean(1))
+
+    def forward(self, video):
+        """(B,3,T,S,S) ImageNet-normalised -> logits (B,K)."""
+        return self.head(self.features(video))
+
+
+def pooled(model, video):
+    """(B,3,T,S,S) -> (B,D): the mean over all cubes, none masked, of the encoder's output."""
+    return model.features(video) if isinstance(model, Classifier) else model.encode(video).mean(1)
+
+
+def load_model(source):
+    """-> model in eval mode, what else the checkpoint holds. ValueError if its weights do not make one."""
+    config, state, saved = tgmae.load_checkpoint(source)
+    fine_tuned = "head.weight" in state
+    model = Classifier(config, len(state["head.weight"])) if fine_tuned else tgmae.TGMAE(config)
+    if "encoder.norm.weight" not in state:  # transformers' encoder with use_mean_pooling has none
+        model.encoder.norm = nn.Identity()
+    if "transformers" in saved:  # there these two have torch's own eps, whatever the config says
+        (model.fc_norm if fine_tuned else model.decoder.norm).eps = 1e-5
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{source}: {str(error).splitlines()[1].strip()}") from error
+    parts = {name.split(".")[0] for name in missing}
+    if unexpected or parts & {"encoder", "fc_norm", "head"}:
+        odd = f"an unknown {unexpected[0]}" if unexpected else f"no {missing[0]}"
+        raise ValueError(f"{source}: not the weights of a video MAE, it has {odd}")
+    model.has_decoder = not fine_tuned and "decoder" not in parts
+    # The predictor's BatchNorm has counted the batches with text.
+    model.has_text = not fine_tuned and bool(model.predictor[1].num_batches_tracked)
+    return model.eval(), saved
+
+
+def encoders(args):
+    """Yields (name, model, what else the checkpoint holds): CHECKPOINT, and with --random also a model of
+    the same sizes with weights as they are before training."""
+    model, saved = load_model(args.checkpoint)
+    yield args.checkpoint, model.to(args.device), saved
+    if args.random:
+        torch.manual_seed(args.seed)
+        yield "random weights, same sizes", tgmae.TGMAE(model.config).eval().to(args.device), saved
+
+
+# =================================================================================================
+# Clips and their labels.
+# =================================================================================================
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(*lines):
+    if rank_and_world()[0] == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+def manifest_of(data):
+    """The path of --data; the toy world is made where it is not there yet."""
+    if data != "toy":
+        return Path(data)
+    import toy
+
+    rank, world = rank_and_world()
+    if rank == 0:
+        toy.build("data/toy")
+    if world > 1:
+        dist.barrier()
+    return Path("data/toy/manifest.jsonl")
+
+
+def labelled(manifest, split):
+    """Records of a split, of which each must have a label: ValueError."""
+    records = tgmae.read_manifest(manifest, split)
+    bare = [record["video"] for record in records if record.get("label") in (None, "")]
+    if bare:
+        count = f"{len(bare)} of {len(records)} clips of split {split!r}"
+        raise ValueError(f"{manifest}: {count} have no label, such as {bare[0]}")
+    return records
+
+
+def class_names(records):
+    """Labels in the dataset's own order, if the records number them, else sorted."""
+    numbers = {str(record["label"]): record.get("class_id") for record in records}
+    if None in numbers.values():
+        return sorted(numbers)
+    return sorted(numbers, key=lambda label: (int(numbers[label]), label))
+
+
+def targets(records, classes, where):
+    """-> class numbers (n,), -1 for a class that is not among `classes`, which nothing can be right for."""
+    number = {label: i for i, label in enumerate(classes)}
+    target = torch.tensor([number.get(str(record["label"]), -1) for record in records])
+    if (target < 0).all():
+        raise ValueError(
+            f"{where}: none of its classes is known, such as {records[0]['label']!r}; known: {', '.join(classes[:3])}..."
+        )
+    new = sorted({str(record["label"]) for record, t in zip(records, target) if t < 0})
+    if new:
+        clips = int((target < 0).sum())
+        say(
+            f"note    {where}: {clips} clips are of {len(new)} classes that training lacks, such as {new[0]!r}: misses"
+        )
+    return target
+
+
+def splits_of(args, manifest):
+    """-> records to train on (or to retrieve from), and to test on; names of the classes; class numbers of both."""
+    train, test = (labelled(manifest, split) for split in (args.split, args.test_split))
+    classes = class_names(train)
+    where = f"{manifest}, split {args.test_split!r}"
+    return train, test, classes, targets(train, classes, args.split), targets(test, classes, where)
+
+
+def view_frames(first, stop, num_frames, stride, sampling, views):
+    """-> `views` lists of num_frames frame numbers in [first, stop); a single view is from the middle.
+
+    dense, as VideoMAE's kinetics.py: of every stride-th frame, windows at evenly spaced starts; a video too
+    short repeats the last. tsn, as its ssv2.py: a frame of each of num_frames equal segments; the views
+    together are views*num_frames frames, evenly spaced, dealt out in turn."""
+    if sampling == "tsn":
+        segment = (stop - first) / num_frames
+        shifts = [v / views for v in range(views)] if views > 1 else [0.5]
+        return [[first + int((i + shift) * segment) for i in range(num_frames)] for shift in shifts]
+    strided = list(range(first, stop, stride))
+    strided += strided[-1:] * (num_frames - len(strided))
+    slack = len(strided) - num_frames
+    starts = [int(v * slack / (views - 1)) for v in range(views)] if views > 1 else [slack // 2]
+    return [strided[start : start + num_frames] for start in starts]
+
+
+def view_crops(size, views):
+    """(height, width) -> `views` squares of the short side, evenly spaced along the long one; one: the centre."""
+    side, slack = min(size), max(size) - min(size)
+    offsets = [int(v * slack / (views - 1)) for v in range(views)] if views > 1 else [slack // 2]
+    return [Crop(o, 0, side, side) if size[0] > size[1] else Crop(0, o, side, side) for o in offsets]
+
+
+class Views(Dataset):
+    """Record's number -> (number, video (V,3,T,S,S) uint8 of its time x space views, or None and why it
+    cannot be read, whether it is too short for them)."""
+
+    def __init__(self, records, config, args, grid):
+        self.records, self.config, self.args, self.grid = records, config, args, grid
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, number):
+        record, args, c = self.records[number], self.args, self.config
+        try:
+            first, stop = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
+            clips = view_frames(first, stop, c.num_frames, args.stride, args.sampling, self.grid[0])
+            wanted = sorted(set(sum(clips, [])))  # all views in one decode
+            frames = tgmae.read_clip(record["path"], wanted)
+        except VideoError as error:
+            return number, None, str(error), False
+        crops = view_crops(frames.shape[1:3], self.grid[1])
+        rows = [[wanted.index(frame) for frame in clip] for clip in clips]
+        views = [tgmae.crop_frames(frames[r], crop, c.image_size) for r in rows for crop in crops]
+        span = c.num_frames if args.sampling == "tsn" else (c.num_frames - 1) * args.stride + 1
+        return number, torch.stack(views), None, stop - first < span
+
+
+class Computed(NamedTuple):
+    values: torch.Tensor  # (n,V,...) of the n clips that could be read, in the manifest's order
+    kept: list[int]  # their numbers
+    failed: list[tuple[str, str]]  # (video, why) of the others
+    short: int
+    text: str  # "1,998 of 2,000 clips"
+
+
+@torch.no_grad()
+def each_clip(split, records, args, config, grid, compute):
+    """Runs compute((b*V,3,T,S,S) -> (b*V,...)) on time x space views of every clip that can be read.
+
+    Processes share batches that are the same however many share them, so what comes out is the same, too."""
+    rank, world = rank_and_world()
+    size = max(1, args.batch_size // (grid[0] * grid[1]))
+    batches = [list(range(i, min(i + size, len(records)))) for i in range(0, len(records), size)][rank::world]
+    data = Views(records, config, args, grid)
+    workers = min(args.workers, len(batches))
+    loader = DataLoader(data, batch_sampler=batches, collate_fn=list, num_workers=workers)
+    every = 0.5 if sys.stderr.isatty() else 10  # seconds
+    done, values, failed, short = [], [], [], 0
+    for batch in tqdm(loader, desc=f"{split} clips", unit="batch", disable=rank > 0, mininterval=every):
+        failed += [(number, why) for number, video, why, _ in batch if video is None]
+        batch = [item for item in batch if item[1] is not None]
+        if not batch:
+            continue
+        video = torch.stack([item[1] for item in batch]).to(args.device, non_blocking=True)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+            out = compute(tgmae.normalize(video.flatten(0, 1)))
+        values.append(out.float().cpu().unflatten(0, video.shape[:2]))
+        done += [item[0] for item in batch]
+        short += sum(item[3] for item in batch)
+    parts = [(done, torch.cat(values) if values else None, failed, short)]
+    if world > 1:
+        parts = parts * world
+        dist.all_gather_object(parts, parts[rank])
+    done, values, failed, short = zip(*parts)
+    done, failed = sum(done, []), sorted(sum(failed, []))
+    if not done:
+        raise ValueError(f"none of the {len(records)} clips of split {split!r} can be read: {failed[0][1]}")
+    order = sorted(range(len(done)), key=done.__getitem__)
+    values = torch.cat([part for part in values if part is not None])[order]
+    say(*(f"failed  {why}; left out" for _, why in failed))
+    if sum(short):
+        say(f"note    {sum(short):,} of the {split} clips are shorter than a view: they repeat frames")
+    failed = [(records[number]["video"], why) for number, why in failed]
+    return Computed(values, sorted(done), failed, sum(short), f"{len(done):,} of {len(records):,} clips")
+
+
+def plain(args):
+    """The flags as JSON and checkpoints hold them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def in_table(value):
+    return f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
+
+def report(args, columns, rows, notes, clips, **more):
+    """Prints the table, what it means, and how many clips it is of; writes --json. Rows: dicts."""
+    if rank_and_world()[0]:
+        return
+
+    print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(in_table(row.get(column, '')) for column in columns)} |")
+    counted = "; ".join(f"{split}: {found.text}" for split, found in clips.items())
+    print(*(f"\n{note}" for note in notes), *([f"\n{counted}."] if counted else []), sep="\n")
+    if args.json:
+        counts = {
+            split: {"clips": found.text, "failed": found.failed, "shorter than a view": found.short}
+            for split, found in clips.items()
+        }
+        result = {"rows": rows, "notes": notes, "clips": counts, "settings": plain(args), **more}
+        partial = Path(f"{args.json}.partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, args.json)
+
+
+def accuracy(scores, target, ks=(1, 5)):
+    """scores (n,K), target (n,), -1 never right -> {"top-1": share, "top-5": share}."""
+    best = scores.topk(min(max(ks), scores.shape[1])).indices
+    return {f"top-{k}": (best[:, :k] == target[:, None]).any(1).float().mean().item() for k in ks}
+
+
+def chance_row(name, classes, ks=(1, 5)):
+    return {name: "chance", **{f"top-{k}": min(1.0, k / classes) for k in ks}}
+
+
+# =================================================================================================
+# linear: BatchNorm without affine + Linear on features that are extracted once.
+# The paper names only "linear probe"; the head is MAE's (He et al. 2022, A.1), with SGD on fixed features.
+# =================================================================================================
+
+
+def train_head(x, y, num_classes, rate, args):
+    """Features (n,D), classes (n,) -> BatchNorm1d(affine=False) + Linear, by SGD with a cosine."""
+    generator = torch.Generator().manual_seed(args.seed)
+    linear = nn.Linear(x.shape[1], num_classes)
+    nn.init.normal_(linear.weight, std=0.01, generator=generator)
+    nn.init.zeros_(linear.bias)
+    head = nn.Sequential(nn.BatchNorm1d(x.shape[1], affine=False, eps=1e-6), linear).to(x.device)
+    optimizer = torch.optim.SGD(head.parameters(), rate, momentum=0.9)
+    batch = min(256, len(x))
+    steps = args.epochs * (len(x) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(args.epochs):
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        for rows in order[: len(x) // batch * batch].split(batch):
+            loss = F.cross_entropy(head(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return head.eval()
+
+
+@torch.no_grad()
+def view_scores(head, x):
+    """Features (n,V,D) -> (n,K): softmax of each view, mean over views."""
+    return head(x.flatten(0, 1)).softmax(-1).unflatten(0, x.shape[:2]).mean(1)
+
+
+def choose_rate(x, y, num_classes, args):
+    """Features (n,V,D) of training clips -> (the rate whose head does best on held-out ones of them, top-1
+    there of every rate)."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
+    held, kept = order.tensor_split([max(1, round(args.holdout * len(x)))])
+    if len(kept) < 2:
+        raise ValueError(f"--holdout {args.holdout}: leaves {len(kept)} of {len(x)} training clips")
+    views = x.shape[1]
+    found = {}
+    for rate in args.rates:
+        head = train_head(x[kept].flatten(0, 1), y[kept].repeat_interleave(views), num_classes, rate, args)
+        found[rate] = accuracy(view_scores(head, x[held]), y[held], ks=(1,))["top-1"]
+    return max(found, key=found.get), found
+
+
+def linear(args):
+    train, test, classes, y, z = splits_of(args, manifest_of(args.data))
+    rows, chosen, held_out = [], {}, []
+    for name, model, _ in encoders(args):
+        shown = args, model.config
+        seen = each_clip(args.split, train, *shown, args.train_view_grid, lambda video: pooled(model, video))
+        tested = each_clip(args.test_split, test, *shown, args.view_grid, lambda video: pooled(model, video))
+        if rank_and_world()[0]:
+            continue  # the head is small: one process trains it
+        x, labels = seen.values.to(args.device), y[seen.kept].to(args.device)
+        rate, tops = choose_rate(x, labels, len(classes), args)
+        head = train_head(x.flatten(0, 1), labels.repeat_interleave(x.shape[1]), len(classes), rate, args)
+        scores = view_scores(head, tested.values.to(args.device)).cpu()
+        rows.append({"encoder": name, **accuracy(scores, z[tested.kept])})
+        chosen[name] = {"rate": rate, "held-out top-1": {f"{key:g}": top for key, top in tops.items()}}
+        held_out.append(
+            f"{name}: {', '.join(f'{r:g} {top:.1%}' for r, top in tops.items())}, chosen {rate:g}"
+        )
+    rows.append(chance_row("encoder", len(classes)))
+    notes = [
+        "Top-k: share of test clips whose class is among the k that the linear classifier finds likeliest. The "
+        f"encoder is frozen, features are means over all cubes. Chance is k of {len(classes)} classes.",
+        f"Head: BatchNorm without affine + Linear; SGD, momentum 0.9, no weight decay, batch 256, {args.epochs} epochs, "
+        f"cosine; {args.train_views} view(s) of a training clip. Test: {args.views} views ({args.sampling}, stride "
+        f"{args.stride}), mean of their softmax.",
+        f"Learning rate: by top-1 on {args.holdout:.0%} of the training clips, then trained on all of them. "
+        + "; ".join(held_out),
+    ]
+    clips = {args.split: seen, args.test_split: tested}
+    report(args, ("encoder", "top-1", "top-5"), rows, notes, clips, rates=chosen)
+
+
+# =================================================================================================
+# retrieve: nearest neighbours by cosine.
+# =================================================================================================
+
+
+def recall(queries, gallery, query_labels, gallery_labels, ks=(1, 5, 10)):
+    """queries (Q,D), gallery (G,D), labels (Q,) and (G,) -> {"R@k": share of queries for which one of the k
+    nearest of the gallery, by cosine, has the query's label}."""
+    queries, gallery = F.normalize(queries, dim=-1), F.normalize(gallery, dim=-1)
+    hits = []
+    for q, label in zip(queries.split(1024), query_labels.split(1024)):  # memory stays bounded
+        nearest = (q @ gallery.T).topk(min(max(ks), len(gallery))).indices
+        hits.append(gallery_labels[nearest] == label[:, None])
+    hits = torch.cat(hits)
+    return {f"R@{k}": hits[:, :k].any(1).float().mean().item() for k in ks}
+
+
+def recall_by_chance(query_labels, gallery_labels, ks=(1, 5, 10)):
+    """What recall would find in a gallery in random order, on average."""
+    G = len(gallery_labels)
+    count = dict(zip(*(x.tolist() for x in gallery_labels.unique(return_counts=True))))
+    queries = dict(zip(*(x.tolist() for x in query_labels.unique(return_counts=True))))
+
+    def hit(relevant, k):  # one less the chance that none of k drawn is among the relevant ones
+        return 1 - math.comb(G - relevant, min(k, G)) / math.comb(G, min(k, G))
+
+    return {
+        f"R@{k}": sum(n * hit(count.get(label, 0), k) for label, n in queries.items()) / len(query_labels)
+        for k in ks
+    }
+
+
+def caption_embeddings(records, args, saved):
+    """Unit embeddings (n,E) of each record's middle caption: from text maps, if CLIP made them that
+    CHECKPOINT was trained with; else by that CLIP."""
+    trained = saved.get("args", {}).get("clip")
+    captions = [record["captions"][len(record["captions"]) // 2] for record in records]
+    if args.clip is None and all("map_path" in record for record in records):
+        maps = [tgmae.read_map(record["map_path"], record["captions"]) for record in records]
+        short = tgmae.clip_name(trained, saved["args"].get("clip_pretrained"))
+        other = next((m.clip for m in maps if m.clip != trained and not m.clip.startswith(short + " ")), None)
+        if other:
+            raise ValueError(
+                f"{args.checkpoint}: trained with CLIP {trained}, the text maps are of {other}: --clip says which"
+            )
+        return torch.stack([m.text[m.text.shape[0] // 2] for m in maps]).float()
+    name = args.clip or trained
+    if " " in name:  # how a text map calls it
+        raise ValueError(f"--clip: needed, since {args.checkpoint} was trained on text maps of CLIP {name}")
+    clip = tgmae.load_clip(name, args.clip_pretrained, args.device)
+    parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
+    return torch.cat([tgmae.encode_text(*clip, part).cpu() for part in parts])
+
+
+def wants_text(model, records, args):
+    """Whether to retrieve captions: --text, or where both model and clips can. --text in vain: ValueError."""
+    silent = next((record["video"] for record in records if not record.get("captions")), None)
+    if args.text and not model.has_text:
+        raise ValueError(f"--text: {args.checkpoint} has no text head that was trained (train.py --vt does)")
+    if args.text and silent:
+        raise ValueError(f"--text: {args.data}: {silent} has no captions; captions.py caption makes them")
+    return model.has_text and not silent if args.text is None else args.text
+
+
+def text_rows(found, records, args, saved):
+    """Rows for video -> caption and back, of the clips whose embeddings (n,V,E) were found. Clips of the same
+    caption are each right for it."""
+    records = [records[number] for number in found.kept]
+    text = caption_embeddings(records, args, saved)
+    video = F.normalize(found.values, dim=-1).mean(1)
+    if text.shape[1] != video.shape[1]:
+        raise ValueError(
+            f"--clip: texts of {text.shape[1]} values, {args.checkpoint} has learnt {video.shape[1]}"
+        )
+    captions = [record["captions"][len(record["captions"]) // 2] for record in records]
+    unique = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    label = torch.tensor([unique[caption] for caption in captions])
+    firsts = torch.tensor([captions.index(caption) for caption in unique])
+    number = torch.arange(len(unique))
+    rows = []
+    for name, sides in (
+        ("clip -> its caption", (video, text[firsts], label, number)),
+        ("caption -> a clip of it", (text[firsts], video, number, label)),
+    ):
+        sizes = {"retrieval": name, "queries": len(sides[0]), "gallery": len(sides[1])}
+        rows.append({**sizes, "encoder": args.checkpoint, **recall(*sides)})
+        rows.append({**sizes, "encoder": "chance", **recall_by_chance(*sides[2:])})
+    return rows
+
+
+def retrieve(args):
+    manifest = manifest_of(args.data)
+    query = tgmae.read_manifest(manifest, args.test_split)
+    by_class = not args.text or any(record.get("label") for record in query)  # captions need no labels
+    gallery, query, _, g, q = splits_of(args, manifest) if by_class else (None, query, None, None, None)
+    rows, text, clips = [], [], {}
+    for name, model, saved in encoders(args):
+        with_text = not clips and wants_text(model, query, args)
+
+        def features(video):
+            mean = pooled(model, video)
+            return torch.cat([mean, model.predictor(mean)], 1) if with_text else mean
+
+        shown, D = (args, model.config, args.view_grid), model.config.embed_dim
+        tested = clips[args.test_split] = each_clip(args.test_split, query, *shown, features)
+        if with_text:
+            text = text_rows(tested._replace(values=tested.values[..., D:]), query, args, saved)
+        if not by_class:
+            break
+        seen = clips[args.split] = each_clip(args.split, gallery, *shown, lambda video: pooled(model, video))
+        sides = [F.normalize(found.values[..., :D], dim=-1).mean(1) for found in (tested, seen)]
+        labels = q[tested.kept], g[seen.kept]
+        what = {"retrieval": "clip -> a training clip of its class"}
+        what |= {"queries": len(sides[0]), "gallery": len(sides[1])}
+        rows.append({**what, "encoder": name, **recall(*sides, *labels)})
+    if by_class:
+        rows.append({**what, "encoder": "chance", **recall_by_chance(*labels)})
+    notes = [
+        "R@k: share of queries for which one of the k nearest of the gallery, by cosine, is right; chance: in a "
+        "gallery in random order. A clip's feature is the mean over all cubes, normalised, averaged over "
+        f"{args.views} views ({args.sampling}, stride {args.stride}); nothing is trained."
+    ]
+    if text:
+        notes.append(
+            "Captions: the middle one of each test clip, against the output of the predictor that pre-training "
+            "trained; clips with the same caption are all right for it."
+        )
+    columns = "retrieval", "queries", "gallery", "encoder", "R@1", "R@5", "R@10"
+    report(args, columns, rows + text, notes, clips)
+
+
+# =================================================================================================
+# finetune: the full recipe of VideoMAE (Table 9; run_class_finetuning.py), by torchvision's transforms.
+# =================================================================================================
+
+
+def augmentation(args, size):
+    """frames (T,3,H,W) uint8 -> (T,3,size,size) float, ImageNet-normalised; one draw for all frames."""
+    mean = [round(255 * value) for value in tgmae.IMAGENET_MEAN]
+    bilinear = v2.InterpolationMode.BILINEAR
+    # timm's rand-m7-n4-mstd0.5-inc1: each of 4 operations with probability 0.5. Its noise on the
+    # magnitude is left out.
+    randaug = v2.RandAugment(1, args.randaug, interpolation=bilinear, fill=mean)
+    return v2.Compose([
+        *[v2.RandomApply([randaug], 0.5)] * (4 if args.randaug else 0),
+        v2.RandomResizedCrop(size, scale=(args.crop_scale, 1.0), ratio=(0.75, 1 / 0.75), antialias=True),
+        v2.RandomHorizontalFlip(0.5 if args.flip else 0.0),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(tgmae.IMAGENET_MEAN, tgmae.IMAGENET_STD),
+        v2.RandomErasing(args.erasing, value="random"),  # noise, the same in all frames
+    ])  # fmt: skip
+
+
+class Augmented(TrainingClips):
+    """Samples: `repeat` augmented clips of the same frames of a video, and its class."""
+
+    def __init__(self, records, target, config, args):
+        super().__init__(records, args.seed)
+        self.target, self.config, self.args = target, config, args
+        self.augment = augmentation(args, config.image_size)
+
+    def load(self, place, seed):
+        record, args, c = self.records[place], self.args, self.config
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(seed)
+            first, stop = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
+            if args.sampling == "tsn":
+                places = torch.arange(c.num_frames) + torch.rand(c.num_frames)
+                numbers = [first + int(place * (stop - first) / c.num_frames) for place in places.tolist()]
+            else:
+                numbers = tgmae.clip_indices(first, stop, c.num_frames, args.stride)
+            frames = tgmae.read_clip(record["path"], numbers).permute(0, 3, 1, 2)  # (T,3,H,W)
+            if min(frames.shape[2:]) > MAX_SOURCE:
+                frames = v2.functional.resize(frames, [MAX_SOURCE], antialias=True)
+            videos = [self.augment(frames).transpose(0, 1) for _ in range(args.repeat)]
+        return {"video": torch.stack(videos), "target": self.target[place]}
+
+
+def collate(samples):
+    return {
+        "video": torch.cat([sample["video"] for sample in samples]),
+        "target": torch.stack([sample["target"] for sample in samples]).repeat_interleave(len(samples[0]["video"])),
+        "bad": sum((sample["bad"] for sample in samples), []),
+    }  # fmt: skip
+
+
+def mix(video, target, num_classes, args):
+    """MixUp or CutMix, either half the time, of clips (B,3,T,S,S) with classes (B,) -> clips and shares (B,K)."""
+    ways = [
+        way(alpha=alpha, num_classes=num_classes)
+        for way, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
+        if alpha
+    ]
+    if not ways:
+        return video, target
+    clips, shares = v2.RandomChoice(ways)(tv_tensors.Video(video.transpose(1, 2)), target)  # (B,T,3,S,S)
+    return clips.as_subclass(torch.Tensor).transpose(1, 2), shares
+
+
+def layer_scales(model, decay):
+    """{parameter's name: factor of the learning rate}: 1 for head and fc_norm, `decay` less for each block
+    below, the patch embedding last; as VideoMAE's LayerDecayValueAssigner."""
+    depth = len(model.encoder.blocks)
+
+    def below(name):
+        if name.startswith("encoder.blocks."):
+            return depth - int(name.split(".")[2])
+        return depth + 1 if name.startswith("encoder.patch_embed") else 0
+
+    return {name: decay ** below(name) for name, _ in model.named_parameters()}
+
+
+def make_optimizer(model, args):
+    """AdamW, betas .9/.999; a group for each factor of the learning rate, with and without weight decay (none
+    on 1-D parameters)."""
+    groups = {}
+    scales = layer_scales(model, args.layer_decay)
+    for name, parameter in model.named_parameters():
+        decay = args.weight_decay if parameter.ndim > 1 else 0.0
+        key = scales[name], decay
+        groups.setdefault(key, {"params": [], "scale": scales[name], "weight_decay": decay})["params"].append(
+            parameter
+        )
+    return torch.optim.AdamW(groups.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def hold_out(records, args):
+    """-> (records to train on, records that choose best.pt, or None)."""
+    count = round(args.holdout * len(records))
+    if not count:
+        return records, None
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    held, kept = sorted(order[:count]), sorted(order[count:])
+    return [records[i] for i in kept], [records[i] for i in held]
+
+
+def test_scores(model, split, records, args, grid):
+    """-> Computed with values (n,K): softmax of each view, mean over views."""
+    model.eval()
+    found = each_clip(
+        split, records, args, model.config, grid, lambda video: model(video).float().softmax(-1)
+    )
+    return found._replace(values=found.values.mean(1))
+
+
+# What a resumed run may change.
+FREE = "workers device json resume out views view_grid test_split amp grad_checkpointing".split()
+
+
+def resume(path, model, optimizer, args):
+    """Loads the last.pt of the same run; another one's is refused. -> (steps done, best top-1)."""
+    saved, world = tgmae.load_file(path), rank_and_world()[1]
+    finished = saved["epoch"] == args.epochs
+    then, now = saved["args"], plain(args)
+    changed = [
+        f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key] and key not in FREE
+    ]
+    if not finished and saved["world"] != world:
+        changed.append(f"processes {saved['world']} -> {world}")
+    if changed:
+        raise ValueError(
+            f"{path} is of another run ({', '.join(changed)}): another --out, or --no-resume to start over"
+        )
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["best"]
+
+
+def forward_backward(net, stream, args, step, num_classes, bad):
+    """The forwards and backwards of one step -> its loss; notes videos that could not be read in `bad`."""
+    rank, world = rank_and_world()
+    loss = 0.0
+    for micro in range(args.accum):
+        batch = next(stream)
+        bad += batch["bad"]
+        # Drop path and mixing draw from here, so a resumed run draws the same.
+        torch.manual_seed(tgmae.seed_of(args.seed, step, micro, rank, 2))
+        video, target = (batch[name].to(args.device, non_blocking=True) for name in ("video", "target"))
+        video, target = mix(video, target, num_classes, args)
+        last = world == 1 or micro == args.accum - 1
+        with contextlib.nullcontext() if last else net.no_sync():
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                logits = net(video)
+            part = F.cross_entropy(logits.float(), target, label_smoothing=args.smoothing) / args.accum
+            part.backward()
+        loss += part.detach()
+    return loss
+
+
+def batches(data, args, epoch, steps):
+    """Iterates over the batches of this process, in the order of that epoch."""
+    rank, world = rank_and_world()
+    sampler = DistributedSampler(data, world, rank, seed=args.seed, drop_last=True)
+    sampler.set_epoch(epoch)
+    data.epoch = epoch
+    order = list(sampler)[: steps * args.accum * args.batch_size]
+    more = {"num_workers": args.workers, "collate_fn": collate, "pin_memory": args.device == "cuda"}
+    return iter(DataLoader(data, args.batch_size, sampler=order, **more))
+
+
+def fit(args, model, classes, train, val):
+    """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in --out."""
+    rank, world = rank_and_world()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    data = Augmented(train, targets(train, classes, args.split), model.config, args)
+    videos = args.batch_size * args.accum * world
+    steps_per_epoch = len(data) // videos
+    if not steps_per_epoch:
+        raise ValueError(
+            f"{len(data)} training clips are fewer than a step takes ({world} processes x --batch-size "
+            f"{args.batch_size} x --accum {args.accum})"
+        )
+    total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
+    peak, least = args.lr * videos / 256, args.min_lr * videos / 256
+    optimizer = make_optimizer(model, args)
+    step, best = 0, -1.0
+    if args.resume and (out / "last.pt").exists():
+        step, best = resume(out / "last.pt", model, optimizer, args)
+    if rank == 0:
+        tgmae.cut_log(out / "log.jsonl", step)
+    say(
+        f"train   {len(data):,} clips, {len(val or ()):,} more choose best.pt; {len(classes)} classes; {args.epochs} epochs x "
+        f"{steps_per_epoch} steps, from step {step}\nsteps   {videos} videos x {args.repeat} clips; learning rate "
+        f"{peak:.3g}; {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}"
+    )
+    net = DistributedDataParallel(model) if world > 1 else model
+    every = 0.5 if sys.stderr.isatty() else 10  # seconds
+    bar = tqdm(total=total, initial=step, desc="finetune", unit="step", disable=rank > 0, mininterval=every)
+    known_bad, skipped = tgmae.read_bad(out / "bad_videos.txt"), 0
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        stream = batches(data, args, epoch, steps_per_epoch)
+        net.train()
+        for _ in range(steps_per_epoch):
+            lr = tgmae.learning_rate(step, warmup, total, peak, least, first=least)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            began, bad = time.perf_counter(), []
+            optimizer.zero_grad()
+            loss = forward_backward(net, stream, args, step, len(classes), bad)
+            tgmae.note_bad(out / "bad_videos.txt", bad, known_bad)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+            # Gradients are DDP's mean over ranks: a bad number on one is seen by all, who skip together.
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if not skipped:
+                optimizer.step()
+            step += 1
+            sums = torch.tensor([loss, len(bad)], device=args.device)
+            if world > 1:
+                dist.all_reduce(sums)
+            line = {"step": step, "epoch": epoch, "loss": round(sums[0].item() / world, 6), "lr": lr}
+            line |= {
+                "grad_norm": round(norm, 4),
+                "bad": int(sums[1]),
+                **({"skipped": skipped} if skipped else {}),
+            }
+            line["clips_per_s"] = round(videos * args.repeat / (time.perf_counter() - began), 2)
+            bar.set_postfix(loss=line["loss"], refresh=False)
+            bar.update()
+            if rank == 0:
+                tgmae.append_log(out / "log.jsonl", line)
+            if skipped == MAX_NON_FINITE:
+                raise ValueError(
+                    f"step {step}: {skipped} in a row without a finite gradient; {out}/last.pt is as it was"
+                )
+        best = end_epoch(args, model, classes, val, optimizer, epoch, step, best)
+    bar.close()
+    if world > 1:
+        dist.barrier()  # before others read what rank 0 writes
+
+
+def end_epoch(args, model, classes, val, optimizer, epoch, step, best):
+    """Tests on val, and saves. -> the best top-1 there so far."""
+    top = {}
+    if val:
+        found = test_scores(model, "held-out", val, args, (1, 1))
+        top = accuracy(found.values, targets(val, classes, "held-out clips")[found.kept])
+    better, best = top.get("top-1", -1.0) > best, max(best, top.get("top-1", -1.0))
+    rank, world = rank_and_world()
+    if rank:
+        return best
+    out, state = (
+        Path(args.out),
+        {"config": asdict(model.config), "model": model.state_dict(), "classes": classes},
+    )
+    state |= {"epoch": epoch + 1, "step": step, "world": world, "best": best, "args": plain(args)}
+    if val:
+        line = {"step": step, "epoch": epoch, **{f"val {name}": value for name, value in top.items()}}
+        tgmae.append_log(out / "log.jsonl", line)
+    if better:
+        tgmae.save_checkpoint(out / "best.pt", **state)
+    tgmae.save_checkpoint(out / "last.pt", optimizer=optimizer.state_dict(), **state)
+    return best
+
+
+def head_of(args, manifest, test):
+    """--epochs 0: the fine-tuned CHECKPOINT as it is -> {name: model}, names of its classes."""
+    model, saved = load_model(args.checkpoint)
+    if not isinstance(model, Classifier):
+        raise ValueError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
+    classes = saved.get("classes")
+    if not classes or not {str(record["label"]) for record in test} & set(classes):
+        classes = class_names(labelled(manifest, args.split))  # it numbers its classes, we name them
+    if len(classes) != model.head.out_features:
+        count = f"a head of {model.head.out_features} classes, {manifest} has {len(classes)}"
+        raise ValueError(f"{args.checkpoint}: {count}")
+    return {args.checkpoint: model}, classes
+
+
+def tune(args, manifest, test):
+    """Fine-tunes CHECKPOINT -> {name: model} of what was kept, names of the classes."""
+    train = labelled(manifest, args.split)
+    classes = class_names(train)
+    if len(classes) < 2:
+        raise ValueError(f"{manifest}: split {args.split!r} has one class, {classes[0]!r}")
+    targets(test, classes, f"{manifest}, split {args.test_split!r}")  # before, not after, the training
+    train, val = (train, labelled(manifest, args.val_split)) if args.val_split else hold_out(train, args)
+    start, _ = load_model(args.checkpoint)
+    torch.manual_seed(args.seed)
+    model = Classifier(replace(start.config, drop_path=args.drop_path), len(classes)).to(args.device)
+    model.encoder.load_state_dict(start.encoder.state_dict(), strict=False)  # all but the final norm
+    model.encoder.grad_checkpointing = args.grad_checkpointing
+    fit(args, model, classes, train, val)
+    kept = [Path(args.out) / name for name in ("last.pt", "best.pt") if val or name == "last.pt"]
+    return {str(path): load_model(path)[0] for path in kept}, classes
+
+
+def finetune(args):
+    manifest = manifest_of(args.data)
+    test = labelled(manifest, args.test_split)
+    models, classes = (tune if args.epochs else head_of)(args, manifest, test)
+    target = targets(test, classes, f"{manifest}, split {args.test_split!r}")
+    rows = []
+    for name, model in models.items():
+        found = test_scores(model.to(args.device), args.test_split, test, args, args.view_grid)
+        rows.append({"model": name, **accuracy(found.values, target[found.kept])})
+    rows.append(chance_row("model", len(classes)))
+    notes = [
+        f"Top-k: share of test clips whose class is among the k likeliest; chance is k of {len(classes)} classes. "
+        f"Test: {args.views} views in time x space ({args.sampling}, stride {args.stride}), mean of their softmax."
+    ]
+    if len(models) == 2:
+        clips = f"split {args.val_split}" if args.val_split else f"{args.holdout:.0%} of the training clips"
+        notes.append(f"best.pt is the epoch with the highest top-1 on {clips}, never on test clips.")
+    report(args, ("model", "top-1", "top-5"), rows, notes, {args.test_split: found})
+
+
+# =================================================================================================
+# show: the paper's three pictures (4.7): what each masker masks, reconstruction, attention.
+# =================================================================================================
+
+
+@torch.no_grad()
+def attention_maps(model, video, layers, query):
+    """video (1,3,T,S,S) -> (layers,N): how much cube number `query` attends to each cube, the mean over heads,
+    in the given layers (from 0) of the encoder. None is masked."""
+    inputs = {}
+
+    def keep(layer):
+        return lambda _, args: inputs.__setitem__(layer, args[0])
+
+    hooks = [model.encoder.blocks[layer].attn.register_forward_pre_hook(keep(layer)) for layer in layers]
+    pooled(model, video)
+    for hook in hooks:
+        hook.remove()
+    maps = []
+    for layer in layers:
+        x, attn = inputs[layer], model.encoder.blocks[layer].attn
+        _, N, D = x.shape
+        wq, wk, _ = attn.qkv.weight.chunk(3)
+        q = (F.linear(x[:, query], wq, attn.q_bias)).view(attn.num_heads, 1, -1)  # (heads,1,D/heads)
+        k = F.linear(x[0], wk).view(N, attn.num_heads, -1).transpose(0, 1)  # (heads,N,D/heads)
+        weights = (q @ k.transpose(1, 2) / math.sqrt(D // attn.num_heads)).softmax(-1)  # (heads,1,N)
+        maps.append(weights.mean(0)[0])
+    return torch.stack(maps)
+
+
+HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])
+
+
+def heat_map(scores, frames):
+    """scores (t,h,w), frames (T,S,S,3) uint8 -> (T,S,S,3) uint8: dark where lowest, light where highest, over
+    the grey frames."""
+    T, S = frames.shape[:2]
+    low, high = scores.min(), scores.max()
+    value = ((scores - low) / (high - low).clamp(min=1e-12)).cpu().numpy()
+    value = value.repeat(T // value.shape[0], 0).repeat(S // value.shape[1], 1).repeat(S // value.shape[2], 2)
+    colour = np.stack([np.interp(value, np.linspace(0, 1, len(HEAT)), HEAT[:, i]) for i in range(3)], -1)
+    grey = frames.numpy().mean(-1, keepdims=True)
+    return torch.from_numpy((0.65 * colour + 0.35 * grey).astype(np.uint8))
+
+
+def clip_to_show(args, config):
+    """-> video (3,T,S,S) uint8, the middle of a file, its centre cropped; motion (T,h,w) and what it is;
+    caption or None; the file's name; numbers of the frames."""
+    if args.video:
+        record = {"path": args.video, "video": args.video, "start": args.start}
+    else:
+        records = tgmae.read_manifest(manifest_of(args.data), args.test_split)
+        if not 0 <= args.number < len(records):
+            raise ValueError(
+                f"--number {args.number}: split {args.test_split!r} has clips 0 to {len(records) - 1}"
+            )
+        record = records[args.number]
+    captions = record.get("captions") or [None]
+    first, stop = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
+    (numbers,) = view_frames(first, stop, config.num_frames, args.stride, args.sampling, 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", tgmae.NoMotionVectors)
+        frames, motion = tgmae.read_clip(record["path"], numbers, motion=True)
+    (crop,) = view_crops(frames.shape[1:3], 1)
+    video = tgmae.crop_frames(frames, crop, config.image_size)
+    motion = tgmae.crop_motion(motion, crop, config.grid)
+    what = "frame differences: the codec has no motion vectors" if caught else "the codec's motion vectors"
+    return video, motion, what, args.caption or captions[len(captions) // 2], record["video"], numbers
+
+
+def clip_for_show(args, saved):
+    """CLIP by --clip, or the one CHECKPOINT was trained with, or train.py's default for the data."""
+    trained = saved.get("args", {}).get("clip") or ""
+    default = "local-dir:data/toy/clip" if args.data == "toy" and not args.video else "ViT-B-32-quickgelu"
+    name = args.clip or (trained if trained and " " not in trained else default)
+    return name, tgmae.load_clip(name, args.clip_pretrained, args.device)
+
+
+def panels_of(args, model, saved):
+    """-> [(label, frames (T,S,S,3) uint8), ...], the title, frame numbers."""
+    c = model.config
+    frames, motion, motion_is, caption, name, numbers = clip_to_show(args, c)
+    video = tgmae.normalize(frames[None]).to(args.device)
+    frames = frames.permute(1, 2, 3, 0)  # (T,S,S,3)
+    generator = torch.Generator().manual_seed(args.seed)
+    scores = {
+        "tube": tgmae.tube_scores(1, c.grid, generator=generator),
+        "mgm": tgmae.motion_scores(motion[None], c.grid),
+    }
+    panels = [("clip", frames)]
+    title = f"{name}, frames {numbers[0]} to {numbers[-1]}"
+    if caption:
+        clip_called, clip = clip_for_show(args, saved)
+        text = tgmae.encode_text(*clip, [caption])
+        scores["tgm"] = similarity = tgmae.text_scores(
+            clip[0], video, text, c.patch_size, c.tubelet_size
+        ).cpu()
+        label = f"similarity to the caption ({clip_called}), {similarity.min():.2f} dark to {similarity.max():.2f} light"
+        panels.append((label, heat_map(similarity[0], frames)))
+        title += f': "{caption}"'
+    else:
+        say("note    no --caption: no text mask")
+    words = {"tube": "random tubes", "mgm": motion_is, "tgm": "most like the caption"}
+    chosen = args.mask or saved.get("args", {}).get("mask") or "tube"
+    if chosen not in scores:
+        raise ValueError(f"--mask {chosen}: needs --caption")
+    ratios = MASK_RATIOS | {
+        chosen: args.mask_ratio or saved.get("args", {}).get("mask_ratio") or MASK_RATIOS[chosen]
+    }
+    masks = {way: tgmae.topk_mask(score, ratios[way], generator=generator) for way, score in scores.items()}
+    for way, mask in masks.items():
+        masked = tgmae.reconstruct(video, mask, None, c)["masked"]
+        panels.append((f"{way} mask, {ratios[way]:g}: {words[way]}", to_uint8(masked)))
+    if model.has_decoder:
+        mask, of = masks[chosen], f"({chosen} {ratios[chosen]:g})"
+        with torch.no_grad():
+            made = tgmae.reconstruct(video, mask, model(video, mask)["pred"].float(), c)
+        panels.append(
+            (
+                f"reconstruction {of}, with each masked cube's true mean and std put back",
+                to_uint8(made["reconstructed"]),
+            )
+        )
+        if c.norm_pix_loss:
+            label = f"reconstruction {of} as predicted, without them: masked cubes are grey + std / 6"
+            panels.append((label, to_uint8(made["predicted"])))
+    else:
+        say(f"note    {args.checkpoint} has no decoder: no reconstruction")
+    t, h, w = c.grid
+    query = (t // 2 * h + h // 2) * w + w // 2
+    layers = args.layers or sorted({1, (c.depth + 1) // 2, c.depth})
+    if not all(1 <= layer <= c.depth for layer in layers):
+        raise ValueError(f"--layers {' '.join(map(str, layers))}: the encoder has 1 to {c.depth}")
+    for layer, weights in zip(layers, attention_maps(model, video, [layer - 1 for layer in layers], query)):
+        label = f"attention from the centre patch (white box), layer {layer} of {c.depth}"
+        panels.append((label, mark(heat_map(weights.view(t, h, w).cpu(), frames), query, c)))
+    return panels, title, numbers
+
+
+def to_uint8(video):
+    """(1,3,T,S,S) in [0,1] -> (T,S,S,3) uint8."""
+    return video[0].permute(1, 2, 3, 0).clamp(0, 1).mul(255).round().byte().cpu()
+
+
+def mark(frames, query, config):
+    """Draws a white box around cube number `query`."""
+    _, h, w = config.grid
+    p, first = config.patch_size, query // (h * w) * config.tubelet_size
+    y, x = query // w % h * p, query % w * p
+    for frame in frames[first : first + config.tubelet_size]:
+        box = frame[y : y + p, x : x + p]
+        box[[0, -1]] = box[:, [0, -1]] = 255
+    return frames
+
+
+def written(text, width, font):
+    """Text, wrapped to `width` pixels -> an image of it, as high as it needs."""
+    letters = max(8, int(width / font.getlength("n")))
+    wrapped = "\n".join(textwrap.wrap(text, letters))
+    left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox(
+        (0, 0), wrapped, font
+    )
+    image = Image.new("RGB", (max(width, math.ceil(right)), math.ceil(bottom) + 4), "white")
+    ImageDraw.Draw(image).multiline_text((0, 0), wrapped, "black", font)
+    return image
+
+
+def draw_sheet(path, panels, title, numbers, tubelet_size):
+    """A row a panel, its label at the left, and at most 8 frames, each of another tubelet if there are more."""
+    shown = list(range(0, len(numbers), tubelet_size if len(numbers) > 8 else 1))
+    shown = shown[:: -(-len(shown) // 8)]
+    size = max(96, min(128, len(panels[0][1][0])))
+    font, gap, margin = ImageFont.load_default(14), 4, 210
+    head = written(title, margin + len(shown) * (size + gap), font)
+    labels = [written(label, margin - 10, font) for label, _ in panels]
+    heights = [max(size, label.height) + gap for label in labels]
+    sheet = Image.new(
+        "RGB",
+        (max(head.width, margin + len(shown) * (size + gap)) + 12, head.height + sum(heights) + 36),
+        "white",
+    )
+    sheet.paste(head, (8, 8))
+    top = head.height + 12
+    for i, number in enumerate(numbers[j] for j in shown):
+        ImageDraw.Draw(sheet).text((margin + i * (size + gap), top), f"frame {number}", "black", font)
+    top += 20
+    for (_, frames), label, height in zip(panels, labels, heights):
+        sheet.paste(label, (8, top))
+        for i, j in enumerate(shown):
+            sheet.paste(enlarged(frames[j], size), (margin + i * (size + gap), top))
+        top += height
+    sheet.save(path)
+
+
+def enlarged(frame, size):
+    image = Image.fromarray(frame.numpy())
+    return image.resize((size, size), Image.NEAREST if size > image.width else Image.LANCZOS)
+
+
+def draw_video(path, panels, title, columns=4, size=224, seconds=4):
+    """The panels side by side, all frames, again and again for some seconds."""
+    font, gap = ImageFont.load_default(14), 8
+    labels = [written(label, size, font) for label, _ in panels]
+    head = written(title, columns * (size + gap), font)
+    high = max(label.height for label in labels) + size + gap
+    width, height = columns * (size + gap) + gap, head.height + -(-len(panels) // columns) * high + 2 * gap
+    page = Image.new("RGB", (width + width % 2, height + height % 2), "white")  # H.264 wants even sides
+    page.paste(head, (gap, gap))
+    places = [
+        (gap + i % columns * (size + gap), head.height + 2 * gap + i // columns * high)
+        for i in range(len(panels))
+    ]
+    for (x, y), label in zip(places, labels):
+        page.paste(label, (x, y + high - size - gap - label.height))
+    T = len(panels[0][1])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = *page.size, "yuv420p"
+        stream.options = {"crf": "18"}
+        for number in range(T * max(1, round(4 * seconds / T))):
+            for (x, y), (_, frames) in zip(places, panels):
+                page.paste(enlarged(frames[number % T], size), (x, y + high - size - gap))
+            container.mux(stream.encode(av.VideoFrame.from_image(page)))
+        container.mux(stream.encode())
+
+
+def show(args):
+    model, saved = load_model(args.checkpoint)
+    panels, title, numbers = panels_of(args, model.to(args.device), saved)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    files = [Path(f"{args.out}.png"), Path(f"{args.out}.mp4")]
+    draw_sheet(files[0], panels, title, numbers, model.config.tubelet_size)
+    draw_video(files[1], panels, title)
+    rows = [{"row": i, "shows": label} for i, (label, _) in enumerate(panels, 1)]
+    note = f"{title}. Written: {files[0]}, {files[1]}. Pictures, not a measure: there is no chance to compare with."
+    report(args, ("row", "shows"), rows, [note], {}, files=list(map(str, files)), frames=numbers)
+
+
+# =================================================================================================
+# export: for transformers, and as safetensors.
+# =================================================================================================
+
+
+def huggingface_of(model):
+    """The same model in transformers: VideoMAEForVideoClassification, VideoMAEForPreTraining, or VideoMAEModel
+    where there is no decoder."""
+    import transformers
+
+    c = model.config
+    theirs = transformers.VideoMAEConfig(
+        image_size=c.image_size, patch_size=c.patch_size, num_frames=c.num_frames, tubelet_size=c.tubelet_size,
+        num_channels=c.in_chans, hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.num_heads,
+        intermediate_size=int(c.embed_dim * c.mlp_ratio), layer_norm_eps=c.layer_norm_eps, norm_pix_loss=c.norm_pix_loss,
+        decoder_hidden_size=c.decoder_embed_dim, decoder_num_hidden_layers=c.decoder_depth,
+        decoder_num_attention_heads=c.decoder_num_heads, decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
+        use_mean_pooling=isinstance(model.encoder.norm, nn.Identity),
+    )  # fmt: skip
+    state = tgmae.to_huggingface(model)
+    if isinstance(model, Classifier):
+        theirs.num_labels = model.head.out_features
+        net = transformers.VideoMAEForVideoClassification(theirs)
+    elif model.has_decoder:
+        net = transformers.VideoMAEForPreTraining(theirs)
+    else:
+        net = transformers.VideoMAEModel(theirs)
+        state = {
+            name.removeprefix("videomae."): value
+            for name, value in state.items()
+            if name.startswith("videomae.")
+        }
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def export(args):
+    import transformers
+    from safetensors.torch import save_file
+
+    model, saved = load_model(args.checkpoint)
+    c, out = model.config, args.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: is there already, and not an empty folder")
+    net = huggingface_of(model)
+    if saved.get("classes"):
+        net.config.id2label = dict(enumerate(saved["classes"]))
+        net.config.label2id = {label: i for i, label in enumerate(saved["classes"])}
+    net.save_pretrained(out)
+    processor = transformers.VideoMAEImageProcessor(
+        size={"shortest_edge": c.image_size}, crop_size={"height": c.image_size, "width": c.image_size},
+        image_mean=list(tgmae.IMAGENET_MEAN), image_std=list(tgmae.IMAGENET_STD),
+    )  # fmt: skip
+    processor.save_pretrained(out)
+    rest = {"args": saved.get("args"), "classes": saved.get("classes")}
+    header = {"config": json.dumps(asdict(c)), "saved": json.dumps(rest)}
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()},
+        out / "tgmae.safetensors",
+        header,
+    )
+
+    video = torch.randn(
+        2,
+        c.in_chans,
+        c.num_frames,
+        c.image_size,
+        c.image_size,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    with torch.no_grad():
+        ours = model.encoder(tgmae.patchify(video, c.patch_size, c.tubelet_size))
+        theirs = type(net).from_pretrained(out).base_model(video.transpose(1, 2)).last_hidden_state
+    apart = (ours - theirs).abs().max().item()
+    rows = [
+        {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": opens}
+        for name, opens in (
+            (
+                "model.safetensors",
+                f"transformers.{type(net).__name__} and VideoMAEModel .from_pretrained({str(out)!r})",
+            ),
+            ("tgmae.safetensors", "eval.py and train.py --init: all weights, in tgmae.py's names"),
+        )
+    ]
+    notes = [
+        f"Opened again in transformers, the encoder's output for two clips of noise differs by {apart:.1e} at most (0: the same; "
+        "there is no chance to compare with)."
+    ]
+    if isinstance(model, Classifier):
+        notes.append(
+            f"transformers' fc_norm has eps 1e-5, this model's has {model.fc_norm.eps:g}: logits differ a little."
+        )
+    report(args, ("file", "bytes", "opens with"), rows, notes, {}, difference=apart)
+
+
+def main(argv=None):
+    # A user's mistake is one line; anything else keeps its traceback.
+    try:
+        args = parse_args(argv)
+        rank, world = tgmae.start_processes(args)
+        if args.command in ("show", "export") and rank:
+            return  # one process draws and writes
+        {"finetune": finetune, "linear": linear, "retrieve": retrieve, "show": show, "export": export}[
+            args.command
+        ](args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"eval.py: {tgmae.last_line(error)}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

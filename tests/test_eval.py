@@ -1,0 +1,752 @@
+"""eval.py: its arithmetic against loops, tables made by hand, and transformers; its commands end to end."""
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ROOT, TINY
+from dataclasses import asdict, replace
+from PIL import Image
+from test_ranks import torchrun
+
+import eval as ev
+import tgmae
+
+
+def run(capsys, *argv, workers=0):
+    """Runs a command in this process -> what it wrote to --json, what it said."""
+    ev.main(
+        [*map(str, argv), "--json", "out.json", *(() if argv[0] == "export" else ("--workers", str(workers)))]
+    )
+    return json.loads(open("out.json").read()), capsys.readouterr().out
+
+
+def fails(*argv):
+    """Runs with a mistake in it -> the one line that it says."""
+    with pytest.raises(SystemExit) as stop:
+        ev.main([*map(str, argv), *(() if argv[0] == "export" else ("--workers", "0"))])
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code
+    return stop.value.code
+
+
+SMALL = dict(image_size=64, patch_size=16, num_frames=4, embed_dim=48, depth=2, num_heads=3, decoder_embed_dim=96,
+             decoder_depth=1, decoder_num_heads=3, text_dim=64)  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint as train.py writes it, never trained."""
+    config = tgmae.Config(**SMALL)
+    model = tgmae.TGMAE(config)
+    for name, value in model.state_dict().items():  # so that no part is as it began
+        if value.is_floating_point():
+            value.add_(0.02 * torch.randn_like(value))
+    path = tmp_path / "small.pt"
+    torch.save(
+        {"config": asdict(config), "model": model.state_dict(), "args": {"clip": "x", "mask": "tube"}}, path
+    )
+    return path
+
+
+@pytest.fixture
+def clips(world, tmp_path):
+    """clips(train, test, **changes of a record) -> a manifest of so many toy clips of 4 classes (number % 4)."""
+
+    def make(train=8, test=5, name="data.jsonl", edit=lambda record: record):
+        records = []
+        for split, count in (("train", train), ("test", test)):
+            for i, record in enumerate(tgmae.read_manifest(world / "manifest.jsonl", split)[:count]):
+                record = {
+                    "video": record["path"],
+                    "captions": record["captions"],
+                    "label": f"class {i % 4}",
+                    "split": split,
+                }
+                records.append(edit(record))
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return make
+
+
+# ---- arithmetic ---------------------------------------------------------------------------------
+
+
+def test_dense_views_by_hand():
+    frames = ev.view_frames(
+        0, 300, 16, 4, "dense", 5
+    )  # 75 strided frames, starts 59 * v / 4 of them, rounded down
+    assert [view[0] for view in frames] == [0, 4 * 14, 4 * 29, 4 * 44, 4 * 59]
+    assert all(np.diff(view).tolist() == [4] * 15 for view in frames) and frames[4][-1] == 296
+    assert ev.view_frames(0, 300, 16, 4, "dense", 1)[0][0] == 4 * 29
+    assert ev.view_frames(10, 30, 4, 2, "dense", 3) == [[10, 12, 14, 16], [16, 18, 20, 22], [22, 24, 26, 28]]
+    # Too short: the last strided frame again, in every view.
+    assert ev.view_frames(0, 10, 4, 4, "dense", 2) == [[0, 4, 8, 8]] * 2
+
+
+def test_tsn_views_by_hand():
+    """SSv2's test: the even and the odd ones of 32 frames."""
+    assert ev.view_frames(0, 32, 16, 2, "tsn", 2) == [list(range(0, 32, 2)), list(range(1, 32, 2))]
+    even = [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18]
+    odd = [0, 1, 3, 4, 5, 6, 8, 9, 10, 11, 13, 14, 15, 16, 18, 19]
+    assert ev.view_frames(0, 20, 16, 2, "tsn", 2) == [even, odd]
+    assert ev.view_frames(5, 21, 4, 2, "tsn", 1) == [[7, 11, 15, 19]]
+    assert ev.view_frames(0, 2, 4, 2, "tsn", 1) == [[0, 0, 1, 1]]
+    for n in (33, 47, 117):  # the same as sorting both halves together and dealing them out
+        tick = n / 16
+        both = sorted([int(tick / 2 + tick * x) for x in range(16)] + [int(tick * x) for x in range(16)])
+        assert ev.view_frames(0, n, 16, 2, "tsn", 2) == [both[0::2], both[1::2]]
+
+
+def test_crops_by_hand():
+    assert ev.view_crops((240, 320), 3) == [tgmae.Crop(0, left, 240, 240) for left in (0, 40, 80)]
+    assert ev.view_crops((100, 61), 3) == [tgmae.Crop(top, 0, 61, 61) for top in (0, 19, 39)]
+    assert ev.view_crops((240, 320), 1) == [tgmae.Crop(0, 40, 240, 240)]
+
+
+def test_views_are_averaged_after_the_softmax(checkpoint, clips):
+    """By hand: two views whose logits' mean favours class 1, and the mean of whose softmax favours class 0."""
+    logits = torch.tensor([[4.0, 0.0, 0.0], [0.0, 5.0, 4.9]])
+    softmax = [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in logits.tolist()]
+    mean = [(a + b) / 2 for a, b in zip(*softmax)]
+    assert logits.mean(0).argmax() == 1 and mean.index(max(mean)) == 0
+
+    class Fixed(torch.nn.Module):
+        config = tgmae.Config(**SMALL)
+
+        def forward(self, video):
+            return logits.repeat(len(video) // 2, 1)
+
+    records = tgmae.read_manifest(clips(), "test")
+    args = argparse.Namespace(batch_size=4, workers=0, device="cpu", amp=False, stride=2, sampling="dense")
+    found = ev.test_scores(Fixed(), "test", records, args, (2, 1))
+    torch.testing.assert_close(found.values, torch.tensor(mean).expand(5, 3))
+    torch.testing.assert_close(ev.view_scores(torch.nn.Identity(), logits[None]), torch.tensor([mean]))
+
+
+def test_accuracy_by_hand():
+    scores = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.3, 0.2], [0.2, 0.3, 0.5]])
+    found = ev.accuracy(scores, torch.tensor([1, 2, -1]), ks=(1, 2, 3, 5))
+    assert found == pytest.approx({"top-1": 1 / 3, "top-2": 1 / 3, "top-3": 2 / 3, "top-5": 2 / 3})
+    assert ev.chance_row("model", 4) == {"model": "chance", "top-1": 0.25, "top-5": 1.0}
+
+
+def test_recall_is_a_loop():
+    queries, gallery = torch.randn(37, 6), torch.randn(61, 6)
+    a, b = torch.randint(0, 9, (37,)), torch.randint(0, 9, (61,))
+    expected = dict.fromkeys(("R@1", "R@5", "R@10"), 0)
+    for q, label in zip(queries.tolist(), a.tolist()):
+        cosines = [
+            sum(x * y for x, y in zip(q, g)) / math.hypot(*q) / math.hypot(*g) for g in gallery.tolist()
+        ]
+        order = sorted(range(61), key=lambda i: -cosines[i])
+        for k in (1, 5, 10):
+            expected[f"R@{k}"] += any(b[i] == label for i in order[:k]) / 37
+    assert ev.recall(queries, gallery, a, b) == pytest.approx(expected)
+    assert ev.recall(gallery, gallery, b, b) == {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0}
+
+
+def test_captions_are_retrieved_as_in_a_loop(monkeypatch):
+    """Clips with the same caption are all right for it, and it is in the gallery once; clip 2 was not read."""
+    captions = ["a", "b", "x", "a", "c", "b", "a"]
+    records = [{"captions": ["first", caption, "last"]} for caption in captions]
+    texts = {caption: torch.randn(8) for caption in "abc"}
+    monkeypatch.setattr(
+        ev, "caption_embeddings", lambda rs, *_: torch.stack([texts[r["captions"][1]] for r in rs])
+    )
+    kept = [0, 1, 3, 4, 5, 6]
+    values = torch.randn(6, 2, 8)
+    found = ev.Computed(values, kept, [], 0, "")
+    to_caption, chance, to_clip, chance2 = ev.text_rows(
+        found, records, argparse.Namespace(checkpoint="x"), {}
+    )
+    video = [(v[0] / v[0].norm() + v[1] / v[1].norm()) / 2 for v in values]
+    cosine = [[torch.cosine_similarity(v, texts[c], dim=0).item() for c in "abc"] for v in video]
+    right = [max("abc", key=lambda c: row["abc".index(c)]) == captions[i] for row, i in zip(cosine, kept)]
+    assert to_caption["R@1"] == pytest.approx(sum(right) / 6) and to_caption["R@5"] == 1.0
+    back = [captions[kept[max(range(6), key=lambda i: cosine[i]["abc".index(c)])]] == c for c in "abc"]
+    assert to_clip["R@1"] == pytest.approx(sum(back) / 3)
+    assert (to_caption["queries"], to_caption["gallery"], to_clip["queries"], to_clip["gallery"]) == (
+        6,
+        3,
+        3,
+        6,
+    )
+    assert chance["R@1"] == pytest.approx(1 / 3) and chance2["R@1"] == pytest.approx((3 + 2 + 1) / 6 / 3)
+
+
+def test_chance_is_all_orders():
+    """Over all orders of a small gallery, and with a class that it lacks."""
+    queries, gallery = torch.tensor([0, 0, 1, 7]), torch.tensor([0, 0, 1, 2, 2])
+    found = ev.recall_by_chance(queries, gallery, ks=(1, 2, 9))
+    for k in (1, 2, 9):
+        orders = [order[:k] for order in itertools.permutations(gallery.tolist())]
+        expected = np.mean([q in top for q in queries.tolist() for top in orders])
+        assert found[f"R@{k}"] == pytest.approx(expected)
+
+
+def test_layer_decay_by_hand():
+    """VideoMAE's numbers for ViT-B at 0.75: block 11 at 0.75, ..., block 0 at 0.75^12, the embedding 0.75^13."""
+    with torch.device("meta"):
+        model = ev.Classifier(tgmae.PRESETS["base"], 10)
+    scales = ev.layer_scales(model, 0.75)
+    table = {"encoder.patch_embed.proj.weight": 0.023757, "encoder.patch_embed.proj.bias": 0.023757,
+             "fc_norm.weight": 1.0, "fc_norm.bias": 1.0, "head.weight": 1.0, "head.bias": 1.0}  # fmt: skip
+    blocks = [
+        0.031676,
+        0.042235,
+        0.056314,
+        0.075085,
+        0.100113,
+        0.133484,
+        0.177979,
+        0.237305,
+        0.316406,
+        0.421875,
+        0.5625,
+        0.75,
+    ]
+    names = "norm1.weight norm1.bias norm2.weight norm2.bias attn.qkv.weight attn.q_bias attn.v_bias attn.proj.weight "
+    names += "attn.proj.bias mlp.fc1.weight mlp.fc1.bias mlp.fc2.weight mlp.fc2.bias"
+    table |= {f"encoder.blocks.{i}.{name}": value for i, value in enumerate(blocks) for name in names.split()}
+    assert scales == pytest.approx(table, abs=1e-6)
+
+
+def test_optimizer_groups():
+    model = ev.Classifier(tgmae.Config(**SMALL), 3)
+    optimizer = ev.make_optimizer(model, argparse.Namespace(layer_decay=0.5, weight_decay=0.05))
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    seen = {
+        name_of[id(p)]: (g["scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
+    }
+    assert seen.keys() == set(name_of.values())
+    for name, (scale, decay) in seen.items():
+        assert scale == ev.layer_scales(model, 0.5)[name]
+        assert decay == (0.05 if dict(model.named_parameters())[name].ndim == 2 else 0.0), name
+
+
+def test_fresh_head_and_norm():
+    model = ev.Classifier(tgmae.PRESETS["toy"], 1000)
+    assert model.head.weight.std().item() == pytest.approx(0.02 * 0.001, rel=0.05)
+    assert not model.head.bias.any() and (model.fc_norm.weight == 1).all()
+
+
+def test_drop_path_grows_with_depth():
+    with torch.device("meta"):
+        model = ev.Classifier(replace(tgmae.PRESETS["base"], drop_path=0.1), 10)
+    rates = [block.drop_path.p for block in model.encoder.blocks]
+    assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
+
+
+# ---- augmentation -------------------------------------------------------------------------------
+
+
+def finetune_args(*more):
+    return ev.parse_args(["finetune", "x.pt", "--recipe", "k400", *more])
+
+
+def test_augmentation_treats_frames_alike():
+    """16 equal frames stay equal through RandAugment, crop, flip and erasing."""
+    frame = torch.randint(0, 256, (1, 3, 40, 60), dtype=torch.uint8)
+    augment = ev.augmentation(finetune_args("--erasing", "1"), 32)
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        out = augment(frame.expand(16, -1, -1, -1))
+        assert out.shape == (16, 3, 32, 32) and out.dtype == torch.float32
+        assert all(torch.equal(out[0], other) for other in out)
+        seen.add(round(out.mean().item(), 4))
+    assert len(seen) == 20
+
+
+def test_augmentation_off_is_a_crop():
+    args = finetune_args("--randaug", "0", "--erasing", "0", "--no-flip", "--crop-scale", "1")
+    frames = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    expected = tgmae.normalize(frames.transpose(0, 1)[None])[0].transpose(0, 1)
+    found = [ev.augmentation(args, 32)(frames) for _ in range(8)]  # the aspect is still random
+    assert any(torch.allclose(out, expected, atol=1e-5) for out in found)
+
+
+def test_mixing():
+    """Shares are what each video contributed; label smoothing on top is timm's."""
+    video = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 4, 8, 8).contiguous()
+    target = torch.tensor([0, 1, 2, 3])
+    for flags in (("--cutmix", "0"), ("--mixup", "0"), ()):
+        torch.manual_seed(3)
+        clips, shares = ev.mix(video, target, 5, finetune_args(*flags))
+        assert clips.shape == video.shape and type(clips) is torch.Tensor and shares.shape == (4, 5)
+        torch.testing.assert_close(shares.sum(1), torch.ones(4))
+        # Video i holds the number i, so its mean is the shares' mean class.
+        torch.testing.assert_close(clips.mean((1, 2, 3, 4)), shares @ torch.arange(5.0))
+    assert ev.mix(video, target, 5, finetune_args("--mixup", "0", "--cutmix", "0"))[1] is target
+    logits, share = torch.randn(4, 5), torch.tensor([0.3, 0.7, 0, 0, 0]).expand(4, 5)
+    smooth = 0.3 * (F.one_hot(torch.tensor(0), 5) * 0.9 + 0.02) + 0.7 * (
+        F.one_hot(torch.tensor(1), 5) * 0.9 + 0.02
+    )
+    expected = -(smooth * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(F.cross_entropy(logits, share, label_smoothing=0.1), expected)
+
+
+def test_samples_follow_from_the_seed(clips):
+    records = tgmae.read_manifest(clips(), "train")
+    args = finetune_args("--sampling", "tsn")
+    data = ev.Augmented(records, torch.arange(8) % 4, tgmae.Config(**SMALL), args)
+    first, again = data[3], data[3]
+    assert first["video"].shape == (2, 3, 4, 64, 64) and first["target"] == 3
+    assert torch.equal(first["video"], again["video"]) and not torch.equal(
+        first["video"][0], first["video"][1]
+    )
+    data.epoch = 1
+    assert not torch.equal(first["video"], data[3]["video"])
+    both = ev.collate([first, data[2]])
+    assert both["video"].shape == (4, 3, 4, 64, 64) and both["target"].tolist() == [3, 3, 2, 2]
+
+
+def test_recipes():
+    """The paper's Table 9 and DESIGN's table of protocols, by --recipe."""
+    for name, epochs, lr, views in (("k400", 75, 1e-3, "5x3"), ("ssv2", 30, 5e-4, "2x3"), ("ucf101", 100, 1e-3, "5x3"),
+                                    ("hmdb51", 50, 1e-3, "5x3"), ("diving48", 50, 1e-3, "5x3"), ("epic55", 50, 1e-3, "5x3")):  # fmt: skip
+        args = ev.parse_args(["finetune", "x.pt", "--data", "a.jsonl", "--recipe", name])
+        assert (args.epochs, args.lr, args.views) == (epochs, lr, views)
+        assert (args.layer_decay, args.drop_path, args.mixup, args.cutmix, args.smoothing) == (
+            0.75,
+            0.1,
+            0.8,
+            1.0,
+            0.1,
+        )
+        assert args.flip == (name != "ssv2") and args.sampling == ("tsn" if name == "ssv2" else "dense")
+        assert (args.warmup_epochs, args.repeat, args.erasing, args.weight_decay) == (5, 2, 0.25, 0.05)
+
+
+# ---- against transformers -----------------------------------------------------------------------
+
+
+def test_logits_are_transformers(tmp_path, monkeypatch):
+    """A fine-tuned model, exported: VideoMAEForVideoClassification's logits, with its fc_norm's eps; and back."""
+    monkeypatch.chdir(tmp_path)
+    config = tgmae.Config(**SMALL)
+    model = ev.Classifier(config, 5)
+    for value in model.state_dict().values():
+        value.add_(0.1 * torch.randn_like(value))
+    saved = {"config": asdict(config), "model": model.state_dict(), "classes": list("abcde"), "args": {}}
+    torch.save(saved, "tuned.pt")
+    ev.main(["export", "tuned.pt", "--out", "folder"])
+    theirs = transformers.VideoMAEForVideoClassification.from_pretrained("folder").eval()
+    assert theirs.config.id2label == dict(enumerate("abcde"))
+    video = torch.randn(2, 3, 4, 64, 64)
+    model.eval().fc_norm.eps = theirs.fc_norm.eps
+    with torch.no_grad():
+        expected = theirs(video.transpose(1, 2)).logits
+        torch.testing.assert_close(model(video), expected, atol=1e-4, rtol=1e-4)
+        again, more = ev.load_model("folder")
+        torch.testing.assert_close(again(video), expected, atol=1e-4, rtol=1e-4)
+    assert isinstance(again, ev.Classifier) and more["classes"] == list("abcde")
+
+
+def test_export_gives_the_same_features(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, said = run(capsys, "export", checkpoint, "--out", "folder")
+    assert found["difference"] < 1e-5 and "VideoMAEForPreTraining" in said
+    model, _ = ev.load_model(checkpoint)
+    video, mask = torch.randn(2, 3, 4, 64, 64), tgmae.topk_mask(torch.rand(2, 2, 4, 4), 0.5)
+    bare = transformers.VideoMAEModel.from_pretrained("folder").eval()
+    full = transformers.VideoMAEForPreTraining.from_pretrained("folder").eval()
+    with torch.no_grad():
+        expected = model.encode(video)
+        torch.testing.assert_close(
+            bare(video.transpose(1, 2)).last_hidden_state, expected, atol=1e-5, rtol=1e-5
+        )
+        pred = full(video.transpose(1, 2), bool_masked_pos=mask).logits
+        torch.testing.assert_close(pred, model(video, mask)["pred"], atol=1e-4, rtol=1e-4)
+        # And every other form of the same weights: the folder, the safetensors, the official layout.
+        conv = (
+            model.state_dict()["encoder.patch_embed.proj.weight"]
+            .view(48, 2, 16, 16, 3)
+            .permute(0, 4, 1, 2, 3)
+        )
+        official = {k: v for k, v in model.state_dict().items() if not k.startswith("predictor")}
+        official["encoder.patch_embed.proj.weight"] = conv
+        flags = argparse.Namespace(input_size=64, num_frames=4)
+        monkeypatch.setitem(tgmae.PRESETS, "toy", tgmae.Config(**SMALL))  # whose heads are of that width
+        torch.save({"model": official, "args": flags}, "official.pth")
+        for source in ("folder", "folder/tgmae.safetensors", "official.pth"):
+            again, _ = ev.load_model(source)
+            torch.testing.assert_close(again.encode(video), expected, atol=1e-5, rtol=1e-5)
+            assert again.has_decoder
+        bare.save_pretrained("encoder")
+        again, _ = ev.load_model("encoder")
+        torch.testing.assert_close(again.encode(video), expected, atol=1e-5, rtol=1e-5)
+        assert not again.has_decoder
+    ev.main(["export", "encoder", "--out", "encoder2"])
+    assert "is there already" in fails("export", checkpoint, "--out", "folder")
+
+
+def test_attention_is_transformers(tmp_path):
+    """Attention of the centre patch, of each layer: what transformers returns with output_attentions."""
+    config = tgmae.Config(**SMALL)
+    model = tgmae.TGMAE(config).eval()
+    for value in model.encoder.state_dict().values():
+        value.add_(0.1 * torch.randn_like(value))
+    model.has_decoder = True
+    theirs = ev.huggingface_of(model).videomae
+    theirs.set_attn_implementation("eager")
+    video = torch.randn(1, 3, 4, 64, 64)
+    with torch.no_grad():
+        attentions = theirs(video.transpose(1, 2), output_attentions=True).attentions
+    found = ev.attention_maps(model, video, [0, 1], 21)
+    assert found.shape == (2, 32)
+    for layer in (0, 1):
+        torch.testing.assert_close(found[layer], attentions[layer][0].mean(0)[21], atol=1e-6, rtol=1e-4)
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """The main command's own checkpoint: torchrun train.py --mask tgm --vt, all of it. Three minutes."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data").mkdir()
+    (folder / "data" / "toy").symlink_to(world, target_is_directory=True)
+    command = [sys.executable, str(ROOT / "train.py"), "--mask", "tgm", "--vt"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "toy-tgm-vt" / "last.pt"
+
+
+def test_toy_features_are_worth_something(trained, workdir, capsys):
+    """Linear probe and retrieval: far above random weights and chance; fine-tuning above the probe."""
+    found, said = run(capsys, "linear", trained, workers=2)
+    probe, random, chance = found["rows"]
+    assert random["encoder"].startswith("random") and chance["top-1"] == 1 / 16
+    assert probe["top-1"] > random["top-1"] + 0.2 and random["top-1"] > chance["top-1"]
+    assert (
+        "learning rate" in said.lower()
+        and "of 16 classes" in said
+        and found["clips"]["test"]["clips"] == "200 of 200 clips"
+    )
+    rows = run(capsys, "retrieve", trained, workers=2)[0]["rows"]
+    zero_shot, random, chance, to_caption, chance2, to_clip, chance3 = rows
+    assert zero_shot["R@1"] > 2 * max(random["R@1"], chance["R@1"])
+    assert (zero_shot["queries"], zero_shot["gallery"]) == (200, 800)
+    # Not more: the predictor has learnt from clips whose actor was masked, and now sees all of it.
+    assert to_caption["R@10"] > 1.5 * chance2["R@10"] and to_clip["queries"] == to_caption["gallery"] == 87
+    assert chance3["R@10"] == pytest.approx(0.11, abs=0.01)
+    tuned = run(capsys, "finetune", trained, "--out", "tuned", workers=2)[0]["rows"]
+    assert [row["model"] for row in tuned] == ["tuned/last.pt", "tuned/best.pt", "chance"]
+    assert tuned[0]["top-1"] > probe["top-1"]
+
+
+def test_linear_leaves_the_backbone_alone(checkpoint, clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept, load = [], ev.load_model
+    monkeypatch.setattr(ev, "load_model", lambda source: kept.append(load(source)) or kept[-1])
+    data = clips(12, 5)
+    found, said = run(
+        capsys, "linear", checkpoint, "--data", data, "--epochs", 3, "--views", "2x1", "--train-views", "2x2"
+    )
+    before = torch.load(checkpoint, weights_only=True)["model"]
+    after = kept[0][0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
+    assert len(found["rows"]) == 2 and found["rows"][1] == {"encoder": "chance", "top-1": 0.25, "top-5": 1.0}
+    assert set(next(iter(found["rates"].values()))["held-out top-1"]) == {f"{rate:g}" for rate in ev.RATES}
+    assert f"chosen {next(iter(found['rates'].values()))['rate']:g}" in said
+
+
+def test_the_rate_is_chosen_without_test_clips(monkeypatch):
+    """Of features that a rate of 1 separates and 1e-6 cannot, 1 is chosen, by rows of the training clips."""
+    y = torch.arange(40) % 4
+    x = F.one_hot(y, 4).float()[:, None] + 0.01 * torch.randn(40, 1, 4)
+    args = argparse.Namespace(seed=0, holdout=0.25, rates=(1e-6, 1.0), epochs=30)
+    rate, found = ev.choose_rate(x, y, 4, args)
+    assert rate == 1.0 and found[1.0] == 1.0 > found[1e-6]
+    rows, train = [], ev.train_head
+    monkeypatch.setattr(ev, "train_head", lambda x, *more: rows.append(len(x)) or train(x, *more))
+    ev.choose_rate(x, y, 4, args)
+    assert rows == [30, 30]
+
+
+@pytest.mark.parametrize("command", ["linear", "retrieve", "finetune"])
+def test_two_processes_are_one(command, checkpoint, clips, tmp_path):
+    """Exactly the same numbers, for 11 and 7 clips of which one of each cannot be read."""
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    data = clips(11, 7)
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lines[3]["video"] = lines[13]["video"] = "broken.mp4"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = {"linear": ("--epochs", 5, "--random"), "retrieve": ("--random",), "finetune": ("--epochs", 0)}[
+        command
+    ]
+    source = checkpoint
+    if command == "finetune":
+        source, model = tmp_path / "tuned.pt", ev.Classifier(tgmae.Config(**SMALL), 4)
+        torch.nn.init.normal_(model.head.weight)
+        torch.save(
+            {"config": SMALL, "model": model.state_dict(), "classes": [f"class {i}" for i in range(4)]},
+            source,
+        )
+    results = []
+    for processes in (1, 2):
+        flags = ("--data", data, "--views", "2x1", "--batch-size", 4, "--workers", 0, *more)
+        done = torchrun(
+            processes,
+            ROOT / "eval.py",
+            command,
+            source,
+            *flags,
+            "--json",
+            tmp_path / f"{processes}.json",
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (
+            done.stdout.count("\n| --- |") == 1
+            and "6 of 7 clips" in done.stdout
+            and "broken.mp4" in done.stdout
+        )
+        results.append(json.loads((tmp_path / f"{processes}.json").read_text()))
+    for part in ("rows", "clips", "rates"):
+        assert results[0].get(part) == results[1].get(part)
+    failed = results[0]["clips"]["test"]["failed"]
+    assert [video for video, _ in failed] == ["broken.mp4"] and results[0]["clips"]["test"][
+        "clips"
+    ] == "6 of 7 clips"
+
+
+SHORT = ("--epochs", 3, "--warmup-epochs", 1, "--batch-size", 4, "--recipe", "k400", "--stride", 2, "--views", "1x1",
+         "--repeat", 2, "--lr", 0.1)  # fmt: skip
+
+
+def test_finetune_resumes_exactly(checkpoint, clips, tmp_path, capsys, monkeypatch):
+    """The full recipe, stopped after an epoch and run again: the weights and the log of an undisturbed run."""
+    monkeypatch.chdir(tmp_path)
+    data = clips(10, 4)
+    flags = ("finetune", checkpoint, "--data", data, *SHORT, "--holdout", "0.2", "--out")
+    run(capsys, *flags, "whole")
+    save = tgmae.save_checkpoint
+
+    def stop(path, **state):
+        save(path, **state)
+        if path.name == "last.pt" and state["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tgmae, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, *flags, "parts")
+    monkeypatch.setattr(tgmae, "save_checkpoint", save)
+    (tmp_path / "parts" / "log.jsonl").open("a").write('{"step": 5, "loss": 1}\n{"st')  # after the checkpoint
+    found, said = run(capsys, *flags, "parts")
+    assert "from step 4" in said
+    whole, parts = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    logs = [[json.loads(line) for line in open(f"{name}/log.jsonl")] for name in ("whole", "parts")]
+    for log in logs:
+        assert [line["step"] for line in log] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+        for line in log:
+            line.pop("clips_per_s", None)
+    assert logs[0] == logs[1] and all("val top-1" in log for log in logs[0][2::3])
+    best = max(log["val top-1"] for log in logs[0][2::3])
+    assert torch.load("whole/best.pt", weights_only=True)["best"] == best
+    assert [row["model"] for row in found["rows"]] == ["parts/last.pt", "parts/best.pt", "chance"]
+    # Warm-up from the least rate, then down to it, each times the global batch of 4 videos / 256.
+    rates = [line["lr"] for line in logs[0] if "lr" in line]
+    assert (
+        rates[0] == pytest.approx(1e-6 * 4 / 256)
+        and rates[1] == pytest.approx(0.1 * 4 / 256)
+        and rates[2] > rates[3]
+    )
+    # Tested again as it is; another run is not resumed from it.
+    again, _ = run(
+        capsys,
+        "finetune",
+        "parts/last.pt",
+        "--data",
+        data,
+        "--epochs",
+        0,
+        "--stride",
+        2,
+        "--views",
+        "1x1",
+        "--recipe",
+        "k400",
+    )
+    assert again["rows"][0]["top-1"] == found["rows"][0]["top-1"]
+    assert "of another run (lr 0.1 -> 0.2" in fails(*flags, "parts", "--lr", 0.2)
+
+
+def test_finetune_under_torchrun(checkpoint, clips, tmp_path):
+    """Two processes train, and a bad training video's place is taken by another."""
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    data = clips(9, 3)
+    lines = data.read_text().splitlines()
+    lines[2] = json.dumps({**json.loads(lines[2]), "video": "broken.mp4"})
+    data.write_text("\n".join(lines))
+    flags = ("--data", data, *SHORT, "--batch-size", 2, "--val-split", "test", "--workers", 1, "--out", "tuned", "--accum", 2,
+             "--grad-checkpointing", "--sampling", "tsn")  # fmt: skip
+    done = torchrun(2, ROOT / "eval.py", "finetune", checkpoint, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "8 videos x 2 clips" in done.stdout and "split test" in done.stdout
+    assert (tmp_path / "tuned" / "bad_videos.txt").read_text().startswith("broken.mp4\t")
+    log = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
+    assert sum(line.get("bad", 0) for line in log) >= 1 and all(
+        math.isfinite(line.get("loss", 0)) for line in log
+    )
+
+
+def test_text_retrieval_from_maps(world, trained, workdir, clips, capsys):
+    """With text maps no CLIP is loaded; what comes out is what CLIP gives."""
+    import captions
+
+    def edit(record):
+        return record | {"label": "a"}
+
+    data = clips(6, 6, edit=edit)
+    flags = ("retrieve", trained, "--data", data, "--recipe", "toy", "--no-random")
+    online = run(capsys, *flags)[0]["rows"]
+    clip = f"local-dir:{world / 'clip'}"
+    captions.main(
+        [
+            "maps",
+            str(data),
+            "--clip",
+            clip,
+            "--image-size",
+            "64",
+            "--patch-size",
+            "8",
+            "--every",
+            "8",
+            "--workers",
+            "0",
+        ]
+    )
+    capsys.readouterr()
+    tgmae_load, tgmae.load_clip = tgmae.load_clip, None
+    try:
+        assert run(capsys, *flags)[0]["rows"] == online
+    finally:
+        tgmae.load_clip = tgmae_load
+    assert [row["gallery"] for row in online[2:]] == [6, 6, 6, 6]
+
+
+def test_show_on_the_toy_world(trained, workdir, capsys):
+    found, said = run(capsys, "show", trained, "--out", "pictures/toy", "--layers", 1, 4)
+    sheet = Image.open("pictures/toy.png")
+    assert len(found["rows"]) == 9 and sheet.width > 500 and sheet.height > 9 * 96
+    assert (
+        "similarity to the caption" in said
+        and "true mean and std put back" in said
+        and "without them" in said
+    )
+    info = tgmae.probe_video("pictures/toy.mp4")
+    assert info.frames == 16 and info.size[0] % 2 == info.size[1] % 2 == 0
+    frames = tgmae.read_clip("pictures/toy.mp4", [0, 5])
+    assert not torch.equal(frames[0], frames[1])
+
+
+def test_show_on_footage(footage, checkpoint, tmp_path, monkeypatch, capsys):
+    """A video without caption; another chosen mask; a codec without motion vectors; no decoder."""
+    monkeypatch.chdir(tmp_path)
+    video = footage / "sports" / "basketball.mp4"
+    found, said = run(capsys, "show", checkpoint, "--video", video, "--mask", "mgm", "--start", 1)
+    assert "no --caption: no text mask" in said and "reconstruction (mgm 0.75)" in said
+    assert len(found["rows"]) == 7 and "motion vectors" in said
+    ev.main(["export", str(checkpoint), "--out", "folder"])
+    transformers.VideoMAEModel.from_pretrained("folder").save_pretrained("encoder")
+    hevc = next(
+        path
+        for path in (footage / "odd").iterdir()
+        if "hevc" in path.name.lower() or "h265" in path.name.lower()
+    )
+    found, said = run(capsys, "show", "encoder", "--video", hevc)
+    assert "has no decoder" in said and "frame differences" in said and len(found["rows"]) == 5
+    assert "needs --caption" in fails("show", checkpoint, "--video", video, "--mask", "tgm")
+
+
+def test_heat_map_and_box():
+    frames = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+    scores = torch.zeros(2, 2, 2)
+    scores[1, 0, 1] = 1
+    picture = ev.heat_map(scores, frames)
+    bright = picture.float().sum(-1)
+    assert (bright[2:, :4, 4:] > 300).all() and (bright[:2] < 20).all() and (bright[2:, 4:] < 20).all()
+    config = tgmae.Config(**{**TINY, "image_size": 8, "patch_size": 4})
+    boxed = ev.mark(frames, 4 + 3, config)  # slice 1, row 1, column 1
+    assert (boxed[2:, 4, 4:] == 255).all() and not boxed[:2].any() and not boxed[:, :4].any()
+    assert not boxed[2, 5, 5].any()
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+def test_bad_input(checkpoint, clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = clips()
+    assert "has no text head" in fails("retrieve", checkpoint, "--data", data, "--text")
+    bare = clips(name="bare.jsonl", edit=lambda record: {k: v for k, v in record.items() if k != "label"})
+    for command in ("linear", "retrieve", "finetune"):
+        split = "'test' " if command == "finetune" else "'train' "
+        said = fails(command, checkpoint, "--data", bare)
+        assert "bare.jsonl: " in said and f"clips of split {split}have no label, such as" in said
+    other = clips(
+        name="other.jsonl", edit=lambda r: r | ({"label": "unseen"} if r["split"] == "test" else {})
+    )
+    for command in ("linear", "retrieve", "finetune"):
+        said = fails(command, checkpoint, "--data", other)
+        assert "other.jsonl, split 'test': none of its classes is known, such as 'unseen'" in said
+    assert "no clips of split 'nowhere'" in fails(
+        "linear", checkpoint, "--data", data, "--test-split", "nowhere"
+    )
+    assert "--views 5: must be like 5x3" in fails("linear", checkpoint, "--data", data, "--views", "5")
+    assert "--holdout 0" in fails("linear", checkpoint, "--data", data, "--holdout", "0")
+    assert "is not fine-tuned" in fails("finetune", checkpoint, "--data", data, "--epochs", "0")
+    assert "fewer than a step takes" in fails("finetune", checkpoint, "--data", data, "--batch-size", "9")
+    assert "nowhere: neither a checkpoint nor a folder" in fails("linear", "nowhere", "--data", data)
+    assert "--number 5: split 'test' has clips 0 to 4" in fails(
+        "show", checkpoint, "--data", data, "--number", 5
+    )
+    silent = clips(name="silent.jsonl", edit=lambda r: {"video": r["video"], "split": r["split"]})
+    assert "--layers 3: the encoder has 1 to 2" in fails("show", checkpoint, "--data", silent, "--layers", 3)
+    assert "no such folder" in fails("linear", checkpoint, "--data", data, "--json", "no/out.json")
+    assert "data.jsonl.gone" in fails("linear", checkpoint, "--data", "data.jsonl.gone")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    assert "junk.pt: cannot be loaded" in fails("linear", "junk.pt", "--data", data)
+    torch.save({"config": SMALL, "model": {"a": torch.ones(1)}}, "wrong.pt")
+    assert "wrong.pt: not the weights of a video MAE" in fails("linear", "wrong.pt", "--data", data)
+
+
+def test_every_test_clip_fails(checkpoint, clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = clips(edit=lambda r: r | ({"video": "gone.mp4"} if r["split"] == "test" else {}))
+    assert "none of the 5 clips of split 'test' can be read: " in (
+        said := fails("retrieve", checkpoint, "--data", data)
+    )
+    assert "gone.mp4: No such file" in said
+
+
+def test_what_is_said_and_goes_on(checkpoint, clips, tmp_path, monkeypatch, capsys):
+    """A class in test that training lacks: a miss. A clip shorter than a view: it repeats frames. Both said."""
+    monkeypatch.chdir(tmp_path)
+
+    def edit(record):
+        return record | ({"label": "unseen"} if record["video"].endswith("802.mp4") else {})
+
+    data = clips(edit=edit)
+    found, said = run(capsys, "retrieve", checkpoint, "--data", data, "--stride", 8, "--views", "2x1")
+    assert "1 clips are of 1 classes that training lacks, such as 'unseen': misses" in said
+    assert found["rows"][0]["R@10"] == pytest.approx(0.8)  # 8 in the gallery: all are found but that one
+    assert (
+        "5 of the test clips are shorter than a view" in said
+        and found["clips"]["test"]["shorter than a view"] == 5
+    )
