@@ -1067,9 +1067,8 @@ def clip_to_show(args, config):
     else:
         records = tgmae.read_manifest(manifest_of(args.data), args.test_split)
         if not 0 <= args.number < len(records):
-            raise ValueError(
-                f"--number {args.number}: split {args.test_split!r} has clips 0 to {len(records) - 1}"
-            )
+            last = len(records) - 1
+            raise ValueError(f"--number {args.number}: split {args.test_split!r} has clips 0 to {last}")
         record = records[args.number]
     captions = record.get("captions") or [None]
     first, stop = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
@@ -1077,80 +1076,84 @@ def clip_to_show(args, config):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", tgmae.NoMotionVectors)
         frames, motion = tgmae.read_clip(record["path"], numbers, motion=True)
+    none = any(warning.category is tgmae.NoMotionVectors for warning in caught)
     (crop,) = view_crops(frames.shape[1:3], 1)
     video = tgmae.crop_frames(frames, crop, config.image_size)
     motion = tgmae.crop_motion(motion, crop, config.grid)
-    what = "frame differences: the codec has no motion vectors" if caught else "the codec's motion vectors"
+    what = "frame differences: the codec has no motion vectors" if none else "the codec's motion vectors"
     return video, motion, what, args.caption or captions[len(captions) // 2], record["video"], numbers
 
 
-def clip_for_show(args, saved):
-    """CLIP by --clip, or the one CHECKPOINT was trained with, or train.py's default for the data."""
-    trained = saved.get("args", {}).get("clip") or ""
+def clip_for_show(args, trained):
+    """-> (name, CLIP): by --clip, or what CHECKPOINT was trained with, or train.py's default for the data."""
     default = "local-dir:data/toy/clip" if args.data == "toy" and not args.video else "ViT-B-32-quickgelu"
-    name = args.clip or (trained if trained and " " not in trained else default)
+    own = trained.get("clip") or " "  # a blank is in the names that text maps give
+    name = args.clip or (default if " " in own else own)
     return name, tgmae.load_clip(name, args.clip_pretrained, args.device)
 
 
-def panels_of(args, model, saved):
-    """-> [(label, frames (T,S,S,3) uint8), ...], the title, frame numbers."""
+def reconstruction_panels(model, video, mask, of):
     c = model.config
-    frames, motion, motion_is, caption, name, numbers = clip_to_show(args, c)
-    video = tgmae.normalize(frames[None]).to(args.device)
-    frames = frames.permute(1, 2, 3, 0)  # (T,S,S,3)
-    generator = torch.Generator().manual_seed(args.seed)
-    scores = {
-        "tube": tgmae.tube_scores(1, c.grid, generator=generator),
-        "mgm": tgmae.motion_scores(motion[None], c.grid),
+    with torch.no_grad():
+        made = tgmae.reconstruct(video, mask, model(video, mask)["pred"].float(), c)
+    if not c.norm_pix_loss:
+        return [(f"reconstruction ({of})", to_uint8(made["reconstructed"]))]
+    labels = {
+        "reconstructed": f"reconstruction ({of}), with each masked cube's true mean and std put back",
+        "predicted": f"reconstruction ({of}) as predicted, without true mean and std: grey + 1/6 of a std",
     }
-    panels = [("clip", frames)]
-    title = f"{name}, frames {numbers[0]} to {numbers[-1]}"
-    if caption:
-        clip_called, clip = clip_for_show(args, saved)
-        text = tgmae.encode_text(*clip, [caption])
-        scores["tgm"] = similarity = tgmae.text_scores(
-            clip[0], video, text, c.patch_size, c.tubelet_size
-        ).cpu()
-        label = f"similarity to the caption ({clip_called}), {similarity.min():.2f} dark to {similarity.max():.2f} light"
-        panels.append((label, heat_map(similarity[0], frames)))
-        title += f': "{caption}"'
-    else:
-        say("note    no --caption: no text mask")
-    words = {"tube": "random tubes", "mgm": motion_is, "tgm": "most like the caption"}
-    chosen = args.mask or saved.get("args", {}).get("mask") or "tube"
-    if chosen not in scores:
-        raise ValueError(f"--mask {chosen}: needs --caption")
-    ratios = MASK_RATIOS | {
-        chosen: args.mask_ratio or saved.get("args", {}).get("mask_ratio") or MASK_RATIOS[chosen]
-    }
-    masks = {way: tgmae.topk_mask(score, ratios[way], generator=generator) for way, score in scores.items()}
-    for way, mask in masks.items():
-        masked = tgmae.reconstruct(video, mask, None, c)["masked"]
-        panels.append((f"{way} mask, {ratios[way]:g}: {words[way]}", to_uint8(masked)))
-    if model.has_decoder:
-        mask, of = masks[chosen], f"({chosen} {ratios[chosen]:g})"
-        with torch.no_grad():
-            made = tgmae.reconstruct(video, mask, model(video, mask)["pred"].float(), c)
-        panels.append(
-            (
-                f"reconstruction {of}, with each masked cube's true mean and std put back",
-                to_uint8(made["reconstructed"]),
-            )
-        )
-        if c.norm_pix_loss:
-            label = f"reconstruction {of} as predicted, without them: masked cubes are grey + std / 6"
-            panels.append((label, to_uint8(made["predicted"])))
-    else:
-        say(f"note    {args.checkpoint} has no decoder: no reconstruction")
+    return [(label, to_uint8(made[name])) for name, label in labels.items()]
+
+
+def attention_panels(args, model, video, frames):
+    c = model.config
     t, h, w = c.grid
     query = (t // 2 * h + h // 2) * w + w // 2
     layers = args.layers or sorted({1, (c.depth + 1) // 2, c.depth})
     if not all(1 <= layer <= c.depth for layer in layers):
         raise ValueError(f"--layers {' '.join(map(str, layers))}: the encoder has 1 to {c.depth}")
-    for layer, weights in zip(layers, attention_maps(model, video, [layer - 1 for layer in layers], query)):
-        label = f"attention from the centre patch (white box), layer {layer} of {c.depth}"
-        panels.append((label, mark(heat_map(weights.view(t, h, w).cpu(), frames), query, c)))
-    return panels, title, numbers
+    maps = attention_maps(model, video, [layer - 1 for layer in layers], query).view(-1, t, h, w).cpu()
+    label = "attention from the centre patch (white box), layer"
+    return [
+        (f"{label} {layer} of {c.depth}", mark(heat_map(weights, frames), query, c))
+        for layer, weights in zip(layers, maps)
+    ]
+
+
+def panels_of(args, model, saved):
+    """-> [(label, frames (T,S,S,3) uint8), ...], the title, frame numbers."""
+    c, trained = model.config, saved.get("args", {})
+    frames, motion, motion_is, caption, name, numbers = clip_to_show(args, c)
+    video = tgmae.normalize(frames[None]).to(args.device)
+    frames = frames.permute(1, 2, 3, 0)  # (T,S,S,3)
+    generator = torch.Generator().manual_seed(args.seed)
+    scores = {"tube": tgmae.tube_scores(1, c.grid, generator=generator)}
+    scores["mgm"] = tgmae.motion_scores(motion[None], c.grid)
+    panels, title = [("clip", frames)], f"{name}, frames {numbers[0]} to {numbers[-1]}"
+    if caption:
+        title += f': "{caption}"'
+        called, clip = clip_for_show(args, trained)
+        text = tgmae.encode_text(*clip, [caption])
+        scores["tgm"] = like = tgmae.text_scores(clip[0], video, text, c.patch_size, c.tubelet_size).cpu()
+        label = f"similarity to the caption ({called}), {like.min():.2f} dark to {like.max():.2f} light"
+        panels.append((label, heat_map(like[0], frames)))
+    else:
+        say("note    no --caption: no text mask")
+    words = {"tube": "random tubes", "mgm": motion_is, "tgm": "most like the caption"}
+    chosen = args.mask or (trained.get("mask") if trained.get("mask") in scores else "tube")
+    if chosen not in scores:
+        raise ValueError(f"--mask {chosen}: needs --caption")
+    own = trained.get("mask_ratio") if trained.get("mask") == chosen else None
+    ratios = MASK_RATIOS | {chosen: args.mask_ratio or own or MASK_RATIOS[chosen]}
+    masks = {way: tgmae.topk_mask(score, ratios[way], generator=generator) for way, score in scores.items()}
+    for way, mask in masks.items():
+        masked = tgmae.reconstruct(video, mask, None, c)["masked"]
+        panels.append((f"{way} mask, {ratios[way]:g}: {words[way]}", to_uint8(masked)))
+    if model.has_decoder:
+        panels += reconstruction_panels(model, video, masks[chosen], f"{chosen} {ratios[chosen]:g}")
+    else:
+        say(f"note    {args.checkpoint} has no decoder: no reconstruction")
+    return panels + attention_panels(args, model, video, frames), title, numbers
 
 
 def to_uint8(video):

@@ -169,7 +169,7 @@ class Clips(TrainingClips):
         return {
             "video": torch.stack(videos), "mask": torch.stack(masks) if masks else None,
             "captions": [record["captions"][i] for i in chosen], "text": text_map.text[chosen] if text_map else None,
-            "group": place, "seed": seed, "no_motion": len(caught) > 0,
+            "group": place, "seed": seed, "no_motion": any(w.category is tgmae.NoMotionVectors for w in caught),
         }  # fmt: skip
 
     def draw_captions(self, record, count, generator):

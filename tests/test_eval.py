@@ -647,7 +647,7 @@ def test_show_on_the_toy_world(trained, workdir, capsys):
     assert (
         "similarity to the caption" in said
         and "true mean and std put back" in said
-        and "without them" in said
+        and "without true mean and std" in said
     )
     info = tgmae.probe_video("pictures/toy.mp4")
     assert info.frames == 16 and info.size[0] % 2 == info.size[1] % 2 == 0
