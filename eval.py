@@ -49,17 +49,20 @@ _PAPER = {
     "lr": 1e-3, "epochs": 75, "stride": 4, "flip": True, "sampling": "dense", "views": "5x3", "batch_size": 48,
     "warmup_epochs": 5.0, "repeat": 2, "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1, "mixup": 0.8,
     "cutmix": 1.0, "randaug": 21, "crop_scale": 0.08, "erasing": 0.25, "holdout": 0.02, "random": False,
+    "test_split": "val",  # Kinetics' and SSv2's test labels are not public
 }  # fmt: skip
 RECIPES = {
     "toy": _PAPER | {
         "lr": 0.03, "epochs": 16, "flip": False, "views": "3x1", "batch_size": 16, "warmup_epochs": 2.0, "holdout": 0.1,
-        "layer_decay": 0.9, "repeat": 1, "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6, "erasing": 0.0, "random": True,
+        "test_split": "test", "layer_decay": 0.9, "repeat": 1, "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6,
+        "erasing": 0.0, "random": True,
     },
+    "other": _PAPER | {"test_split": "test"},
     "k400": _PAPER,
     "ssv2": _PAPER | {"lr": 5e-4, "epochs": 30, "stride": 2, "flip": False, "sampling": "tsn", "views": "2x3"},
-    "ucf101": _PAPER | {"epochs": 100},
-    "hmdb51": _PAPER | {"epochs": 50},
-    "diving48": _PAPER | {"epochs": 50},
+    "ucf101": _PAPER | {"epochs": 100, "test_split": "test"},
+    "hmdb51": _PAPER | {"epochs": 50, "test_split": "test"},
+    "diving48": _PAPER | {"epochs": 50, "test_split": "test"},
     "epic55": _PAPER | {"epochs": 50},
 }  # fmt: skip
 RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
@@ -71,6 +74,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     yes_no, late = argparse.BooleanOptionalAction, argparse.SUPPRESS
+    of_recipe = {}  # command: its flags whose default is the recipe's
 
     def command(name, help):
         formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -82,20 +86,23 @@ def parse_args(argv=None):
         add("--amp", action=yes_no, default=late, help="bf16 autocast (where the hardware has it)")
         add("--seed", type=int, default=0, help="of all that is random")
 
-        def either(flag, help, **more):  # a flag whose default is the recipe's
+        def either(flag, help, **more):
             key = flag[2:].replace("-", "_")
-            values = {name: recipe[key] for name, recipe in RECIPES.items()}
+            of_recipe.setdefault(name, []).append(key)
+            values = {which: recipe[key] for which, recipe in RECIPES.items()}
             most = values["k400"]
-            others = "".join(f", {name}: {value}" for name, value in values.items() if value != most)
+            others = "".join(f", {which}: {value}" for which, value in values.items() if value != most)
             add(flag, default=late, help=f"{help} ({most}{others})", **more)
 
         if name == "export":
             return add, either
         add("--data", default="toy", help="toy, or a manifest (JSON lines, see captions.py)")
-        add("--test-split", default="test", help="split of the manifest to test on")
-        add("--recipe", default=late, choices=RECIPES, help="defaults of a dataset (toy; other data: k400)")
+        either("--test-split", "split of the manifest to test on")
+        add("--recipe", default=late, choices=RECIPES, help="defaults of a dataset (toy, or other)")
         either("--stride", "frames from one frame of a clip to the next", type=int)
-        either("--sampling", "consecutive frames, or one of each 16th", choices=("dense", "tsn"))
+        either(
+            "--sampling", "every stride-th frame, or one of each 16th of the video", choices=("dense", "tsn")
+        )
         add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
         if name != "show":
             add("--split", default="train", help="split of the manifest to train on, or to retrieve from")
@@ -161,12 +168,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     given = vars(args)
     given.setdefault("amp", None)
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ValueError(f"--json {args.json}: no such folder {Path(args.json).parent}")
     if args.command == "export":
         given.setdefault("out", Path(f"{Path(args.checkpoint).with_suffix('')}-huggingface"))
         return args
-    given.setdefault("recipe", "toy" if args.data == "toy" else "k400")
-    for key, value in RECIPES[args.recipe].items():
-        given.setdefault(key, value)
+    given.setdefault("recipe", "toy" if args.data == "toy" else "other")
+    for key in of_recipe[args.command]:
+        given.setdefault(key, RECIPES[args.recipe][key])
     if args.command == "finetune":
         here = Path(args.checkpoint)
         folder = here.parent if here.is_file() else Path("runs") / here.name
@@ -192,19 +201,12 @@ def check_args(args):
     args.view_grid = two_numbers("--views", args.views)
     if args.command == "linear":
         args.train_view_grid = two_numbers("--train-views", args.train_views)
-        if args.epochs <= 0 or not 0 < args.holdout < 1 or min(args.rates) <= 0:
-            raise ValueError(
-                f"--epochs {args.epochs}, --rates {args.rates}: must be positive; --holdout {args.holdout}: in 0 to 1"
-            )
-    if args.command == "finetune":
-        if args.epochs < 0 or not 0 <= args.warmup_epochs <= max(args.epochs, 1e-9) and args.epochs:
-            raise ValueError(
-                f"--epochs {args.epochs}, --warmup-epochs {args.warmup_epochs}: the second must lie in 0 to the first"
-            )
-        if not 0 <= args.holdout < 1:
-            raise ValueError(f"--holdout {args.holdout}: must lie in 0 to 1")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ValueError(f"--json {args.json}: no such folder {Path(args.json).parent}")
+        if args.epochs <= 0 or min(args.rates) <= 0:
+            raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
+    if args.command == "finetune" and not (args.epochs == 0 or 0 <= args.warmup_epochs <= args.epochs):
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
+    if "holdout" in args and not (0 < args.holdout < 1 or args.holdout == 0 and args.command == "finetune"):
+        raise ValueError(f"--holdout {args.holdout}: must lie between 0 and 1")
 
 
 # =================================================================================================
@@ -327,15 +329,12 @@ def targets(records, classes, where):
     number = {label: i for i, label in enumerate(classes)}
     target = torch.tensor([number.get(str(record["label"]), -1) for record in records])
     if (target < 0).all():
-        raise ValueError(
-            f"{where}: none of its classes is known, such as {records[0]['label']!r}; known: {', '.join(classes[:3])}..."
-        )
+        first, known = records[0]["label"], ", ".join(classes[:3])
+        raise ValueError(f"{where}: none of its classes is known, such as {first!r}; known: {known}...")
     new = sorted({str(record["label"]) for record, t in zip(records, target) if t < 0})
     if new:
-        clips = int((target < 0).sum())
-        say(
-            f"note    {where}: {clips} clips are of {len(new)} classes that training lacks, such as {new[0]!r}: misses"
-        )
+        clips = f"{int((target < 0).sum())} clips are of {len(new)} classes that training lacks"
+        say(f"note    {where}: {clips}, such as {new[0]!r}: misses")
     return target
 
 
@@ -459,7 +458,6 @@ def report(args, columns, rows, notes, clips, **more):
     """Prints the table, what it means, and how many clips it is of; writes --json. Rows: dicts."""
     if rank_and_world()[0]:
         return
-
     print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join(in_table(row.get(column, '')) for column in columns)} |")
@@ -1309,43 +1307,32 @@ def export(args):
         image_mean=list(tgmae.IMAGENET_MEAN), image_std=list(tgmae.IMAGENET_STD),
     )  # fmt: skip
     processor.save_pretrained(out)
-    rest = {"args": saved.get("args"), "classes": saved.get("classes")}
+    rest = {name: saved.get(name) for name in ("args", "classes")}
     header = {"config": json.dumps(asdict(c)), "saved": json.dumps(rest)}
-    save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()},
-        out / "tgmae.safetensors",
-        header,
-    )
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, out / "tgmae.safetensors", header)
 
-    video = torch.randn(
-        2,
-        c.in_chans,
-        c.num_frames,
-        c.image_size,
-        c.image_size,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
+    torch.manual_seed(args.seed)
+    video = torch.randn(2, c.in_chans, c.num_frames, c.image_size, c.image_size)
     with torch.no_grad():
         ours = model.encoder(tgmae.patchify(video, c.patch_size, c.tubelet_size))
         theirs = type(net).from_pretrained(out).base_model(video.transpose(1, 2)).last_hidden_state
     apart = (ours - theirs).abs().max().item()
+    opens = {
+        "model.safetensors": f"transformers' {type(net).__name__} and VideoMAEModel .from_pretrained({str(out)!r})",
+        "tgmae.safetensors": "eval.py, and train.py --init: all weights, in tgmae.py's names",
+    }
     rows = [
-        {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": opens}
-        for name, opens in (
-            (
-                "model.safetensors",
-                f"transformers.{type(net).__name__} and VideoMAEModel .from_pretrained({str(out)!r})",
-            ),
-            ("tgmae.safetensors", "eval.py and train.py --init: all weights, in tgmae.py's names"),
-        )
+        {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": by}
+        for name, by in opens.items()
     ]
     notes = [
-        f"Opened again in transformers, the encoder's output for two clips of noise differs by {apart:.1e} at most (0: the same; "
-        "there is no chance to compare with)."
+        f"Opened again in transformers, the encoder's output for two clips of noise differs by {apart:.1e} at most "
+        "(0: the same; there is no chance to compare with)."
     ]
     if isinstance(model, Classifier):
         notes.append(
-            f"transformers' fc_norm has eps 1e-5, this model's has {model.fc_norm.eps:g}: logits differ a little."
+            f"transformers' fc_norm has eps 1e-5, ours {model.fc_norm.eps:g}: logits differ by little."
         )
     report(args, ("file", "bytes", "opens with"), rows, notes, {}, difference=apart)
 

@@ -1205,11 +1205,8 @@ def load_checkpoint(source):
     try:
         ours = from_videomae(state)
         conv = next(value for name, value in state.items() if name.endswith("patch_embed.proj.weight"))
-        return (
-            _official_config(ours | {"encoder.patch_embed.proj.weight": conv}, saved.get("args")),
-            ours,
-            saved,
-        )
+        config = _official_config(ours | {"encoder.patch_embed.proj.weight": conv}, saved.get("args"))
+        return config, ours, {}
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 

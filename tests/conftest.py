@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +31,18 @@ def config():
 def world(tmp_path_factory):
     """The toy world as train.py makes it by itself: 800 + 200 clips and the CLIP. A minute, once."""
     return toy.build(tmp_path_factory.mktemp("toy") / "toy")
+
+
+@pytest.fixture(scope="session")
+def trained(world, tmp_path_factory):
+    """The checkpoint of the main command, all of it: torchrun train.py --mask tgm --vt. Three minutes, once."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data").mkdir()
+    (folder / "data" / "toy").symlink_to(world, target_is_directory=True)
+    command = [sys.executable, "-m", "torch.distributed.run", str(ROOT / "train.py"), "--mask", "tgm", "--vt"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "toy-tgm-vt" / "last.pt"
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import argparse
 import itertools
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -317,6 +315,7 @@ def test_recipes():
                                     ("hmdb51", 50, 1e-3, "5x3"), ("diving48", 50, 1e-3, "5x3"), ("epic55", 50, 1e-3, "5x3")):  # fmt: skip
         args = ev.parse_args(["finetune", "x.pt", "--data", "a.jsonl", "--recipe", name])
         assert (args.epochs, args.lr, args.views) == (epochs, lr, views)
+        assert args.test_split == ("val" if name in ("k400", "ssv2", "epic55") else "test")
         assert (args.layer_decay, args.drop_path, args.mixup, args.cutmix, args.smoothing) == (
             0.75,
             0.1,
@@ -388,6 +387,7 @@ def test_export_gives_the_same_features(checkpoint, tmp_path, capsys, monkeypatc
         torch.testing.assert_close(again.encode(video), expected, atol=1e-5, rtol=1e-5)
         assert not again.has_decoder
     ev.main(["export", "encoder", "--out", "encoder2"])
+    ev.main(["export", "official.pth", "--out", "official"])
     assert "is there already" in fails("export", checkpoint, "--out", "folder")
 
 
@@ -410,18 +410,6 @@ def test_attention_is_transformers(tmp_path):
 
 
 # ---- commands -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(world, tmp_path_factory):
-    """The main command's own checkpoint: torchrun train.py --mask tgm --vt, all of it. Three minutes."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "data").mkdir()
-    (folder / "data" / "toy").symlink_to(world, target_is_directory=True)
-    command = [sys.executable, str(ROOT / "train.py"), "--mask", "tgm", "--vt"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs" / "toy-tgm-vt" / "last.pt"
 
 
 def test_toy_features_are_worth_something(trained, workdir, capsys):
@@ -523,7 +511,7 @@ def test_two_processes_are_one(command, checkpoint, clips, tmp_path):
     ] == "6 of 7 clips"
 
 
-SHORT = ("--epochs", 3, "--warmup-epochs", 1, "--batch-size", 4, "--recipe", "k400", "--stride", 2, "--views", "1x1",
+SHORT = ("--epochs", 3, "--warmup-epochs", 1, "--batch-size", 4, "--recipe", "other", "--stride", 2, "--views", "1x1",
          "--repeat", 2, "--lr", 0.1)  # fmt: skip
 
 
@@ -579,7 +567,7 @@ def test_finetune_resumes_exactly(checkpoint, clips, tmp_path, capsys, monkeypat
         "--views",
         "1x1",
         "--recipe",
-        "k400",
+        "other",
     )
     assert again["rows"][0]["top-1"] == found["rows"][0]["top-1"]
     assert "of another run (lr 0.1 -> 0.2" in fails(*flags, "parts", "--lr", 0.2)
@@ -671,6 +659,8 @@ def test_show_on_footage(footage, checkpoint, tmp_path, monkeypatch, capsys):
     )
     found, said = run(capsys, "show", "encoder", "--video", hevc)
     assert "has no decoder" in said and "frame differences" in said and len(found["rows"]) == 5
+    ev.main(["export", str(checkpoint), "--out", "again"])
+    assert len(run(capsys, "show", "again", "--video", video)[0]["rows"]) == 7
     assert "needs --caption" in fails("show", checkpoint, "--video", video, "--mask", "tgm")
 
 
