@@ -160,7 +160,7 @@ def parse_args(argv=None):
     add("--layers", type=int, nargs="+", default=None, help="whose attention, from 1 (first, middle, last)")
     add("--clip", default=None, help="open_clip model (CHECKPOINT's, or ViT-B-32-quickgelu)")
     add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
-    add("--out", type=Path, default=Path("show"), help="pictures go to OUT.png and OUT.mp4")
+    add("--out", default=late, help="pictures go to OUT.png and OUT.mp4 (CHECKPOINT's folder/show)")
 
     add, either = command("export", "Write safetensors, and a folder that transformers opens.")
     add("--out", type=Path, default=late, help="folder (CHECKPOINT's name-huggingface)")
@@ -176,10 +176,11 @@ def parse_args(argv=None):
     given.setdefault("recipe", "toy" if args.data == "toy" else "other")
     for key in of_recipe[args.command]:
         given.setdefault(key, RECIPES[args.recipe][key])
-    if args.command == "finetune":
-        here = Path(args.checkpoint)
-        folder = here.parent if here.is_file() else Path("runs") / here.name
-        given.setdefault("out", str(folder / f"finetune-{Path(args.data).stem}"))
+    here = Path(args.checkpoint)
+    folder = here.parent if here.is_file() else Path("runs") / here.name
+    own = {"finetune": f"finetune-{Path(args.data).stem}", "show": "show"}
+    if args.command in own:
+        given.setdefault("out", str(folder / own[args.command]))
     check_args(args)
     return args
 
@@ -1244,8 +1245,8 @@ def draw_video(path, panels, title, columns=4, size=224, seconds=4):
 def show(args):
     model, saved = load_model(args.checkpoint)
     panels, title, numbers = panels_of(args, model.to(args.device), saved)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     files = [Path(f"{args.out}.png"), Path(f"{args.out}.mp4")]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(files[0], panels, title, numbers, model.config.tubelet_size)
     draw_video(files[1], panels, title)
     rows = [{"row": i, "shows": label} for i, (label, _) in enumerate(panels, 1)]

@@ -309,6 +309,25 @@ def test_samples_follow_from_the_seed(clips):
     assert both["video"].shape == (4, 3, 4, 64, 64) and both["target"].tolist() == [3, 3, 2, 2]
 
 
+def test_training_frames(clips, monkeypatch):
+    """tsn: a frame of each of 4 equal segments of 24; dense: 4 frames, a stride apart; drawn anew each epoch."""
+    records, asked = tgmae.read_manifest(clips(), "train"), []
+    read = tgmae.read_clip
+    monkeypatch.setattr(tgmae, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames))
+    for sampling in ("tsn", "dense"):
+        args = finetune_args("--sampling", sampling, "--repeat", "1", "--randaug", "0", "--stride", "3")
+        data = ev.Augmented(records, torch.zeros(8, dtype=torch.long), tgmae.Config(**SMALL), args)
+        asked.clear()
+        for data.epoch in range(12):
+            data[0]
+        assert len({tuple(frames) for frames in asked}) > 6
+        for frames in asked:
+            if sampling == "tsn":
+                assert [frame // 6 for frame in frames] == [0, 1, 2, 3]
+            else:
+                assert np.diff(frames).tolist() == [3, 3, 3] and 0 <= frames[0] and frames[-1] < 24
+
+
 def test_recipes():
     """The paper's Table 9 and DESIGN's table of protocols, by --recipe."""
     for name, epochs, lr, views in (("k400", 75, 1e-3, "5x3"), ("ssv2", 30, 5e-4, "2x3"), ("ucf101", 100, 1e-3, "5x3"),
