@@ -130,6 +130,7 @@ def parse_args(argv=None):
     either("--flip", "mirror half the clips", action=yes_no)
     either("--repeat", "augmented clips from each decoded video", type=int)
     either("--holdout", "share of the training clips kept to choose best.pt by (0: no best.pt)", type=float)
+    add("--scratch", action=yes_no, default=False, help="begin with random weights, of CHECKPOINT's sizes")
     add("--val-split", default=None, help="split to choose best.pt by, in place of --holdout")
     add("--grad-checkpointing", action=yes_no, default=False, help="less memory for a third more time")
     add("--out", default=late, help="run folder (CHECKPOINT's folder/finetune-DATA)")
@@ -178,7 +179,8 @@ def parse_args(argv=None):
         given.setdefault(key, RECIPES[args.recipe][key])
     here = Path(args.checkpoint)
     folder = here.parent if here.is_file() else Path("runs") / here.name
-    own = {"finetune": f"finetune-{Path(args.data).stem}", "show": "show"}
+    scratch = "-scratch" if getattr(args, "scratch", False) else ""
+    own = {"finetune": f"finetune-{Path(args.data).stem}{scratch}", "show": "show"}
     if args.command in own:
         given.setdefault("out", str(folder / own[args.command]))
     check_args(args)
@@ -985,6 +987,8 @@ def tune(args, manifest, test):
     train, val = (train, labelled(manifest, args.val_split)) if args.val_split else hold_out(train, args)
     start, _ = load_model(args.checkpoint)
     torch.manual_seed(args.seed)
+    start = tgmae.TGMAE(start.config) if args.scratch else start
+    torch.manual_seed(args.seed)
     model = Classifier(replace(start.config, drop_path=args.drop_path), len(classes)).to(args.device)
     model.encoder.load_state_dict(start.encoder.state_dict(), strict=False)  # all but the final norm
     model.encoder.grad_checkpointing = args.grad_checkpointing
@@ -1192,11 +1196,8 @@ def draw_sheet(path, panels, title, numbers, tubelet_size):
     head = written(title, margin + len(shown) * (size + gap), font)
     labels = [written(label, margin - 10, font) for label, _ in panels]
     heights = [max(size, label.height) + gap for label in labels]
-    sheet = Image.new(
-        "RGB",
-        (max(head.width, margin + len(shown) * (size + gap)) + 12, head.height + sum(heights) + 36),
-        "white",
-    )
+    width = max(head.width, margin + len(shown) * (size + gap)) + 12
+    sheet = Image.new("RGB", (width, head.height + sum(heights) + 36), "white")
     sheet.paste(head, (8, 8))
     top = head.height + 12
     for i, number in enumerate(numbers[j] for j in shown):

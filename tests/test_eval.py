@@ -590,6 +590,23 @@ def test_finetune_resumes_exactly(checkpoint, clips, tmp_path, capsys, monkeypat
     )
     assert again["rows"][0]["top-1"] == found["rows"][0]["top-1"]
     assert "of another run (lr 0.1 -> 0.2" in fails(*flags, "parts", "--lr", 0.2)
+    assert "of another run (scratch False -> True" in fails(*flags, "parts", "--scratch")
+
+
+def test_finetune_begins_with_the_checkpoint(checkpoint, clips, tmp_path, capsys, monkeypatch):
+    """Or with --scratch, with random weights that are none of it. The last norm is none of either."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(ev, "fit", lambda args, model, *_: seen.append(model.state_dict()))
+    saved = torch.load(checkpoint, weights_only=True)["model"]
+    for more in ((), ("--scratch",)):
+        with pytest.raises(SystemExit):  # nothing was trained, so there is no last.pt to test
+            ev.main(["finetune", str(checkpoint), "--data", str(clips()), "--out", "none", *more])
+    own, scratch = seen
+    blocks = [name for name in own if name.startswith("encoder.")]
+    assert blocks and "encoder.norm.weight" not in own
+    assert all(torch.equal(own[name], saved[name]) for name in blocks)
+    assert not any(torch.equal(scratch[name], saved[name]) for name in blocks)
 
 
 def test_finetune_under_torchrun(checkpoint, clips, tmp_path):
