@@ -600,11 +600,15 @@ def recall_by_chance(query_labels, gallery_labels, ks=(1, 5, 10)):
     }
 
 
+def middle(captions):
+    return captions[len(captions) // 2]
+
+
 def caption_embeddings(records, args, saved):
     """Unit embeddings (n,E) of each record's middle caption: from text maps, if CLIP made them that
     CHECKPOINT was trained with; else by that CLIP."""
     trained = saved.get("args", {}).get("clip")
-    captions = [record["captions"][len(record["captions"]) // 2] for record in records]
+    captions = [middle(record["captions"]) for record in records]
     if args.clip is None and all("map_path" in record for record in records):
         maps = [tgmae.read_map(record["map_path"], record["captions"]) for record in records]
         short = tgmae.clip_name(trained, saved["args"].get("clip_pretrained"))
@@ -613,7 +617,7 @@ def caption_embeddings(records, args, saved):
             raise ValueError(
                 f"{args.checkpoint}: trained with CLIP {trained}, the text maps are of {other}: --clip says which"
             )
-        return torch.stack([m.text[m.text.shape[0] // 2] for m in maps]).float()
+        return torch.stack([middle(m.text) for m in maps]).float()
     name = args.clip or trained
     if " " in name:  # how a text map calls it
         raise ValueError(f"--clip: needed, since {args.checkpoint} was trained on text maps of CLIP {name}")
@@ -638,15 +642,15 @@ def text_rows(found, records, args, saved):
     records = [records[number] for number in found.kept]
     text = caption_embeddings(records, args, saved)
     video = F.normalize(found.values, dim=-1).mean(1)
-    if text.shape[1] != video.shape[1]:
-        raise ValueError(
-            f"--clip: texts of {text.shape[1]} values, {args.checkpoint} has learnt {video.shape[1]}"
-        )
-    captions = [record["captions"][len(record["captions"]) // 2] for record in records]
-    unique = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    label = torch.tensor([unique[caption] for caption in captions])
-    firsts = torch.tensor([captions.index(caption) for caption in unique])
-    number = torch.arange(len(unique))
+    E, learnt = text.shape[1], video.shape[1]
+    if E != learnt:
+        raise ValueError(f"--clip: texts of {E} values, {args.checkpoint} has learnt {learnt}")
+    first = {}  # caption: number of the first clip that has it
+    for i, record in enumerate(records):
+        first.setdefault(middle(record["captions"]), i)
+    firsts, number = torch.tensor(list(first.values())), torch.arange(len(first))
+    position = dict(zip(first, number.tolist()))
+    label = torch.tensor([position[middle(record["captions"])] for record in records])
     rows = []
     for name, sides in (
         ("clip -> its caption", (video, text[firsts], label, number)),
@@ -1073,7 +1077,7 @@ def clip_to_show(args, config):
             last = len(records) - 1
             raise ValueError(f"--number {args.number}: split {args.test_split!r} has clips 0 to {last}")
         record = records[args.number]
-    captions = record.get("captions") or [None]
+    caption = args.caption or middle(record.get("captions") or [None])
     first, stop = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
     (numbers,) = view_frames(first, stop, config.num_frames, args.stride, args.sampling, 1)
     with warnings.catch_warnings(record=True) as caught:
@@ -1084,7 +1088,7 @@ def clip_to_show(args, config):
     video = tgmae.crop_frames(frames, crop, config.image_size)
     motion = tgmae.crop_motion(motion, crop, config.grid)
     what = "frame differences: the codec has no motion vectors" if none else "the codec's motion vectors"
-    return video, motion, what, args.caption or captions[len(captions) // 2], record["video"], numbers
+    return video, motion, what, caption, record["video"], numbers
 
 
 def clip_for_show(args, trained):

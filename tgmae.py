@@ -926,7 +926,8 @@ def info_nce(video_emb, text_emb, temperature, *, groups=None):
 
 # =================================================================================================
 # TGMAE: the model. video (B,3,T,H,W), mask (B,N), text (B,E) -> losses.
-# Needs: torch, torch.nn as nn, torch.nn.functional as F; Config, Cubes, Transformer, Losses.
+# Needs: torch, torch.nn as nn, torch.nn.functional as F; Config, Cubes, Transformer, Losses; reconstruct
+# also IMAGENET_MEAN and IMAGENET_STD of Augmentation.
 # Paper: 3.5, Figure 2.
 # =================================================================================================
 
@@ -1032,8 +1033,8 @@ def reconstruct(video, mask, pred, config):
 
 # =================================================================================================
 # Weights in and out: VideoMAE's official names are ours, except for the patch embedding's shape.
-# Needs: argparse, importlib.metadata, Path, torch; Config and PRESETS, and work_offline_if_no_hub of CLIP
-# for hub names.
+# Needs: argparse, importlib.metadata, json, Path, torch; Config and PRESETS, and work_offline_if_no_hub of
+# CLIP for hub names.
 # =================================================================================================
 
 # transformers' name <- our name, the first that fits; the order matters when read backwards.
@@ -1129,8 +1130,9 @@ def _official_config(state, flags):
         return 1 + max((int(name[0]) for name in names), default=0)
 
     sizes = dict(
-        image_size=getattr(flags, "input_size", 224), patch_size=patch, num_frames=getattr(flags, "num_frames", 16),
-        tubelet_size=tubelet, in_chans=C, embed_dim=D, depth=depth("encoder"), mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.weight"]) / D,
+        image_size=getattr(flags, "input_size", 224), num_frames=getattr(flags, "num_frames", 16),
+        patch_size=patch, tubelet_size=tubelet, in_chans=C, embed_dim=D, depth=depth("encoder"),
+        mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.weight"]) / D,
         num_heads=known.num_heads if known else max(1, D // 64),
     )  # fmt: skip
     if "encoder_to_decoder.weight" in state:
