@@ -38,7 +38,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import tgmae
-from tgmae import VideoError
+from tgmae import VideoError, rank_and_world
 
 VIDEOS = set(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
 SPLITS = {name: name for name in ("train", "val", "test")}
@@ -55,10 +55,6 @@ def start_processes():
     """Joins torchrun's process group, if it is torchrun that started us."""
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # the slowest may need that much longer
-
-
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def barrier():

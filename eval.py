@@ -8,8 +8,8 @@
     torchrun --nproc_per_node 8 eval.py finetune MCG-NJU/videomae-base --data ssv2.jsonl --recipe ssv2
 
 CHECKPOINT is of train.py, of finetune or export, an official VideoMAE .pth, or a folder or hub name of
-transformers' VideoMAE; sizes are read from it. Any number of processes gives the same metrics: a clip that
-cannot be read is reported and left out, never replaced, and none is counted twice.
+transformers' VideoMAE; sizes are read from it. Testing gives the same metrics under any number of processes: a
+test clip that cannot be read is reported and left out, never replaced, and none is counted twice.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import tgmae
-from tgmae import MASK_RATIOS, Crop, TrainingClips, VideoError
+from tgmae import MASK_RATIOS, Crop, TrainingClips, VideoError, rank_and_world
 
 # Fine-tuning and testing, a recipe a dataset: Table 9, and VideoMAE's FINETUNE.md for the rest.
 _PAPER = {
@@ -284,10 +284,6 @@ def encoders(args):
 # =================================================================================================
 # Clips and their labels.
 # =================================================================================================
-
-
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def say(*lines):
@@ -953,10 +949,8 @@ def end_epoch(args, model, classes, val, optimizer, epoch, step, best):
     rank, world = rank_and_world()
     if rank:
         return best
-    out, state = (
-        Path(args.out),
-        {"config": asdict(model.config), "model": model.state_dict(), "classes": classes},
-    )
+    out = Path(args.out)
+    state = {"config": asdict(model.config), "model": model.state_dict(), "classes": classes}
     state |= {"epoch": epoch + 1, "step": step, "world": world, "best": best, "args": plain(args)}
     if val:
         line = {"step": step, "epoch": epoch, **{f"val {name}": value for name, value in top.items()}}

@@ -1214,7 +1214,7 @@ def load_checkpoint(source):
 
 
 # =================================================================================================
-# Runs: what train.py and eval.py finetune share, and the method does not need: processes, schedule, the
+# Runs: what the scripts share, and the method does not need: processes, schedule, the
 # place of a video that cannot be read, log and checkpoint files.
 # Needs: json, math, os, timedelta, Path, numpy as np, torch, torch.distributed as dist; VideoError of
 # Reading, bf16_is_fast of CLIP.
@@ -1236,6 +1236,11 @@ def start_processes(args):
     # Long enough for rank 0 to build the toy world.
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return dist.get_rank(), dist.get_world_size()
+
+
+def rank_and_world():
+    """(rank, world size) of this process; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def seed_of(*numbers):

@@ -664,6 +664,66 @@ def test_text_retrieval_from_maps(world, trained, workdir, clips, capsys):
     assert [row["gallery"] for row in online[2:]] == [6, 6, 6, 6]
 
 
+@pytest.fixture
+def with_text(checkpoint, tmp_path):
+    """with_text(clip) -> that checkpoint, as if a predictor had been trained with that CLIP."""
+
+    def make(clip):
+        saved = torch.load(checkpoint, weights_only=True)
+        saved["model"]["predictor.1.num_batches_tracked"] += 1
+        saved["args"] = {"clip": clip, "clip_pretrained": "openai", "mask": "tgm", "mask_ratio": 0.5}
+        torch.save(saved, tmp_path / "text.pt")
+        return tmp_path / "text.pt"
+
+    return make
+
+
+def test_captions_need_no_labels(world, with_text, clips, tmp_path, capsys, monkeypatch):
+    """--text alone, --no-text, --clip, and CLIPs that do not fit."""
+    monkeypatch.chdir(tmp_path)
+    clip = f"local-dir:{world / 'clip'}"
+    bare = clips(name="bare.jsonl", edit=lambda r: {k: v for k, v in r.items() if k != "label"})
+    found, _ = run(capsys, "retrieve", with_text(clip), "--data", bare, "--text", "--views", "1x1")
+    assert [row["queries"] for row in found["rows"]] == [5, 5, 5, 5] and list(found["clips"]) == ["test"]
+    found, _ = run(capsys, "retrieve", with_text(clip), "--data", clips(), "--no-text", "--views", "1x1")
+    assert len(found["rows"]) == 2
+    by_map = with_text("local-dir:clip 0123abcd")
+    assert "trained on text maps of CLIP local-dir:clip 0123abcd" in fails(
+        "retrieve", by_map, "--data", clips()
+    )
+    assert len(run(capsys, "retrieve", by_map, "--data", clips(), "--clip", clip)[0]["rows"]) == 6
+    silent = clips(name="silent.jsonl", edit=lambda r: {k: v for k, v in r.items() if k != "captions"})
+    assert "has no captions" in fails("retrieve", by_map, "--data", silent, "--text")
+
+
+def test_show_a_clip_of_a_manifest(world, with_text, clips, tmp_path, capsys, monkeypatch):
+    """The checkpoint's own CLIP, mask and ratio; or those that are asked for."""
+    monkeypatch.chdir(tmp_path)
+    source = with_text(f"local-dir:{world / 'clip'}")
+    _, said = run(capsys, "show", source, "--data", clips(), "--number", 2)
+    assert "reconstruction (tgm 0.5)" in said and (tmp_path / "show.png").exists()
+    _, said = run(capsys, "show", source, "--data", clips(), "--mask", "tube", "--mask-ratio", 0.75)
+    assert "reconstruction (tube 0.75)" in said
+
+
+def test_a_head_without_names(clips, tmp_path, capsys, monkeypatch):
+    """Fine-tuned weights that do not name their classes: the manifest's, in order."""
+    monkeypatch.chdir(tmp_path)
+    model = ev.Classifier(tgmae.Config(**SMALL), 4)
+    torch.nn.init.normal_(model.head.weight)
+    state = {"config": SMALL, "model": model.state_dict()}
+    torch.save(state | {"classes": [f"class {i}" for i in range(4)]}, "named.pt")
+    torch.save(state, "bare.pt")
+    ev.main(["export", "bare.pt", "--out", "folder"])
+    flags = ("--data", clips(8, 8), "--epochs", 0, "--views", "1x1")
+    named, bare, folder = (
+        run(capsys, "finetune", f, *flags)[0]["rows"] for f in ("named.pt", "bare.pt", "folder")
+    )
+    assert named[0]["top-1"] == bare[0]["top-1"] == folder[0]["top-1"] > 0
+    three = clips(3, 3, name="three.jsonl")
+    assert "a head of 4 classes" in fails("finetune", "bare.pt", "--data", three, "--epochs", 0)
+
+
 def test_show_on_the_toy_world(trained, workdir, capsys):
     found, said = run(capsys, "show", trained, "--out", "pictures/toy", "--layers", 1, 4)
     sheet = Image.open("pictures/toy.png")
