@@ -530,9 +530,9 @@ def keyframes(first, stop, count):
 
 def load_keyframes(records, count, key):
     record = records[key]
-    span = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
-    # One by one: between them a long video is skipped, not decoded.
-    return torch.cat([tgmae.read_clip(record["path"], [number]) for number in keyframes(*span, count)])
+    with tgmae.open_video(record["path"]) as video:
+        span = tgmae.frame_range(video, record.get("start"), record.get("end"))
+        return tgmae.read_clip(video, keyframes(*span, count))
 
 
 def from_pretrained(kind, model, **more):
@@ -671,22 +671,23 @@ def map_size(size, image_size, patch_size):
     return [max(1, round(side * image_size / min(size) / patch_size)) * patch_size for side in size]
 
 
-def map_numbers(record, every):
+def map_numbers(video, record, every):
     """Numbers of the frames that the map of a clip holds."""
-    return list(range(*tgmae.frame_range(record["path"], record.get("start"), record.get("end")), every))
+    return list(range(*tgmae.frame_range(video, record.get("start"), record.get("end")), every))
 
 
 def load_frames(args, made_by, clips, paths, key):
     """-> numbers, frames (F,3,H',W') uint8, size of the source; None if its map is there already."""
     record, images = clips[key], []
-    numbers = map_numbers(record, args.every)
-    if not args.force and is_current(args, paths[key], record, made_by, numbers):
-        return None
-    for i in range(0, len(numbers), PIECE):
-        frames = tgmae.read_clip(record["path"], numbers[i : i + PIECE])
-        size = tuple(frames.shape[1:3])
-        resized = map_size(size, args.image_size, args.patch_size)
-        images.append(TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True))
+    with tgmae.open_video(record["path"]) as video:
+        numbers = map_numbers(video, record, args.every)
+        if not args.force and is_current(args, paths[key], record, made_by, numbers):
+            return None
+        for i in range(0, len(numbers), PIECE):
+            frames = tgmae.read_clip(video, numbers[i : i + PIECE])
+            size = tuple(frames.shape[1:3])
+            resized = map_size(size, args.image_size, args.patch_size)
+            images.append(TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True))
     return numbers, torch.cat(images), size
 
 
@@ -748,8 +749,9 @@ def estimate(args, clip, made_by, clips, world):
     counts, captions = [], []
     for record in some:
         try:
-            numbers = map_numbers(record, args.every)
-            frames = tgmae.read_clip(record["path"], numbers[:2])
+            with tgmae.open_video(record["path"]) as video:
+                numbers = map_numbers(video, record, args.every)
+                frames = tgmae.read_clip(video, numbers[:2])
         except VideoError:
             continue  # reported when its turn comes
         counts.append(len(numbers))

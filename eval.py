@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -382,10 +382,11 @@ class Views(Dataset):
     def __getitem__(self, number):
         record, args, c = self.records[number], self.args, self.config
         try:
-            first, stop = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
-            clips = view_frames(first, stop, c.num_frames, args.stride, args.sampling, self.grid[0])
-            wanted = sorted(set(sum(clips, [])))  # all views in one decode
-            frames = tgmae.read_clip(record["path"], wanted)
+            with tgmae.open_video(record["path"]) as video:
+                first, stop = tgmae.frame_range(video, record.get("start"), record.get("end"))
+                clips = view_frames(first, stop, c.num_frames, args.stride, args.sampling, self.grid[0])
+                wanted = sorted(set(sum(clips, [])))  # all views in one decode
+                frames = tgmae.read_clip(video, wanted)
         except VideoError as error:
             return number, None, str(error), False
         crops = view_crops(frames.shape[1:3], self.grid[1])
@@ -731,15 +732,16 @@ class Augmented(TrainingClips):
 
     def load(self, place, seed):
         record, args, c = self.records[place], self.args, self.config
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        # torchvision draws from the global generator
+        with torch.random.fork_rng(devices=[]), tgmae.open_video(record["path"]) as video:
             torch.manual_seed(seed)
-            first, stop = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
+            first, stop = tgmae.frame_range(video, record.get("start"), record.get("end"))
             if args.sampling == "tsn":
                 places = torch.arange(c.num_frames) + torch.rand(c.num_frames)
                 numbers = [first + int(place * (stop - first) / c.num_frames) for place in places.tolist()]
             else:
                 numbers = tgmae.clip_indices(first, stop, c.num_frames, args.stride)
-            frames = tgmae.read_clip(record["path"], numbers).permute(0, 3, 1, 2)  # (T,3,H,W)
+            frames = tgmae.read_clip(video, numbers).permute(0, 3, 1, 2)  # (T,3,H,W)
             if min(frames.shape[2:]) > MAX_SOURCE:
                 frames = v2.functional.resize(frames, [MAX_SOURCE], antialias=True)
             videos = [self.augment(frames).transpose(0, 1) for _ in range(args.repeat)]
@@ -857,17 +859,6 @@ def forward_backward(net, stream, args, step, num_classes, bad):
     return loss
 
 
-def batches(data, args, epoch, steps):
-    """Iterates over the batches of this process, in the order of that epoch."""
-    rank, world = rank_and_world()
-    sampler = DistributedSampler(data, world, rank, seed=args.seed, drop_last=True)
-    sampler.set_epoch(epoch)
-    data.epoch = epoch
-    order = list(sampler)[: steps * args.accum * args.batch_size]
-    more = {"num_workers": args.workers, "collate_fn": collate, "pin_memory": args.device == "cuda"}
-    return iter(DataLoader(data, args.batch_size, sampler=order, **more))
-
-
 def fit(args, model, classes, train, val):
     """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in --out."""
     rank, world = rank_and_world()
@@ -898,8 +889,8 @@ def fit(args, model, classes, train, val):
     every = 0.5 if sys.stderr.isatty() else 10  # seconds
     bar = tqdm(total=total, initial=step, desc="finetune", unit="step", disable=rank > 0, mininterval=every)
     known_bad, skipped = tgmae.read_bad(out / "bad_videos.txt"), 0
+    stream = tgmae.training_batches(data, args.batch_size, args, step, steps_per_epoch, collate)
     for epoch in range(step // steps_per_epoch, args.epochs):
-        stream = batches(data, args, epoch, steps_per_epoch)
         net.train()
         for _ in range(steps_per_epoch):
             lr = tgmae.learning_rate(step, warmup, total, peak, least, first=least)

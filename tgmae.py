@@ -22,10 +22,10 @@ A mask is (B,N) bool and True means MASKED, everywhere.
 """
 
 import argparse
-import bisect
 import contextlib
-import functools
+import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -45,6 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
+from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as TF
@@ -130,7 +131,7 @@ PRESETS = {
 
 # =================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both.
-# Needs: av, VideoReformatter, bisect, contextlib, functools, json, os, warnings, zipfile, NamedTuple, Path,
+# Needs: av, VideoReformatter, contextlib, gc, itertools, json, os, warnings, zipfile, NamedTuple, Path,
 # numpy as np, torch, torch.nn.functional as F.
 # A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
 # =================================================================================================
@@ -153,15 +154,25 @@ class VideoInfo(NamedTuple):
 
 
 class _Index(NamedTuple):
-    pts: list[int] | None  # of every frame, sorted; None if the file has no usable ones
-    keys: list[int]  # pts of the key frames, sorted
+    pts: np.ndarray | None  # (frames,) sorted; None if the file has no usable ones
+    keys: np.ndarray  # numbers of the key frames, sorted
     frames: int
     fps: float
     time_base: float  # seconds in a unit of pts
 
 
+class Video(NamedTuple):
+    """A video file that is open, see open_video."""
+
+    path: str
+    container: av.container.InputContainer
+    stream: av.VideoStream
+    index: _Index
+    motion: bool
+
+
 @contextlib.contextmanager
-def _open_video(path):
+def _open_stream(path, motion):
     """Yields (container, best video stream); whatever libav finds wrong becomes a VideoError."""
     try:
         with av.open(str(path)) as container:
@@ -171,62 +182,82 @@ def _open_video(path):
             # Loaders run a process a core; and with several threads in one decoder the number of
             # motion vectors changes from run to run.
             stream.codec_context.thread_count = 1
+            if motion:  # before the first frame is decoded
+                stream.codec_context.options = {"flags2": "+export_mvs"}
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: {error.strerror or error}") from error
 
 
-@functools.lru_cache(maxsize=64)  # probe_video, then read_clip: one pass over the packets, not two
-def _scan(path, _stamp):
+def _scan(path, container, stream):
     # Headers lie about the number of frames (Matroska says 0), so the packets are counted, undecoded.
-    with _open_video(path) as (container, stream):
-        packets = [
-            (packet.pts, packet.is_keyframe)
-            for packet in container.demux(stream)
-            if packet.size and not packet.is_discard  # edit lists discard packets
-        ]
-        fps, time_base = float(stream.average_rate or 0), float(stream.time_base or 0)
+    packets = [
+        (packet.pts, packet.is_keyframe)
+        for packet in container.demux(stream)
+        if packet.size and not packet.is_discard  # edit lists discard packets
+    ]
     if not packets:
         raise VideoError(f"{path}: no frames")
-    pts = [pts for pts, _ in packets]
-    if None in pts or len(set(pts)) < len(pts):  # old AVI files: count the frames while decoding
-        return _Index(None, [], len(packets), fps, time_base)
-    keys = sorted(pts for pts, is_keyframe in packets if is_keyframe)
-    return _Index(sorted(pts), keys, len(packets), fps, time_base)
+    fps, time_base = float(stream.average_rate or 0), float(stream.time_base or 0)
+    pts, is_key = zip(*packets)
+    # AVI knows no order of presentation: its frames are counted while decoding.
+    if (
+        None in pts
+        or len(set(pts)) < len(pts)
+        or stream.codec_context.has_b_frames
+        and list(pts) == sorted(pts)
+    ):
+        return _Index(None, np.empty(0, int), len(packets), fps, time_base)
+    order = np.argsort(pts)
+    return _Index(np.array(pts)[order], np.flatnonzero(np.array(is_key)[order]), len(packets), fps, time_base)
 
 
-def _index(path):
-    try:
+_INDICES = {}  # of files met before: the clips of an hour-long one need not scan it each
+MAX_INDICES = 4096
+
+
+@contextlib.contextmanager
+def open_video(path, *, motion=False):
+    """Opens a video file for frame_range and read_clip, which take it in place of a path. Opening costs
+    as much as decoding ten frames, so it is worth doing once. motion: as in read_clip."""
+    if isinstance(path, Video):
+        yield path
+        return
+    with _open_stream(path, motion) as (container, stream):
         stat = os.stat(path)
-    except OSError as error:
-        raise VideoError(f"{path}: {error.strerror}") from error
-    return _scan(str(path), (stat.st_size, stat.st_mtime_ns))
+        key = str(path), stat.st_size, stat.st_mtime_ns
+        if key not in _INDICES:
+            if len(_INDICES) == MAX_INDICES:
+                del _INDICES[next(iter(_INDICES))]  # the oldest
+            _INDICES[key] = _scan(path, container, stream)
+        yield Video(str(path), container, stream, _INDICES[key], motion)
 
 
 def probe_video(path) -> VideoInfo:
     """Frame count, frames per second and (height, width) of a video; decodes its first frame.
 
     Raises VideoError if there is no video stream or no frame that can be decoded."""
-    index = _index(path)
-    with _open_video(path) as (container, stream):
-        for frame in container.decode(stream):
+    with open_video(path) as video:
+        for _, frame in _decode_from_start(video, [0]):
             turned = frame.rotation % 180 != 0
             size = (frame.width, frame.height) if turned else (frame.height, frame.width)
-            return VideoInfo(index.frames, index.fps, size)
+            return VideoInfo(video.index.frames, video.index.fps, size)
     raise VideoError(f"{path}: no frame that can be decoded")
 
 
 def frame_range(path, start=None, end=None) -> tuple[int, int]:
-    """Numbers [first, stop) of the frames shown between `start` and `end` seconds; all by default."""
-    index = _index(path)
+    """Numbers [first, stop) of the frames shown between `start` and `end` seconds; all by default.
+    path: or what open_video yields."""
+    with open_video(path) as video:
+        index = video.index
     if index.pts is None:  # no timestamps: the frame rate has to do
-        times = [number / (index.fps or 1) for number in range(index.frames)]
+        times = np.arange(index.frames) / (index.fps or 1)
     else:
-        times = [(pts - index.pts[0]) * index.time_base for pts in index.pts]
-    first = 0 if start is None else bisect.bisect_left(times, start - 1e-6)
-    stop = len(times) if end is None else bisect.bisect_left(times, end - 1e-6)
+        times = (index.pts - index.pts[0]) * index.time_base
+    first = 0 if start is None else int(np.searchsorted(times, start - 1e-6))
+    stop = len(times) if end is None else int(np.searchsorted(times, end - 1e-6))
     if first >= stop:
-        raise VideoError(f"{path}: no frame between start={start} s and end={end} s")
+        raise VideoError(f"{video.path}: no frame between start={start} s and end={end} s")
     return first, stop
 
 
@@ -239,23 +270,74 @@ def clip_indices(first, stop, num_frames, stride, *, generator=None) -> list[int
     return [min(start + i * stride, stop - 1) for i in range(num_frames)]
 
 
-def _numbered_frames(container, stream, index, first, last, seek):
-    """Yields (number, frame) from the decoder, first <= number <= last."""
-    if seek and index.pts:
-        # Seek only where it saves decoding: if a later key frame than the first one will do.
-        at = bisect.bisect_right(index.keys, index.pts[first]) - 1
-        if at > 0:
-            container.seek(index.keys[at], stream=stream)
-    for count, frame in enumerate(container.decode(stream)):
-        number = count
-        if index.pts is not None:
-            number = bisect.bisect_left(index.pts, frame.pts)
-            if number == index.frames or index.pts[number] != frame.pts:
-                continue  # a frame that no packet announced
-        if first <= number <= last:
-            yield number, frame
-        if number >= last:
-            return
+def _runs(keys, frames):
+    """Sorted frame numbers, cut wherever a key frame is a shorter way to the next one than decoding on:
+    [(the key frame to begin with, [frame, ...]), ...]."""
+    runs = []
+    for number in sorted(set(frames)):
+        before = keys[: np.searchsorted(keys, number, side="right")]
+        key = int(before[-1]) if len(before) else 0
+        if not runs or key > runs[-1][1][-1] + 1:
+            runs.append((key, []))
+        runs[-1][1].append(number)
+    return runs
+
+
+def _number(index, frame):
+    """The number of a decoded frame, None if no packet announced it."""
+    if frame.pts is None:
+        return None
+    number = int(np.searchsorted(index.pts, frame.pts))
+    return number if number < index.frames and index.pts[number] == frame.pts else None
+
+
+# Codecs in which libav can leave out frames that nothing refers to. (An HEVC frame that says so of itself
+# may still be referred to by those of a higher temporal layer.)
+_SKIPS = {"h264", "mpeg4"}
+
+
+def _packets(video, key, number):
+    """Packets from a key frame on, or from an earlier one, for frame `number`; none if they cannot be had."""
+    pts = video.index.pts
+    for target in (number, key):  # the first may land on a later key frame, where frames are reordered
+        video.container.seek(int(pts[target]), stream=video.stream)
+        packets = video.container.demux(video.stream)
+        first = next(packets)
+        if first.pts is not None and first.pts <= pts[key]:
+            return itertools.chain([first], packets)
+    return ()
+
+
+def _decode(video, frames):
+    """Yields (number, frame) for the frames, and for those that had to be decoded on the way to them."""
+    codec, index = video.stream.codec_context, video.index
+    if index.pts is None:
+        return
+    for key, run in _runs(index.keys, frames):
+        awaited = set(index.pts[run].tolist())
+        for packet in _packets(video, key, run[0]):
+            if codec.name in _SKIPS:
+                codec.skip_frame = "DEFAULT" if packet.pts in awaited else "NONREF"
+            awaited.discard(packet.pts)
+            decoded = packet.decode()
+            if not awaited and packet.size:  # all that the run needs is in: what the decoder holds back
+                decoded += codec.decode(None)
+            for frame in decoded:
+                if (number := _number(index, frame)) is not None:
+                    yield number, frame
+            if not awaited:
+                break
+
+
+def _decode_from_start(video, frames):
+    """Yields (number, frame) for every frame up to the last of `frames`, in a decoder of its own."""
+    with _open_stream(video.path, video.motion) as (container, stream):
+        for count, frame in enumerate(container.decode(stream)):
+            number = count if video.index.pts is None else _number(video.index, frame)
+            if number is not None:
+                yield number, frame
+                if number >= frames[-1]:
+                    return
 
 
 # PyAV scales in as many threads as there are cores (since 17), and keeps them for the next frame (since
@@ -273,32 +355,32 @@ def _to_rgb(frame, size, scalers):
     return np.rot90(rgb, round(rotation / 90))  # the metadata's rotation is not applied by itself
 
 
-def _block_motion(frame, rows, cols):
-    """Length of the frame's motion vectors in pixels, (rows,cols) cells of 8x8; NaN: no vector."""
-    total, count = np.zeros(rows * cols), np.zeros(rows * cols)
-    data = frame.side_data.get("MOTION_VECTORS")  # None on key frames
-    if data is not None:
-        v = data.to_ndarray()
-        length = np.hypot(v["motion_x"], v["motion_y"]) / v["motion_scale"]
-        # dst is a block's centre; a block of 16 covers two cells, one of 8 covers one.
-        left = (v["dst_x"] - v["w"] // 2) // MOTION_CELL
-        top = (v["dst_y"] - v["h"] // 2) // MOTION_CELL
-        for dy in (0, 1):
-            for dx in (0, 1):
-                y, x = top + dy, left + dx
-                inside = (v["w"] > dx * MOTION_CELL) & (v["h"] > dy * MOTION_CELL)
-                inside &= (0 <= y) & (y < rows) & (0 <= x) & (x < cols)
-                cell = (y * cols + x)[inside]
-                total += np.bincount(cell, length[inside], rows * cols)  # two in a B-block: the mean
-                count += np.bincount(cell, minlength=rows * cols)
+def _block_motion(vectors, rows, cols):
+    """Motion vectors of F frames (arrays of libav's fields, or None) -> their length in pixels, (F,rows,cols)
+    cells of 8x8; NaN: no vector."""
+    frame = np.repeat(np.arange(len(vectors)), [0 if v is None else len(v) for v in vectors])
+    v = np.concatenate([v for v in vectors if v is not None])
+    length = np.hypot(v["motion_x"], v["motion_y"]) / v["motion_scale"]
+    # dst is a block's centre; a block of 16 covers two cells, one of 8 covers one.
+    left = (v["dst_x"] - v["w"] // 2) // MOTION_CELL
+    top = (v["dst_y"] - v["h"] // 2) // MOTION_CELL
+    cells = len(vectors) * rows * cols
+    total, count = np.zeros(cells), np.zeros(cells)
+    for dy in (0, 1):
+        for dx in (0, 1):
+            y, x = top + dy, left + dx
+            inside = (v["w"] > dx * MOTION_CELL) & (v["h"] > dy * MOTION_CELL)
+            inside &= (0 <= y) & (y < rows) & (0 <= x) & (x < cols)
+            cell = ((frame * rows + y) * cols + x)[inside]
+            total += np.bincount(cell, length[inside], cells)  # two in a B-block: the mean
+            count += np.bincount(cell, minlength=cells)
     with np.errstate(invalid="ignore"):
-        motion = (total / count).reshape(rows, cols).astype(np.float32)
-    return np.rot90(motion, round(frame.rotation / 90))
+        return (total / count).reshape(len(vectors), rows, cols).astype(np.float32)
 
 
 def _fill_missing(motion):
-    """NaN cells of (F,h',w') take the value of the nearest frame that has one (the later of two:
-    a key frame often opens a new shot), 0 where none has."""
+    """NaN cells of (F,h',w') take the value of the nearest frame that has one (the later of two: a key
+    frame often opens a new shot), 0 where none has."""
     last = len(motion) - 1
     number = np.arange(last + 1)[:, None, None]
     known = ~np.isnan(motion)
@@ -317,45 +399,53 @@ def _frame_difference(frames):
 
 
 def read_clip(path, frames, *, motion=False):
-    """Reads the frames with the given numbers (sorted, repeats allowed), all in one decode.
+    """Reads the frames with the given numbers (sorted, repeats allowed), all in one decode. path: or
+    what open_video yields.
 
     Returns frames (T,H,W,3) uint8; with motion=True (frames, motion): motion (T,H/8,W/8) float32,
     rounded up, is the length of the codec's motion vectors in pixels of the source. A block without
-    one borrows from the nearest decoded frame that has one. A codec that exports none (HEVC, VP9,
-    AV1) gives the absolute difference of frames instead, and a NoMotionVectors warning.
+    one borrows from the nearest of the frames that has one. If none of them has (HEVC, VP9 and AV1
+    export none) it is the absolute difference of frames instead, and a NoMotionVectors warning.
     Raises ValueError for a number out of range, VideoError for a file that cannot be read."""
-    index, frames = _index(path), list(frames)
-    if not frames or frames != sorted(frames) or frames[0] < 0 or frames[-1] >= index.frames:
-        raise ValueError(f"{path}: frame numbers {frames}: must be sorted and in 0..{index.frames - 1}")
-    for seek in (True, False):  # a seek that lands too late is told by missing frames: from the start, then
-        rgb, fields, scalers = {}, {}, (VideoReformatter(), VideoReformatter())
-        with _open_video(path) as (container, stream):
-            if motion:
-                stream.codec_context.options = {"flags2": "+export_mvs"}
-            for number, frame in _numbered_frames(container, stream, index, frames[0], frames[-1], seek):
-                if not rgb and not fields:
-                    width, height = frame.width, frame.height  # should they change: as the first
+    with open_video(path, motion=motion) as video:
+        path, index, frames = video.path, video.index, list(frames)
+        if not frames or frames != sorted(frames) or frames[0] < 0 or frames[-1] >= index.frames:
+            raise ValueError(f"{path}: frame numbers {frames}: must be sorted and in 0..{index.frames - 1}")
+        if motion and not video.motion:
+            raise ValueError(f"{path}: motion of a video that was opened without motion=True")
+        # A seek that lands too late is told by missing frames: from the start, then.
+        for decode in (_decode, _decode_from_start):
+            rgb, vectors, size, scalers = {}, {}, None, (VideoReformatter(), VideoReformatter())
+            for number, frame in decode(video, frames):
+                size = size or (frame.height, frame.width)  # should it change: as the first
                 if number in frames:
-                    rgb[number] = _to_rgb(frame, (height, width), scalers)
-                if motion:
-                    cells = -(-height // MOTION_CELL), -(-width // MOTION_CELL)
-                    fields[number] = _block_motion(frame, *cells)
-        if rgb.keys() >= set(frames):
-            break
-    else:
-        raise VideoError(f"{path}: frame {min(set(frames) - rgb.keys())} cannot be decoded")
-    clip = torch.from_numpy(np.stack([rgb[number] for number in frames]))
-    if not motion:
-        return clip
-    numbers = sorted(fields)
-    stacked = np.stack([fields[number] for number in numbers])
-    if np.isnan(stacked).all():
-        warnings.warn(NoMotionVectors(f"{path}: no motion vectors, frame differences instead"), stacklevel=2)
-        unique = sorted(set(frames))
-        change = _frame_difference(torch.from_numpy(np.stack([rgb[number] for number in unique])))
-        return clip, change[[unique.index(number) for number in frames]]
-    filled = _fill_missing(stacked)[[numbers.index(number) for number in frames]]
-    return clip, torch.from_numpy(filled)
+                    rgb[number] = _to_rgb(frame, size, scalers)
+                    turns = round(frame.rotation / 90)
+                if number in frames and motion:
+                    data = frame.side_data.get("MOTION_VECTORS")  # None on key frames
+                    vectors[number] = data.to_ndarray() if data else None
+            if rgb.keys() >= set(frames):
+                break
+        else:
+            raise VideoError(f"{path}: frame {min(set(frames) - rgb.keys())} cannot be decoded")
+        clip = torch.from_numpy(np.stack([rgb[number] for number in frames]))
+        if not motion:
+            return clip
+        unique = sorted(rgb)
+        rows = [unique.index(number) for number in frames]
+        if any(v is not None for v in vectors.values()):
+            cells = (-(-side // MOTION_CELL) for side in size)
+            field = _fill_missing(_block_motion([vectors[number] for number in unique], *cells))
+            field = torch.from_numpy(np.rot90(field, turns, axes=(1, 2)).copy())
+            # In PyAV side data and its frame hold each other, and Python would find out only much later.
+            del data, frame, vectors
+            gc.collect(0)
+        else:
+            warnings.warn(
+                NoMotionVectors(f"{path}: no motion vectors, frame differences instead"), stacklevel=2
+            )
+            field = _frame_difference(torch.from_numpy(np.stack([rgb[number] for number in unique])))
+        return clip, field[rows]
 
 
 class TextMap(NamedTuple):
@@ -1216,8 +1306,8 @@ def load_checkpoint(source):
 # =================================================================================================
 # Runs: what the scripts share, and the method does not need: processes, schedule, the
 # place of a video that cannot be read, log and checkpoint files.
-# Needs: json, math, os, timedelta, Path, numpy as np, torch, torch.distributed as dist; VideoError of
-# Reading, bf16_is_fast of CLIP.
+# Needs: json, math, os, timedelta, Path, numpy as np, torch, torch.distributed as dist, DataLoader,
+# DistributedSampler; VideoError of Reading, bf16_is_fast of CLIP.
 # =================================================================================================
 
 
@@ -1259,31 +1349,50 @@ MAX_REPLACEMENTS = 100  # bad videos in a row before all are thought to be bad
 
 
 class TrainingClips(torch.utils.data.Dataset):
-    """Samples for training. What a subclass's load(record's number, seed) -> dict makes of a record is a
-    function of (seed, epoch, index), never of a worker's history, so a run that is resumed sees what it
-    would have seen. A video that cannot be read gives its place to another, drawn from the same numbers;
-    the sample's "bad" lists [(video, why), ...]. replace_bad=False: it is a VideoError instead."""
+    """(epoch, index) -> sample for training. What a subclass's load(record's number, seed) -> dict makes of
+    a record is a function of (seed, epoch, index), never of a worker's history, so a run that is resumed
+    sees what it would have seen. A video that cannot be read gives its place to another, drawn from the same
+    numbers; the sample's "bad" lists [(video, why), ...]. replace_bad=False: it is a VideoError instead."""
 
     def __init__(self, records, seed, *, replace_bad=True):
-        self.records, self.run_seed, self.epoch = records, seed, 0
+        self.records, self.run_seed = records, seed
         self.attempts = min(len(records), MAX_REPLACEMENTS) if replace_bad else 1
 
     def __len__(self):
         return len(self.records)
 
-    def __getitem__(self, index):
-        bad, others = [], []
+    def __getitem__(self, epoch_and_index):
+        (epoch, index), bad, others = epoch_and_index, [], []
         for attempt in range(self.attempts):
             if attempt == 1:
-                generator = torch.Generator().manual_seed(seed_of(self.run_seed, self.epoch, index, 0))
+                generator = torch.Generator().manual_seed(seed_of(self.run_seed, epoch, index, 0))
                 order = torch.randperm(len(self), generator=generator)
                 others = [i for i in order[: self.attempts + 1].tolist() if i != index]
             place = others[attempt - 1] if attempt else index
             try:
-                return {**self.load(place, seed_of(self.run_seed, self.epoch, index, 1)), "bad": bad}
+                return {**self.load(place, seed_of(self.run_seed, epoch, index, 1)), "bad": bad}
             except VideoError as error:
                 bad.append((self.records[place]["video"], str(error)))
         raise VideoError(f"{len(bad)} video(s) in a row cannot be read, the last: {bad[-1][1]}")
+
+
+def training_batches(data, videos, args, step, steps_per_epoch, collate):
+    """Batches of `videos` samples for this process, args.accum of them a step, from global step `step` on to
+    the end of the last epoch. The loader processes are the same all along, and go on into the next epoch."""
+    rank, world = rank_and_world()
+    sampler = DistributedSampler(data, world, rank, seed=args.seed, drop_last=True)
+
+    def order():
+        for epoch in range(step // steps_per_epoch, args.epochs):
+            sampler.set_epoch(epoch)
+            begin = max(0, step - epoch * steps_per_epoch)
+            samples = slice(begin * args.accum * videos, steps_per_epoch * args.accum * videos)
+            yield from ((epoch, index) for index in list(sampler)[samples])
+
+    return iter(DataLoader(
+        data, videos, sampler=order(), num_workers=args.workers, collate_fn=collate,
+        pin_memory=args.device == "cuda",
+    ))  # fmt: skip
 
 
 def read_bad(path):

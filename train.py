@@ -135,16 +135,20 @@ class Clips(TrainingClips):
     def load(self, place, seed):
         record, args, c = self.records[place], self.args, self.config
         generator = torch.Generator().manual_seed(seed)
-        first, stop = tgmae.frame_range(record["path"], record.get("start"), record.get("end"))
-        clips = [
-            tgmae.clip_indices(first, stop, c.num_frames, args.stride, generator=generator)
-            for _ in range(args.repeat)
-        ]
-        wanted = sorted(set(sum(clips, [])))  # all clips in one decode
-        with warnings.catch_warnings(record=True) as caught:
+        motion = args.mask == "mgm"
+        with (
+            tgmae.open_video(record["path"], motion=motion) as video,
+            warnings.catch_warnings(record=True) as caught,
+        ):
             warnings.simplefilter("always", tgmae.NoMotionVectors)
-            read = tgmae.read_clip(record["path"], wanted, motion=args.mask == "mgm")
-        frames, motion = read if args.mask == "mgm" else (read, None)
+            first, stop = tgmae.frame_range(video, record.get("start"), record.get("end"))
+            clips = [
+                tgmae.clip_indices(first, stop, c.num_frames, args.stride, generator=generator)
+                for _ in range(args.repeat)
+            ]
+            wanted = sorted(set(sum(clips, [])))  # all clips in one decode
+            read = tgmae.read_clip(video, wanted, motion=motion)
+        frames, motion = read if motion else (read, None)
         chosen = self.draw_captions(record, args.repeat, generator)
         text_map = (
             tgmae.read_map(record["map_path"], record["captions"], args.clip) if self.text == "maps" else None
@@ -196,21 +200,6 @@ def collate(samples):
         "bad": sum((sample["bad"] for sample in samples), []),
         "no_motion": sum(sample["no_motion"] for sample in samples),
     }
-
-
-def batches(dataset, args, rank, world, step, steps_per_epoch):
-    """Micro-batches from global step `step` on, to the end of the last epoch."""
-    sampler = DistributedSampler(dataset, world, rank, seed=args.seed, drop_last=True)
-    videos = args.batch_size // args.repeat
-    for epoch in range(step // steps_per_epoch, args.epochs):
-        dataset.epoch = epoch
-        sampler.set_epoch(epoch)
-        done = (step % steps_per_epoch) * args.accum * videos if epoch == step // steps_per_epoch else 0
-        order = list(sampler)[done : steps_per_epoch * args.accum * videos]
-        yield from DataLoader(
-            dataset, videos, sampler=order, num_workers=args.workers, collate_fn=collate,
-            pin_memory=args.device == "cuda",
-        )  # fmt: skip
 
 
 def prepare(batch, clip, args, config):
@@ -446,9 +435,9 @@ def describe(args, model, data, world, steps_per_epoch):
 def validate(net, data, clip, args, rank, world):
     """Held-out losses, of the same clips and masks each time."""
     net.eval()
-    sampler = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
+    samples = [(0, index) for index in DistributedSampler(data, world, rank, shuffle=False, drop_last=True)]
     loader = DataLoader(
-        data, args.batch_size // args.repeat, sampler=sampler, num_workers=args.workers, collate_fn=collate,
+        data, args.batch_size // args.repeat, sampler=samples, num_workers=args.workers, collate_fn=collate,
         drop_last=True,
     )  # fmt: skip
     losses = []
@@ -523,7 +512,8 @@ def train(args, rank, world, model, clip, data, val):
         net = DistributedDataParallel(net, broadcast_buffers=False)
     clipped = [[p for p in part.parameters() if p.requires_grad] for part in clip_together(model, args)]
 
-    stream = batches(data, args, rank, world, step, steps_per_epoch)
+    videos = args.batch_size // args.repeat
+    stream = tgmae.training_batches(data, videos, args, step, steps_per_epoch, collate)
     every = 0.5 if sys.stderr.isatty() else 10  # seconds
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=every)
     known_bad, skipped = tgmae.read_bad(out / "bad_videos.txt"), 0
@@ -579,8 +569,7 @@ def train(args, rank, world, model, clip, data, val):
 def finish(args, model, clip, data):
     """The pictures, and what the reader should know."""
     out = Path(args.out)
-    data.epoch = 0
-    batch = collate([data[i * len(data) // 4] for i in range(min(4, len(data)))])
+    batch = collate([data[0, i * len(data) // 4] for i in range(min(4, len(data)))])
     video, mask, _ = prepare(batch, clip, args, model.config)
     draw_samples(out / "samples.png", model, video, mask, batch["captions"])
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -231,7 +231,7 @@ def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, ca
     args = train.parse_args(["--data", str(data), "--mask", "tgm", *map(str, FEW)])
     records, _, text = train.load_data(args, 0, 1)
     assert text == "maps" and len(records) == 10
-    sample = train.Clips(records, tgmae.PRESETS["toy"], args, text=text)[3]
+    sample = train.Clips(records, tgmae.PRESETS["toy"], args, text=text)[0, 3]
     made = tgmae.read_map(records[3]["map_path"], records[3]["captions"])
     which = records[3]["captions"].index(sample["captions"][0])
     assert torch.equal(sample["text"][0], made.text[which])

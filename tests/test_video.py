@@ -47,17 +47,57 @@ def test_frames_are_those_of_a_plain_decode(numbered):
         assert all(np.array_equal(clip[i], whole[n]) for i, n in enumerate(wanted)), wanted
 
 
-def test_seek_decodes_only_what_it_needs(numbered, monkeypatch):
-    seen = []
-    original = tgmae._to_rgb
-    monkeypatch.setattr(
-        tgmae, "_to_rgb", lambda frame, *size: seen.append(frame.pts) or original(frame, *size)
-    )
-    decoded = []
-    plain = tgmae._numbered_frames
-    monkeypatch.setattr(tgmae, "_numbered_frames", lambda *a: (decoded.append(x[0]) or x for x in plain(*a)))
-    tgmae.read_clip(numbered, [50, 52])
-    assert len(seen) == 2 and decoded == [50, 51, 52]  # numbered from what the seek landed on, not from 0
+def test_only_what_is_needed_is_decoded(tmp_path):
+    """A key frame every 12, then P and, unless wanted, none of the B frames, to which nothing refers."""
+    options = {"g": "12", "bf": "2", "x264-params": "b-pyramid=none:b-adapt=0"}
+    toy.write_video(tmp_path / "clip.mp4", texture(60, 160, (1, 0)), options=options)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        kinds = "".join("?IPB"[frame.pict_type] for frame in container.decode(video=0))
+    assert kinds.startswith("IBBPBBPBBPBP" * 4)
+    with tgmae.open_video(tmp_path / "clip.mp4") as video:
+        for wanted, references in (
+            ([50, 52], [48, 51, 54]), ([3, 4, 5], [0, 6]), ([11, 12], [0, 3, 6, 9]), ([11, 14], [0, 3, 6, 9, 12, 15]),
+            ([0, 59], [48, 51, 54, 57]), ([7, 46], [0, 3, 6, 9, 36, 39, 42, 45, 47]),
+        ):  # fmt: skip
+            decoded = [number for number, _ in tgmae._decode(video, wanted)]
+            assert decoded == sorted(set(wanted + references)), wanted
+
+
+@pytest.mark.parametrize("codec, name, options", [
+    ("libx264", "open-gop.mp4", {"g": "15", "x264-params": "open-gop=1:b-pyramid=normal:bframes=5:scenecut=0"}),
+    ("libx264", "refresh.mkv", {"g": "250", "x264-params": "intra-refresh=1"}),
+    ("libx264", "fields.mp4", {"g": "20", "flags": "+ilme+ildct"}),
+    ("libx264", "stream.ts", {"g": "20"}), ("libx264", "old.avi", {"g": "20"}), ("libx264", "flash.flv", {"g": "12"}),
+    ("libx265", "layers.mp4", {"x265-params": "log-level=none:keyint=20:bframes=4:temporal-layers=3"}),
+    ("mpeg4", "b.mp4", {"g": "12", "bf": "2"}), ("mpeg2video", "dvd.mpg", {"g": "12", "bf": "2"}),
+    ("libvpx-vp9", "vp9.webm", {"deadline": "realtime", "g": "20"}),
+])  # fmt: skip
+def test_any_frames_of_any_codec_are_those_of_a_plain_decode(tmp_path, codec, name, options):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    toy.write_video(tmp_path / name, texture(60, 192, (2, 1)), codec=codec, options=options)
+    whole, rng = decode_all(tmp_path / name), np.random.default_rng(0)
+    assert tgmae.probe_video(tmp_path / name).frames == len(whole) == 60
+    for trial in range(12):
+        start, step = rng.integers(0, 60), rng.integers(1, 8)
+        wanted = sorted(rng.integers(0, 60, 6)) if trial % 3 == 0 else np.arange(start, 60, step).tolist()
+        clip = tgmae.read_clip(tmp_path / name, wanted)
+        assert all(np.array_equal(frame, whole[n]) for frame, n in zip(clip, wanted)), wanted
+
+
+def test_one_opening_for_range_and_clips(numbered, monkeypatch):
+    opened, plain = [], av.open
+    monkeypatch.setattr(av, "open", lambda *a: opened.append(a) or plain(*a))
+    with tgmae.open_video(numbered, motion=True) as video:
+        assert tgmae.frame_range(video, 1.0, 3.0) == (12, 36)
+        late, motion = tgmae.read_clip(video, [40, 44], motion=True)
+        early = tgmae.read_clip(video, [3, 10])
+    assert len(opened) == 1
+    assert torch.equal(late, tgmae.read_clip(numbered, [40, 44]))
+    assert torch.equal(early, tgmae.read_clip(numbered, [3, 10]))
+    assert torch.equal(motion, tgmae.read_clip(numbered, [40, 44], motion=True)[1])
+    with tgmae.open_video(numbered) as video, pytest.raises(ValueError, match="opened without motion"):
+        tgmae.read_clip(video, [0], motion=True)
 
 
 def test_motion_has_the_length_that_was_drawn(tmp_path):
@@ -72,10 +112,12 @@ def test_motion_has_the_length_that_was_drawn(tmp_path):
     assert (
         motion[4, :3].max() == 0 and motion[4, :, :4].max() == 0
     )  # above and left the background stands still
-    # The key frame has no vectors: it borrows from the nearest frame that has, which is the next.
+    # The key frame has no vectors: it borrows from the nearest of the frames that has, which is the next.
     assert torch.equal(motion[0], motion[1]) and motion[0].max() > 4
-    _, alone = tgmae.read_clip(path, [4], motion=True)
-    assert alone.shape == (1, 16, 16)
+    _, some = tgmae.read_clip(path, [4, 4, 9], motion=True)
+    assert torch.equal(some[:2, 6:10, 7:11], motion[[4, 4], 6:10, 7:11]) and some[2].max() > 4
+    with pytest.warns(tgmae.NoMotionVectors):
+        assert tgmae.read_clip(path, [0], motion=True)[1].eq(0).all()
 
 
 def test_fill_missing_by_hand():
