@@ -355,39 +355,45 @@ def _to_rgb(frame, size, scalers):
     return np.rot90(rgb, round(rotation / 90))  # the metadata's rotation is not applied by itself
 
 
-def _block_motion(vectors, rows, cols):
-    """Motion vectors of F frames (arrays of libav's fields, or None) -> their length in pixels, (F,rows,cols)
-    cells of 8x8; NaN: no vector."""
-    frame = np.repeat(np.arange(len(vectors)), [0 if v is None else len(v) for v in vectors])
-    v = np.concatenate([v for v in vectors if v is not None])
+def _block_motion(frame, rows, cols):
+    """Length of a frame's motion vectors in pixels, (rows,cols) cells of 8x8, NaN: no vector; None if it
+    brings none at all, as key frames do."""
+    data = frame.side_data.get("MOTION_VECTORS")
+    if not data:
+        return None
+    v = data.to_ndarray()
     length = np.hypot(v["motion_x"], v["motion_y"]) / v["motion_scale"]
     # dst is a block's centre; a block of 16 covers two cells, one of 8 covers one.
     left = (v["dst_x"] - v["w"] // 2) // MOTION_CELL
     top = (v["dst_y"] - v["h"] // 2) // MOTION_CELL
-    cells = len(vectors) * rows * cols
-    total, count = np.zeros(cells), np.zeros(cells)
+    total, count = np.zeros(rows * cols), np.zeros(rows * cols)
     for dy in (0, 1):
         for dx in (0, 1):
             y, x = top + dy, left + dx
             inside = (v["w"] > dx * MOTION_CELL) & (v["h"] > dy * MOTION_CELL)
             inside &= (0 <= y) & (y < rows) & (0 <= x) & (x < cols)
-            cell = ((frame * rows + y) * cols + x)[inside]
-            total += np.bincount(cell, length[inside], cells)  # two in a B-block: the mean
-            count += np.bincount(cell, minlength=cells)
+            cell = (y * cols + x)[inside]
+            total += np.bincount(cell, length[inside], rows * cols)  # two in a B-block: the mean
+            count += np.bincount(cell, minlength=rows * cols)
     with np.errstate(invalid="ignore"):
-        return (total / count).reshape(len(vectors), rows, cols).astype(np.float32)
+        motion = (total / count).reshape(rows, cols).astype(np.float32)
+    return np.rot90(motion, round(frame.rotation / 90))
 
 
-def _fill_missing(motion):
-    """NaN cells of (F,h',w') take the value of the nearest frame that has one (the later of two: a key
-    frame often opens a new shot), 0 where none has."""
+def _fill_missing(fields):
+    """Fields (h',w') with gaps, or None, one a frame, not all None -> (F,h',w'). A NaN cell takes the value of
+    the nearest frame that has one (the later of two: a key frame often opens a new shot), 0 where none has."""
+    empty = np.full_like(next(field for field in fields if field is not None), np.nan)
+    motion = np.stack([empty if field is None else field for field in fields])
+    gaps = np.isnan(motion).any(0)
+    known = ~np.isnan(motion[:, gaps])  # (F, cells with a gap)
     last = len(motion) - 1
-    number = np.arange(last + 1)[:, None, None]
-    known = ~np.isnan(motion)
+    number = np.arange(last + 1)[:, None]
     before = np.maximum.accumulate(np.where(known, number, -2 * last - 2))
     after = np.minimum.accumulate(np.where(known, number, 3 * last + 3)[::-1])[::-1]
     nearest = np.where(number - before < after - number, before, after).clip(0, last)
-    return np.nan_to_num(np.take_along_axis(motion, nearest, axis=0))
+    motion[:, gaps] = np.nan_to_num(np.take_along_axis(motion[:, gaps], nearest, axis=0))
+    return motion
 
 
 def _frame_difference(frames):
@@ -396,6 +402,19 @@ def _frame_difference(frames):
     change = (grey[1:] - grey[:-1]).abs() if len(grey) > 1 else torch.zeros_like(grey)
     change = torch.cat([change[:1], change])[: len(grey)]
     return F.avg_pool2d(change[:, None], MOTION_CELL, ceil_mode=True)[:, 0]
+
+
+def _read_frames(decoded, wanted, motion):
+    """From pairs (number, frame) -> {number: RGB} and, with motion, {number: motion field or None} of those
+    that are wanted."""
+    rgb, fields, size, scalers = {}, {}, None, (VideoReformatter(), VideoReformatter())
+    for number, frame in decoded:
+        size = size or (frame.height, frame.width)  # should it change: as the first
+        if number in wanted:
+            rgb[number] = _to_rgb(frame, size, scalers)
+            if motion:
+                fields[number] = _block_motion(frame, *(-(-side // MOTION_CELL) for side in size))
+    return rgb, fields
 
 
 def read_clip(path, frames, *, motion=False):
@@ -415,37 +434,21 @@ def read_clip(path, frames, *, motion=False):
             raise ValueError(f"{path}: motion of a video that was opened without motion=True")
         # A seek that lands too late is told by missing frames: from the start, then.
         for decode in (_decode, _decode_from_start):
-            rgb, vectors, size, scalers = {}, {}, None, (VideoReformatter(), VideoReformatter())
-            for number, frame in decode(video, frames):
-                size = size or (frame.height, frame.width)  # should it change: as the first
-                if number in frames:
-                    rgb[number] = _to_rgb(frame, size, scalers)
-                    turns = round(frame.rotation / 90)
-                if number in frames and motion:
-                    data = frame.side_data.get("MOTION_VECTORS")  # None on key frames
-                    vectors[number] = data.to_ndarray() if data else None
-            if rgb.keys() >= set(frames):
+            rgb, fields = _read_frames(decode(video, frames), set(frames), motion)
+            if rgb.keys() == set(frames):
                 break
         else:
             raise VideoError(f"{path}: frame {min(set(frames) - rgb.keys())} cannot be decoded")
-        clip = torch.from_numpy(np.stack([rgb[number] for number in frames]))
-        if not motion:
-            return clip
-        unique = sorted(rgb)
-        rows = [unique.index(number) for number in frames]
-        if any(v is not None for v in vectors.values()):
-            cells = (-(-side // MOTION_CELL) for side in size)
-            field = _fill_missing(_block_motion([vectors[number] for number in unique], *cells))
-            field = torch.from_numpy(np.rot90(field, turns, axes=(1, 2)).copy())
-            # In PyAV side data and its frame hold each other, and Python would find out only much later.
-            del data, frame, vectors
-            gc.collect(0)
-        else:
-            warnings.warn(
-                NoMotionVectors(f"{path}: no motion vectors, frame differences instead"), stacklevel=2
-            )
-            field = _frame_difference(torch.from_numpy(np.stack([rgb[number] for number in unique])))
-        return clip, field[rows]
+    clip = torch.from_numpy(np.stack([rgb[number] for number in frames]))
+    if not motion:
+        return clip
+    gc.collect(1)  # in PyAV a frame and its side data hold each other: they would pile up
+    if any(field is not None for field in fields.values()):
+        return clip, torch.from_numpy(_fill_missing([fields[number] for number in frames]))
+    warnings.warn(NoMotionVectors(f"{path}: no motion vectors, frame differences instead"), stacklevel=2)
+    unique = sorted(rgb)
+    change = _frame_difference(torch.from_numpy(np.stack([rgb[number] for number in unique])))
+    return clip, change[[unique.index(number) for number in frames]]
 
 
 class TextMap(NamedTuple):
@@ -917,7 +920,8 @@ class Encoder(nn.Module):
         pos = self.pos_embed
         if ids_keep is not None:  # only visible cubes are embedded
             cubes, pos = take(cubes, ids_keep), pos[ids_keep]
-        x = self.patch_embed(cubes) + pos  # (B,Nv,D)
+        x = self.patch_embed(cubes)  # (B,Nv,D)
+        x = x + pos.to(x.dtype)  # under autocast bf16, and so the residuals, as in VideoMAE
         return self.norm(_run_blocks(self.blocks, x, self.grad_checkpointing))
 
 
@@ -956,13 +960,14 @@ def reconstruction_target(video, mask, config):
     _, ids_mask = split_mask(mask, video.device)
     cubes = take(patchify(video, c.patch_size, c.tubelet_size), ids_mask)
     cubes = cubes.unflatten(-1, (-1, c.in_chans))  # (B,Nm,P/3,3)
-    if c.in_chans == 3:
-        cubes = cubes * cubes.new_tensor(IMAGENET_STD) + cubes.new_tensor(IMAGENET_MEAN)
-    var, mean = torch.var_mean(cubes, dim=2, keepdim=True)
-    std = var.sqrt() + 1e-6
+    rgb = c.in_chans == 3
+    scale, shift = (cubes.new_tensor(v if rgb else d) for v, d in ((IMAGENET_STD, 1), (IMAGENET_MEAN, 0)))
+    var, mean = torch.var_mean(cubes, dim=2, keepdim=True)  # (B,Nm,1,3)
+    std = var.sqrt() * scale + 1e-6  # of pixels in [0,1]
     if not c.norm_pix_loss:
-        mean, std = torch.zeros_like(mean), torch.ones_like(std)
-    return ((cubes - mean) / std).flatten(2), mean, std
+        mean, std = -shift / scale + torch.zeros_like(mean), torch.ones_like(std)
+    target = (cubes - mean) * (scale / std)  # = (pixels - their mean) / std, in two passes over the cubes
+    return target.flatten(2), mean * scale + shift, std
 
 
 def reconstruction_loss(pred, video, mask, config):
@@ -1074,7 +1079,8 @@ class TGMAE(nn.Module):
     def decode(self, latent, mask):
         """latent (B,Nv,D) of the visible cubes, mask (B,N) -> predicted masked cubes (B,Nm,P)."""
         ids_keep, ids_mask = split_mask(mask, latent.device)
-        visible = self.encoder_to_decoder(latent) + self.pos_embed[ids_keep]  # (B,Nv,Dd)
+        visible = self.encoder_to_decoder(latent)  # (B,Nv,Dd)
+        visible = visible + self.pos_embed[ids_keep].to(visible.dtype)
         masked = self.mask_token + self.pos_embed[ids_mask]  # (B,Nm,Dd)
         x = torch.cat([visible, masked.to(visible.dtype)], dim=1)  # (B,N,Dd)
         return self.decoder(x, ids_mask.shape[1])

@@ -77,7 +77,7 @@ def parse_args(argv=None):
     either("--warmup-epochs", "epochs of linear warm-up", type=float)
     either("--batch-size", "clips per process and forward", type=int)
     add("--accum", type=int, default=1, help="forwards per step")
-    add("--repeat", type=int, default=1, help="clips from each decoded video")
+    add("--repeat", type=int, default=1, help="clips of the same frames: crop, mask and caption of their own")
     either("--blr", "learning rate per 256 clips of global batch", type=float)
     either("--min-lr", "last learning rate per 256 clips", type=float)
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
     add("--amp", action=yes_no, default=argparse.SUPPRESS, help="bf16 autocast (where the hardware has it)")
-    add("--compile", action=yes_no, default=False, help="torch.compile the model")
+    add("--compile", action=yes_no, default=False, help="torch.compile encoder and decoder")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
     add("--out", default=argparse.SUPPRESS, help="run folder (runs/DATA-MASK...)")
     add("--resume", action=yes_no, default=True, help="go on from the run folder's last.pt")
@@ -125,8 +125,9 @@ def check_args(args):
 
 
 class Clips(TrainingClips):
-    """Samples for training: `repeat` clips of a video, their masks (unless CLIP has to see them first)
-    and captions. text: None, "clip" (captions that CLIP will embed) or "maps" (it has done so)."""
+    """Samples for training: `repeat` clips of the same frames of a video, each with its own crop, mask (unless
+    CLIP has to see the clip first) and caption. text: None, "clip" (captions that CLIP will embed) or "maps"
+    (it has done so)."""
 
     def __init__(self, records, config, args, *, text, replace_bad=True):
         super().__init__(records, args.seed, replace_bad=replace_bad)
@@ -141,32 +142,27 @@ class Clips(TrainingClips):
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always", tgmae.NoMotionVectors)
-            first, stop = tgmae.frame_range(video, record.get("start"), record.get("end"))
-            clips = [
-                tgmae.clip_indices(first, stop, c.num_frames, args.stride, generator=generator)
-                for _ in range(args.repeat)
-            ]
-            wanted = sorted(set(sum(clips, [])))  # all clips in one decode
-            read = tgmae.read_clip(video, wanted, motion=motion)
+            span = tgmae.frame_range(video, record.get("start"), record.get("end"))
+            numbers = tgmae.clip_indices(*span, c.num_frames, args.stride, generator=generator)
+            read = tgmae.read_clip(video, numbers, motion=motion)
         frames, motion = read if motion else (read, None)
         chosen = self.draw_captions(record, args.repeat, generator)
         text_map = (
             tgmae.read_map(record["map_path"], record["captions"], args.clip) if self.text == "maps" else None
         )
         videos, masks = [], []
-        for i, clip in enumerate(clips):
-            rows = [wanted.index(number) for number in clip]
+        for i in range(args.repeat):  # clips of the same frames
             crop = tgmae.multi_scale_crop(frames.shape[1:3], flip=args.flip, generator=generator)
-            videos.append(tgmae.crop_frames(frames[rows], crop, c.image_size))
+            videos.append(tgmae.crop_frames(frames, crop, c.image_size))
             if args.mask == "tgm" and not text_map:
                 continue  # in `prepare`, on the device, where CLIP is
             if args.mask == "tgm":
-                firsts = clip[:: c.tubelet_size]
+                firsts = numbers[:: c.tubelet_size]
                 scores = tgmae.map_scores(text_map, chosen[i], firsts, crop, frames.shape[1:3], c.grid)[None]
             elif args.mask == "tube":
                 scores = tgmae.tube_scores(1, c.grid, generator=generator)
             else:
-                scores = tgmae.motion_scores(tgmae.crop_motion(motion[rows], crop, c.grid)[None], c.grid)
+                scores = tgmae.motion_scores(tgmae.crop_motion(motion, crop, c.grid)[None], c.grid)
             masks.append(
                 tgmae.topk_mask(scores, args.mask_ratio, bottom_k=args.bottom_k, generator=generator)[0]
             )
@@ -507,9 +503,12 @@ def train(args, rank, world, model, clip, data, val):
         if step:
             finished = ": finished, --no-resume starts over" if step == total else ""
             print(f"resume  at step {step} of {total}{finished}", flush=True)
-    net = torch.compile(model) if args.compile else model
+    if args.compile:  # what stands between them depends on masks, which are on the CPU
+        model.encoder.compile()
+        model.decoder.compile()
+    net = model
     if world > 1:  # no device_ids: inputs stay where they are; the predictor's buffers are equal anyway
-        net = DistributedDataParallel(net, broadcast_buffers=False)
+        net = DistributedDataParallel(model, broadcast_buffers=False)
     clipped = [[p for p in part.parameters() if p.requires_grad] for part in clip_together(model, args)]
 
     videos = args.batch_size // args.repeat
@@ -571,7 +570,8 @@ def finish(args, model, clip, data):
     out = Path(args.out)
     batch = collate([data[0, i * len(data) // 4] for i in range(min(4, len(data)))])
     video, mask, _ = prepare(batch, clip, args, model.config)
-    draw_samples(out / "samples.png", model, video, mask, batch["captions"])
+    with torch.compiler.set_stance("force_eager"):  # so few clips are not worth compiling for
+        draw_samples(out / "samples.png", model, video, mask, batch["captions"])
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "lr" in line]
     last = steps[-max(1, len(steps) // 20) :]

@@ -133,6 +133,8 @@ def test_fill_missing_by_hand():
     assert tgmae._fill_missing(motion[1:4])[:, 0, 0].tolist() == [1, 1, 1]
     assert tgmae._fill_missing(np.stack([motion[1], motion[0], motion[4]]))[1, 0, 0] == 2  # a tie: the later
     assert (tgmae._fill_missing(motion)[:, 0, 1] == 0).all()
+    # A key frame has no field at all.
+    assert tgmae._fill_missing([None, motion[1], None, motion[4]])[:, 0, 0].tolist() == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
