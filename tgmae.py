@@ -131,7 +131,7 @@ PRESETS = {
 
 # =================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both.
-# Needs: av, VideoReformatter, contextlib, gc, itertools, json, os, warnings, zipfile, NamedTuple, Path,
+# Needs: av, VideoReformatter, contextlib, gc, itertools, json, math, os, warnings, zipfile, NamedTuple, Path,
 # numpy as np, torch, torch.nn.functional as F.
 # A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
 # =================================================================================================
@@ -363,20 +363,19 @@ def _block_motion(frame, rows, cols):
         return None
     v = data.to_ndarray()
     length = np.hypot(v["motion_x"], v["motion_y"]) / v["motion_scale"]
-    # dst is a block's centre; a block of 16 covers two cells, one of 8 covers one.
-    left = (v["dst_x"] - v["w"] // 2) // MOTION_CELL
-    top = (v["dst_y"] - v["h"] // 2) // MOTION_CELL
-    total, count = np.zeros(rows * cols), np.zeros(rows * cols)
-    for dy in (0, 1):
-        for dx in (0, 1):
-            y, x = top + dy, left + dx
-            inside = (v["w"] > dx * MOTION_CELL) & (v["h"] > dy * MOTION_CELL)
-            inside &= (0 <= y) & (y < rows) & (0 <= x) & (x < cols)
-            cell = (y * cols + x)[inside]
-            total += np.bincount(cell, length[inside], rows * cols)  # two in a B-block: the mean
-            count += np.bincount(cell, minlength=rows * cols)
-    with np.errstate(invalid="ignore"):
-        motion = (total / count).reshape(rows, cols).astype(np.float32)
+    # The cell of a block's upper left corner (dst is its centre), on a plane with two more cells on each side,
+    # where blocks go that lie outside. A block of 16 covers two cells, one of 8 covers one.
+    y = ((v["dst_y"] - v["h"] // 2) // MOTION_CELL + 2).clip(0, rows + 2)
+    x = ((v["dst_x"] - v["w"] // 2) // MOTION_CELL + 2).clip(0, cols + 2)
+    plane = rows + 4, cols + 4
+    cell = y.astype(int) * plane[1] + x
+    tall, wide = v["h"] > MOTION_CELL, v["w"] > MOTION_CELL
+    both = tall & wide
+    cell = np.concatenate([cell, cell[wide] + 1, cell[tall] + plane[1], cell[both] + plane[1] + 1])
+    length = np.concatenate([length, length[wide], length[tall], length[both]])
+    with np.errstate(invalid="ignore"):  # two in a B-block: the mean
+        motion = np.bincount(cell, length, math.prod(plane)) / np.bincount(cell, minlength=math.prod(plane))
+    motion = motion.reshape(plane)[2:-2, 2:-2].astype(np.float32)
     return np.rot90(motion, round(frame.rotation / 90))
 
 

@@ -1,7 +1,9 @@
 """train.py end to end, in this process where that is enough: masks, losses, flags, faults, resuming."""
 
+import argparse
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -202,6 +204,44 @@ def test_processes_share_the_batch(workdir, manifest, clip_flags):
     assert len(one) == len(three) == 4
     for a, b in zip(one, three):
         assert a["mae"] == pytest.approx(b["mae"], abs=2e-4) and a["vt"] == pytest.approx(b["vt"], abs=2e-3)
+
+
+def test_repeats_share_their_frames(workdir, manifest, monkeypatch):
+    """One decode; a crop, a mask and a caption each."""
+    read, calls = tgmae.read_clip, []
+    monkeypatch.setattr(tgmae, "read_clip", lambda *a, **k: calls.append(a) or read(*a, **k))
+    for mask in ("tube", "mgm"):
+        args = train.parse_args(["--data", str(manifest(4)), "--mask", mask, *map(str, FEW), "--repeat", "4"])
+        clips = train.Clips(tgmae.read_manifest(args.data), tgmae.PRESETS["toy"], args, text="clip")
+        calls.clear()
+        sample = clips[0, 1]
+        assert len(calls) == 1 and sample["video"].shape == (4, 3, 4, 64, 64) and len(sample["captions"]) == 4
+        assert len({video.numpy().tobytes() for video in sample["video"]}) > 1
+        assert len({row.numpy().tobytes() for row in sample["mask"]}) > 1
+        with monkeypatch.context() as patch:
+            patch.setattr(tgmae, "multi_scale_crop", lambda size, **_: tgmae.Crop(0, 0, *size))
+            videos = clips[0, 1]["video"]
+            assert all(torch.equal(video, videos[0]) for video in videos)
+
+
+def test_loader_processes_last_for_the_run(tmp_path):
+    """The same samples as a loader made anew each epoch, from any step on; the processes do not change."""
+
+    class Who(tgmae.TrainingClips):
+        def load(self, place, seed):
+            return {"place": place, "seed": seed, "pid": os.getpid()}
+
+    args = argparse.Namespace(seed=3, epochs=3, accum=2, workers=2, device="cpu")
+    data = Who([{"video": str(i)} for i in range(11)], seed=3)
+    whole = list(tgmae.training_batches(data, 2, args, 0, 2, list))
+    assert len(whole) == 3 * 2 * 2 and len({sample["pid"] for batch in whole for sample in batch}) == 2
+    seen = [[(sample["place"], sample["seed"]) for sample in batch] for batch in whole]
+    for epoch in range(3):  # 8 of the 11, none twice
+        assert len({place for batch in seen[4 * epoch : 4 * epoch + 4] for place, _ in batch}) == 8
+    assert seen[0] != seen[4] and len({seed for batch in seen for _, seed in batch}) == 24
+    for step in (1, 2, 3, 5):
+        rest = list(tgmae.training_batches(data, 2, args, step, 2, list))
+        assert [[(s["place"], s["seed"]) for s in batch] for batch in rest] == seen[2 * step :]
 
 
 def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, capsys):
