@@ -200,13 +200,9 @@ def _scan(path, container, stream):
         raise VideoError(f"{path}: no frames")
     fps, time_base = float(stream.average_rate or 0), float(stream.time_base or 0)
     pts, is_key = zip(*packets)
-    # AVI knows no order of presentation: its frames are counted while decoding.
-    if (
-        None in pts
-        or len(set(pts)) < len(pts)
-        or stream.codec_context.has_b_frames
-        and list(pts) == sorted(pts)
-    ):
+    # Times of decoding alone, as AVI has them, are of no use: frames are then counted while decoding.
+    unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
+    if unordered or None in pts or len(set(pts)) < len(pts):
         return _Index(None, np.empty(0, int), len(packets), fps, time_base)
     order = np.argsort(pts)
     return _Index(np.array(pts)[order], np.flatnonzero(np.array(is_key)[order]), len(packets), fps, time_base)

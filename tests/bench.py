@@ -57,20 +57,30 @@ def seconds(function):
     return time.perf_counter() - began
 
 
-def medians(functions, repeats):
-    """{name: function} -> {name: median seconds}: in turns, every other round in reverse, one to warm up."""
+def timed(functions, repeats):
+    """{name: function} -> {name: seconds of each round}: in turns, every other round in reverse, after one
+    that warms up."""
     times = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name in list(functions)[:: -1 if turn % 2 else 1]:
             times[name].append(seconds(functions[name]))
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+    return {name: taken[1:] for name, taken in times.items()}
+
+
+def medians(times):
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def ratio(times, a, b):
+    """The median over rounds of a's time over b's: a machine that slows down slows both."""
+    return statistics.median(one / other for one, other in zip(times[a], times[b]))
 
 
 def matrix_rate(args, dtype):
-    """FLOP/s of a large matrix product."""
+    """FLOP/s of a large matrix product, the fastest of several."""
     side = 8192 if args.device == "cuda" else 2048
     a = torch.randn(side, side, device=args.device, dtype=dtype)
-    return 2 * side**3 / medians({"product": lambda: a @ a}, args.repeats)["product"]
+    return 2 * side**3 / min(timed({"product": lambda: a @ a}, 4 * args.repeats)["product"])
 
 
 # =================================================================================================
@@ -96,7 +106,7 @@ class Step:
         self.optimizer.zero_grad()
 
 
-def steps(args, compiled):
+def steps(args):
     """{name: Step}: ours, and transformers' with its two ways to compute attention."""
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
@@ -104,7 +114,8 @@ def steps(args, compiled):
 
     def theirs(attention):
         model = VideoMAEForPreTraining(VideoMAEConfig(
-            image_size=c.image_size, num_frames=c.num_frames, hidden_size=c.embed_dim, num_hidden_layers=c.depth,
+            image_size=c.image_size, num_frames=c.num_frames, patch_size=c.patch_size, tubelet_size=c.tubelet_size,
+            hidden_size=c.embed_dim, num_hidden_layers=c.depth,
             num_attention_heads=c.num_heads, intermediate_size=int(c.embed_dim * c.mlp_ratio),
             decoder_hidden_size=c.decoder_embed_dim, decoder_num_hidden_layers=c.decoder_depth,
             decoder_num_attention_heads=c.decoder_num_heads, attn_implementation=attention, use_mean_pooling=False,
@@ -128,7 +139,7 @@ def steps(args, compiled):
         "eager": theirs("eager"),
         "checkpointing": ours("checkpointing"),
     }
-    if compiled:
+    if args.compile:
         made["ours compiled"], made["sdpa compiled"] = ours("compiled"), theirs("sdpa")
         made["sdpa compiled"].model.compile()
     return made
@@ -149,12 +160,16 @@ def count_flops(step, video, mask):
     return counter.get_total_flops()
 
 
-def peak_memory(function, args):
-    """GiB of tensors at the most, parameters and optimizer among them."""
+def peak_memory(step, function, args):
+    """GiB of tensors at the most: parameters, optimizer, and what the step allocates."""
+    params = list(step.model.parameters())
+    states = [value for state in step.optimizer.state.values() for value in state.values()]
+    held = sum(tensor.nbytes for tensor in [*params, *states])
     if args.device == "cuda":
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
-        return torch.cuda.max_memory_allocated() / 2**30
+        return (held + torch.cuda.max_memory_allocated() - before) / 2**30
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -162,7 +177,7 @@ def peak_memory(function, args):
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return peak / 2**30
+    return (held + peak) / 2**30
 
 
 def share_outside_products(function, args):
@@ -177,41 +192,45 @@ def share_outside_products(function, args):
 
 
 def bench_step(folder, args):
-    fast = tgmae.bf16_is_fast(args.device)
-    made = steps(args, args.compile)
+    made, times = steps(args), {}
     rates = {amp: matrix_rate(args, torch.bfloat16 if amp else torch.float32) for amp in (False, True)}
     report("matrix rate, TFLOP/s", fp32=rates[False] / 1e12, bf16=rates[True] / 1e12)
-    took = {}
-    for ratio in sorted(set(tgmae.MASK_RATIOS.values()), reverse=True):
-        video, mask = batch_of(args, args.batch, ratio)
+    for mask_ratio in sorted(set(tgmae.MASK_RATIOS.values()), reverse=True):
+        video, mask = batch_of(args, args.batch, mask_ratio)
         flops = count_flops(made["ours"], video, mask)
         for amp in (False, True):
-            name = f"step {ratio} {'bf16' if amp else 'fp32'}"
-            ways = {way: (lambda step=step: step(video, mask, amp)) for way, step in made.items()}
-            s = took[ratio, amp] = medians(ways, args.repeats)
-            report(f"{name}: clips/s", **{way: args.batch / t for way, t in s.items()})
-            report(f"{name}: times as fast as", "sdpa 1.3, eager 2" if args.device == "cuda" else "sdpa 1, eager 1.4",
-                   sdpa=s["sdpa"] / s["ours"], eager=s["eager"] / s["ours"],
-                   **({"both compiled": s["sdpa compiled"] / s["ours compiled"]} if args.compile else {}))  # fmt: skip
-            report(f"{name}: of the matrix rate", ours=flops / s["ours"] / rates[amp], TFLOP=flops / 1e12,
-                   outside_products=share_outside_products(ways["ours"], args))  # fmt: skip
-            if args.device == "cuda" or ratio == 0.9:
-                memory = {
-                    way: args.batch / peak_memory(ways[way], args)
-                    for way in ("ours", "sdpa", "checkpointing")
-                }
+            name = f"step {mask_ratio} {'bf16' if amp else 'fp32'}"
+            names = ["ours", "sdpa", "eager"]
+            if mask_ratio == 0.9:  # what is compiled is compiled for one shape
+                names += ["checkpointing"] + ["ours compiled", "sdpa compiled"] * args.compile
+            ways = {way: (lambda step=made[way]: step(video, mask, amp)) for way in names}
+            t = times[mask_ratio, amp] = timed(ways, args.repeats)
+            report(f"{name}: clips/s", **{way: args.batch / s for way, s in medians(t).items()})
+            goal = "sdpa 1.3, eager 2, compiled 1.05" if args.device == "cuda" else "sdpa 1, eager 1.4"
+            faster = {"sdpa": ratio(t, "sdpa", "ours"), "eager": ratio(t, "eager", "ours")}
+            if "ours compiled" in t:
+                faster["both compiled"] = ratio(t, "sdpa compiled", "ours compiled")
+            report(f"{name}: times as fast as", goal, **faster)
+            share = flops / medians(t)["ours"] / rates[amp]
+            outside = share_outside_products(ways["ours"], args)
+            report(f"{name}: of the matrix rate", ours=share, TFLOP=flops / 1e12, outside_products=outside)
+            if "checkpointing" in t:
+                memory = {way: args.batch / peak_memory(made[way], ways[way], args) for way in names[:4]}
                 report(f"{name}: clips per GiB", "ours >= sdpa", **memory)
-                report(f"{name}: checkpointing takes", times_as_long=s["checkpointing"] / s["ours"])
-    if fast:
-        gain = {str(r): took[r, False]["ours"] / took[r, True]["ours"] for r, amp in took if amp}
-        report("bf16 over fp32, ours", "1.45 on a CPU", **gain)
-    batches = (32, 64, 128) if args.device == "cuda" else (2, 4, 8)
+                report(f"{name}: checkpointing takes", times_as_long=ratio(t, "checkpointing", "ours"))
+    if tgmae.bf16_is_fast(args.device):
+        gain = {
+            f"at {r}": medians(t)["ours"] / medians(times[r, True])["ours"]
+            for (r, amp), t in times.items()
+            if not amp
+        }
+        report("step: bf16 over fp32", "1.45 on a CPU", **gain)
     ways = {}
-    for size in batches:
+    for size in (32, 64, 128) if args.device == "cuda" else (2, 4, 8):
         batch = batch_of(args, size, 0.9)
-        ways[size] = lambda batch=batch: made["ours"](*batch, fast)
-    s = medians(ways, args.repeats)
-    report("step 0.9: ms a clip, by batch", "flat within 10%", **{str(n): 1e3 * t / n for n, t in s.items()})
+        ways[size] = lambda batch=batch: made["ours"](*batch, tgmae.bf16_is_fast(args.device))
+    per_clip = {str(size): 1e3 * s / size for size, s in medians(timed(ways, args.repeats)).items()}
+    report("step 0.9: ms a clip, by batch", "flat within 10%", **per_clip)
 
 
 # =================================================================================================
@@ -311,7 +330,7 @@ def bench_load(folder, args):
             toy.write_video(path, clip, fps=30, options={"crf": "23", "g": str(gop)})
             crop = tgmae.Crop(height // 16, width // 8, int(0.875 * height), int(0.875 * height), True)
             each = [
-                medians({n: (lambda w=w: w(path, start, crop)) for n, w in ways.items()}, args.repeats)
+                medians(timed({n: (lambda w=w: w(path, start, crop)) for n, w in ways.items()}, args.repeats))
                 for start in rng.integers(0, 300 - SPAN, 8).tolist()
             ]
             s = {n: statistics.mean(times[n] for times in each) for n in ways}
@@ -341,12 +360,13 @@ def clips_of(path, count, *flags):
 
 def repeats(path, name, args):
     """--repeat 4: clips of one decode, in the time of clips of one each."""
-    once, four = (clips_of(path, 8, "--repeat", n, "--batch-size", n) for n in (1, 4))
-    s = medians(
-        {"1": lambda: [once[0, i] for i in range(8)], "4": lambda: [four[0, i] for i in range(8)]},
-        args.repeats,
+    ways = {}
+    for n in (1, 4):
+        data = clips_of(path, 8, "--repeat", n, "--batch-size", n)
+        ways[n] = lambda data=data: [data[0, i] for i in range(8)]
+    report(
+        f"{name}: --repeat 4", "2, 2.5 at 720p", times_the_clips=4 * ratio(timed(ways, args.repeats), 1, 4)
     )
-    report(f"{name}: --repeat 4", "2, 2.5 at 720p", times_the_clips=4 * s["1"] / s["4"])
 
 
 def growth(folder, args):
@@ -358,18 +378,15 @@ def growth(folder, args):
         for _ in DataLoader(data, 4, sampler=samples, num_workers=workers, collate_fn=train.collate):
             pass
 
-    s = medians({n: (lambda n=n: read(n)) for n in (1, 2)}, args.repeats)
-    report("load 340x256: 2 workers over 1", "1.4 on 2 cores", times_the_clips=s[1] / s[2])
-    sizes = []
-    for start in range(0, args.clips, args.clips // 5):
-        for i in range(args.clips // 5):
-            data[start + i, i % 100]
-        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 2**20)
-    report(
-        "load 340x256: resident MiB",
-        "flat",
-        **{f"after {(i + 1) * args.clips // 5}": n for i, n in enumerate(sizes)},
-    )
+    times = timed({n: (lambda n=n: read(n)) for n in (1, 2)}, args.repeats)
+    report("load 340x256: 2 workers over 1", "1.4 on 2 cores", times_the_clips=ratio(times, 1, 2))
+    sizes = {}
+    for i in range(args.clips):
+        data[i, i % 100]
+        if (i + 1) % (args.clips // 5) == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            sizes[f"after {i + 1}"] = pages * resource.getpagesize() // 2**20
+    report("load 340x256: resident MiB", "flat", **sizes)
 
 
 # =================================================================================================
@@ -429,7 +446,7 @@ def bench_maps(folder, args):
     torch.backends.mha.set_fastpath_enabled(True)
     bound = matrix_rate(args, weights.dtype) / counter.get_total_flops()
     made = lambda: captions.similarity_map(clip[0], frames, text, 16, args.device)  # noqa: E731
-    rate = len(frames) * 14 * 19 / medians({"maps": made}, args.repeats)["maps"]
+    rate = len(frames) * 14 * 19 / medians(timed({"maps": made}, args.repeats))["maps"]
     report("maps: patches/s", "60%", ours=rate, of_the_bound=rate / bound, precision=str(weights.dtype)[6:])
 
     data = manifest_of(folder / "clip.mp4", args.batch, captions=["a person", "a dog", "a bicycle"])
@@ -438,10 +455,13 @@ def bench_maps(folder, args):
     captions.main(["maps", str(copied), *untrained_clip(folder, "toy")])
     with torch.enable_grad():
         ways = {"tube": loading_step(copied, "tube", args), "maps": loading_step(copied, "tgm", args)}
-        s = medians(ways, args.repeats)
-        s["online"] = medians({"online": loading_step(data, "tgm", args, *online)}, 1)["online"]
+        times = timed(ways, args.repeats)
+        slow = medians(timed({"online": loading_step(data, "tgm", args, *online)}, 1))
+    s = medians(times) | slow
     report("maps: s a step, with loading", **s)
-    report("maps: times tube's", "maps 1.05", maps=s["maps"] / s["tube"], online=s["online"] / s["tube"])
+    report(
+        "maps: times tube's", "maps 1.05", maps=ratio(times, "maps", "tube"), online=s["online"] / s["tube"]
+    )
 
 
 def bench_end(folder, args):
