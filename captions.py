@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -542,7 +543,7 @@ def from_pretrained(kind, model, **more):
 
     try:
         return getattr(transformers, kind).from_pretrained(model, **more)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if online else "the hub cannot be reached"
         raise ValueError(f"--model {model}: {reason}. Way out: --model FOLDER, a downloaded one") from error
 

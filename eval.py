@@ -67,7 +67,6 @@ RECIPES = {
 }  # fmt: skip
 RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
 MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
-MAX_NON_FINITE = 10  # steps in a row before fine-tuning stops
 
 
 def parse_args(argv=None):
@@ -134,7 +133,7 @@ def parse_args(argv=None):
     add("--val-split", default=None, help="split to choose best.pt by, in place of --holdout")
     add("--grad-checkpointing", action=yes_no, default=False, help="less memory for a third more time")
     add("--out", default=late, help="run folder (CHECKPOINT's folder/finetune-DATA)")
-    add("--resume", action=yes_no, default=True, help="go on from the run folder's last.pt")
+    tgmae.add_run_flags(add)
 
     add, either = command("linear", "Train a linear classifier on frozen features, then test it (4.2).")
     either("--random", "do the same with random weights, beside it", action=yes_no)
@@ -745,13 +744,14 @@ class Augmented(TrainingClips):
             if min(frames.shape[2:]) > MAX_SOURCE:
                 frames = v2.functional.resize(frames, [MAX_SOURCE], antialias=True)
             videos = [self.augment(frames).transpose(0, 1) for _ in range(args.repeat)]
-        return {"video": torch.stack(videos), "target": self.target[place]}
+        return {"video": torch.stack(videos), "target": self.target[place], "name": record["video"]}
 
 
 def collate(samples):
     return {
         "video": torch.cat([sample["video"] for sample in samples]),
         "target": torch.stack([sample["target"] for sample in samples]).repeat_interleave(len(samples[0]["video"])),
+        "names": [sample["name"] for sample in samples],
         "bad": sum((sample["bad"] for sample in samples), []),
     }  # fmt: skip
 
@@ -815,141 +815,102 @@ def test_scores(model, split, records, args, grid):
     return found._replace(values=found.values.mean(1))
 
 
-# What a resumed run may change.
-FREE = "workers device json resume out views view_grid test_split amp grad_checkpointing".split()
+# What a run that goes on may change.
+FREE = """workers device json resume out views view_grid test_split amp grad_checkpointing batch_size accum save_steps
+save_minutes keep""".split()
 
 
-def resume(path, model, optimizer, args):
-    """Loads the last.pt of the same run; another one's is refused. -> (steps done, best top-1)."""
-    saved, world = tgmae.load_file(path), rank_and_world()[1]
-    finished = saved["epoch"] == args.epochs
-    then, now = saved["args"], plain(args)
-    changed = [
-        f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key] and key not in FREE
-    ]
-    if not finished and saved["world"] != world:
-        changed.append(f"processes {saved['world']} -> {world}")
-    if changed:
-        raise ValueError(
-            f"{path} is of another run ({', '.join(changed)}): another --out, or --no-resume to start over"
-        )
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["best"]
-
-
-def forward_backward(net, stream, args, step, num_classes, bad):
-    """The forwards and backwards of one step -> its loss; notes videos that could not be read in `bad`."""
-    rank, world = rank_and_world()
-    loss = 0.0
+def forward_backward(net, stream, run, num_classes, videos):
+    """The forwards and backwards of one step -> (2,): its loss, how many videos could not be read. Adds the
+    names of those that were to `videos`."""
+    args, sums = run.args, 0
     for micro in range(args.accum):
         batch = next(stream)
-        bad += batch["bad"]
-        # Drop path and mixing draw from here, so a resumed run draws the same.
-        torch.manual_seed(tgmae.seed_of(args.seed, step, micro, rank, 2))
+        videos += batch["names"]
+        run.note_bad(batch["bad"])
+        # Drop path and mixing draw from here, so a run that goes on draws the same.
+        torch.manual_seed(tgmae.seed_of(args.seed, run.step, micro, run.rank, 2))
         video, target = (batch[name].to(args.device, non_blocking=True) for name in ("video", "target"))
         video, target = mix(video, target, num_classes, args)
-        last = world == 1 or micro == args.accum - 1
+        last = run.world == 1 or micro == args.accum - 1
         with contextlib.nullcontext() if last else net.no_sync():
             with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
                 logits = net(video)
-            part = F.cross_entropy(logits.float(), target, label_smoothing=args.smoothing) / args.accum
-            part.backward()
-        loss += part.detach()
-    return loss
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=args.smoothing) / args.accum
+            loss.backward()
+        sums = sums + torch.stack([loss.detach(), loss.new_tensor(len(batch["bad"]))])
+    return sums
 
 
 def fit(args, model, classes, train, val):
     """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in --out."""
-    rank, world = rank_and_world()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    saved = tgmae.load_last(args)
+    share = tgmae.share_step(args.batch_size, args.accum, saved and saved["videos"])
+    args.batch_size, args.accum = share.forward, share.accum
     data = Augmented(train, targets(train, classes, args.split), model.config, args)
-    videos = args.batch_size * args.accum * world
-    steps_per_epoch = len(data) // videos
+    steps_per_epoch = len(data) // share.videos
     if not steps_per_epoch:
         raise ValueError(
-            f"{len(data)} training clips are fewer than a step takes ({world} processes x --batch-size "
+            f"{len(data)} training clips are fewer than a step takes ({rank_and_world()[1]} processes x --batch-size "
             f"{args.batch_size} x --accum {args.accum})"
         )
-    total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
-    peak, least = args.lr * videos / 256, args.min_lr * videos / 256
+    settings = plain(args) | {"clips": len(data)}
+    peak, least = args.lr * share.videos / 256, args.min_lr * share.videos / 256
     optimizer = make_optimizer(model, args)
     step, best = 0, -1.0
-    if args.resume and (out / "last.pt").exists():
-        step, best = resume(out / "last.pt", model, optimizer, args)
-    if rank == 0:
-        tgmae.cut_log(out / "log.jsonl", step)
-    say(
-        f"train   {len(data):,} clips, {len(val or ()):,} more choose best.pt; {len(classes)} classes; {args.epochs} epochs x "
-        f"{steps_per_epoch} steps, from step {step}\nsteps   {videos} videos x {args.repeat} clips; learning rate "
-        f"{peak:.3g}; {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}"
-    )
-    net = DistributedDataParallel(model) if world > 1 else model
-    every = 0.5 if sys.stderr.isatty() else 10  # seconds
-    bar = tqdm(total=total, initial=step, desc="finetune", unit="step", disable=rank > 0, mininterval=every)
-    known_bad, skipped = tgmae.read_bad(out / "bad_videos.txt"), 0
-    stream = tgmae.training_batches(data, args.batch_size, args, step, steps_per_epoch, collate)
-    for epoch in range(step // steps_per_epoch, args.epochs):
-        net.train()
-        for _ in range(steps_per_epoch):
-            lr = tgmae.learning_rate(step, warmup, total, peak, least, first=least)
+    if saved:
+        keys = (key for key in settings if key not in FREE)
+        tgmae.refuse_another_run(args, saved["args"], settings, keys)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, best = saved["step"], saved["best"]
+
+    def state():
+        return {
+            "config": asdict(model.config), "model": model.state_dict(), "classes": classes, "best": best,
+            "epoch": run.step // steps_per_epoch, "videos": share.videos, "args": settings,
+        }  # fmt: skip
+
+    with tgmae.Run(args, step, steps_per_epoch) as run:
+        world, warmup = run.world, int(args.warmup_epochs * steps_per_epoch)
+        say(
+            f"train   {len(data):,} clips, {len(val or ()):,} more choose best.pt; {len(classes)} classes; {args.epochs} epochs x "
+            f"{steps_per_epoch} steps, from step {step}\nsteps   {share.videos} videos = {world} process(es) x {share.forward} x "
+            f"{share.accum}, {args.repeat} clips of each; learning rate {peak:.3g}; {args.device}, "
+            f"{'bf16' if args.amp else 'fp32'}; run folder {run.out}"
+        )
+        net = DistributedDataParallel(model) if world > 1 else model
+        stream = tgmae.training_batches(data, share, args, step, steps_per_epoch, collate)
+        while run.step < run.total:
+            net.train()
+            lr = tgmae.learning_rate(run.step, warmup, run.total, peak, least, first=least)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            began, bad = time.perf_counter(), []
+            began, videos = time.perf_counter(), []
             optimizer.zero_grad()
-            loss = forward_backward(net, stream, args, step, len(classes), bad)
-            tgmae.note_bad(out / "bad_videos.txt", bad, known_bad)
+            sums = forward_backward(net, stream, run, len(classes), videos)
             norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
-            # Gradients are DDP's mean over ranks: a bad number on one is seen by all, who skip together.
-            skipped = 0 if math.isfinite(norm) else skipped + 1
-            if not skipped:
+            (loss, bad), blamed = run.agree(sums, [norm], videos)
+            if not blamed:
                 optimizer.step()
-            step += 1
-            sums = torch.tensor([loss, len(bad)], device=args.device)
-            if world > 1:
-                dist.all_reduce(sums)
-            line = {"step": step, "epoch": epoch, "loss": round(sums[0].item() / world, 6), "lr": lr}
-            line |= {
-                "grad_norm": round(norm, 4),
-                "bad": int(sums[1]),
-                **({"skipped": skipped} if skipped else {}),
-            }
-            line["clips_per_s"] = round(videos * args.repeat / (time.perf_counter() - began), 2)
-            bar.set_postfix(loss=line["loss"], refresh=False)
-            bar.update()
-            if rank == 0:
-                tgmae.append_log(out / "log.jsonl", line)
-            if skipped == MAX_NON_FINITE:
-                raise ValueError(
-                    f"step {step}: {skipped} in a row without a finite gradient; {out}/last.pt is as it was"
-                )
-        best = end_epoch(args, model, classes, val, optimizer, epoch, step, best)
-    bar.close()
+            epoch, took = run.step // steps_per_epoch, time.perf_counter() - began
+            clips = world * share.forward * share.accum * args.repeat
+            run.log({
+                "step": run.step + 1, "epoch": epoch, "loss": round(loss.item() / world, 6), "lr": lr,
+                "grad_norm": round(norm, 4), "bad": int(bad), "clips_per_s": round(clips / took, 2),
+            }, blamed)  # fmt: skip
+            if val and run.step % steps_per_epoch == 0:
+                found = test_scores(model, "held-out", val, args, (1, 1))
+                top = accuracy(found.values, targets(val, classes, "held-out clips")[found.kept])
+                better, best = top["top-1"] > best, max(best, top["top-1"])
+                if run.rank == 0:
+                    line = {f"val {name}": value for name, value in top.items()}
+                    tgmae.append_log(run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **line})
+                    if better:
+                        tgmae.save_checkpoint(run.out / "best.pt", step=run.step, **state())
+            run.save(lambda: state() | {"optimizer": optimizer.state_dict()})
     if world > 1:
-        dist.barrier()  # before others read what rank 0 writes
-
-
-def end_epoch(args, model, classes, val, optimizer, epoch, step, best):
-    """Tests on val, and saves. -> the best top-1 there so far."""
-    top = {}
-    if val:
-        found = test_scores(model, "held-out", val, args, (1, 1))
-        top = accuracy(found.values, targets(val, classes, "held-out clips")[found.kept])
-    better, best = top.get("top-1", -1.0) > best, max(best, top.get("top-1", -1.0))
-    rank, world = rank_and_world()
-    if rank:
-        return best
-    out = Path(args.out)
-    state = {"config": asdict(model.config), "model": model.state_dict(), "classes": classes}
-    state |= {"epoch": epoch + 1, "step": step, "world": world, "best": best, "args": plain(args)}
-    if val:
-        line = {"step": step, "epoch": epoch, **{f"val {name}": value for name, value in top.items()}}
-        tgmae.append_log(out / "log.jsonl", line)
-    if better:
-        tgmae.save_checkpoint(out / "best.pt", **state)
-    tgmae.save_checkpoint(out / "last.pt", optimizer=optimizer.state_dict(), **state)
-    return best
+        dist.barrier()  # before others read what process 0 writes
 
 
 def head_of(args, manifest, test):
@@ -1340,6 +1301,9 @@ def main(argv=None):
         ](args)
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {tgmae.last_line(error)}")
+    except torch.OutOfMemoryError as error:
+        less = "a smaller --batch-size (finetune: with a larger --accum, --grad-checkpointing), --amp"
+        sys.exit(f"eval.py: {tgmae.last_line(error)}; what needs less: {less}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -29,6 +29,11 @@ import itertools
 import json
 import math
 import os
+import pickle
+import signal
+import stat
+import sys
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -45,10 +50,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 # =================================================================================================
 # Config: every size of the model, and the presets.
@@ -131,12 +137,13 @@ PRESETS = {
 
 # =================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both.
-# Needs: av, VideoReformatter, contextlib, gc, itertools, json, math, os, warnings, zipfile, NamedTuple, Path,
+# Needs: av, VideoReformatter, contextlib, gc, itertools, json, math, os, stat, warnings, zipfile, NamedTuple, Path,
 # numpy as np, torch, torch.nn.functional as F.
 # A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
 # =================================================================================================
 
 MOTION_CELL = 8  # pixels: the codec's smallest block
+MAX_PIXELS = 8192 * 4320  # of a frame; a broken header may claim anything
 
 
 class VideoError(ValueError):
@@ -175,15 +182,21 @@ class Video(NamedTuple):
 def _open_stream(path, motion):
     """Yields (container, best video stream); whatever libav finds wrong becomes a VideoError."""
     try:
-        with av.open(str(path)) as container:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device might never end
+            raise VideoError(f"{path}: not a file")
+        # file: whatever its name looks like, no protocol of libav's such as http.
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise VideoError(f"{path}: no video stream that can be decoded")
+            if stream.width * stream.height > MAX_PIXELS:
+                raise VideoError(f"{path}: {stream.width}x{stream.height} pixels, larger than 8K")
             # Loaders run a process a core; and with several threads in one decoder the number of
             # motion vectors changes from run to run.
             stream.codec_context.thread_count = 1
-            if motion:  # before the first frame is decoded
-                stream.codec_context.options = {"flags2": "+export_mvs"}
+            # Set before the first frame is decoded.
+            options = {"flags2": "+export_mvs"} if motion else {}
+            stream.codec_context.options = options | {"max_pixels": str(MAX_PIXELS)}
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: {error.strerror or error}") from error
@@ -220,8 +233,8 @@ def open_video(path, *, motion=False):
         yield path
         return
     with _open_stream(path, motion) as (container, stream):
-        stat = os.stat(path)
-        key = str(path), stat.st_size, stat.st_mtime_ns
+        status = os.stat(path)
+        key = str(path), status.st_size, status.st_mtime_ns
         if key not in _INDICES:
             if len(_INDICES) == MAX_INDICES:
                 del _INDICES[next(iter(_INDICES))]  # the oldest
@@ -399,11 +412,13 @@ def _frame_difference(frames):
     return F.avg_pool2d(change[:, None], MOTION_CELL, ceil_mode=True)[:, 0]
 
 
-def _read_frames(decoded, wanted, motion):
+def _read_frames(path, decoded, wanted, motion):
     """From pairs (number, frame) -> {number: RGB} and, with motion, {number: motion field or None} of those
-    that are wanted."""
+    that are wanted. VideoError if one of them, or one on the way to them, is damaged."""
     rgb, fields, size, scalers = {}, {}, None, (VideoReformatter(), VideoReformatter())
     for number, frame in decoded:
+        if frame.is_corrupt:  # what follows refers to it
+            raise VideoError(f"{path}: frame {number} is damaged")
         size = size or (frame.height, frame.width)  # should it change: as the first
         if number in wanted:
             rgb[number] = _to_rgb(frame, size, scalers)
@@ -429,7 +444,7 @@ def read_clip(path, frames, *, motion=False):
             raise ValueError(f"{path}: motion of a video that was opened without motion=True")
         # A seek that lands too late is told by missing frames: from the start, then.
         for decode in (_decode, _decode_from_start):
-            rgb, fields = _read_frames(decode(video, frames), set(frames), motion)
+            rgb, fields = _read_frames(path, decode(video, frames), set(frames), motion)
             if rgb.keys() == set(frames):
                 break
         else:
@@ -745,7 +760,7 @@ def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
 
 # =================================================================================================
 # CLIP: any model that open_clip loads, frozen, and its text embeddings.
-# Needs: os, urllib.error, urllib.request, Path, torch, torch.nn.functional as F. Paper: 3.3.
+# Needs: os, pickle, urllib.error, urllib.request, Path, torch, torch.nn.functional as F. Paper: 3.3.
 # =================================================================================================
 
 
@@ -797,7 +812,7 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
         # A missing file otherwise means random weights and a mere warning.
         clip = open_clip.create_model(name, tag, device=device, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if online else "the hub cannot be reached"
         raise ValueError(
             f"--clip {name} --clip-pretrained {pretrained}: {reason}. Ways out: --clip-pretrained FILE "
@@ -1124,7 +1139,7 @@ def reconstruct(video, mask, pred, config):
 
 # =================================================================================================
 # Weights in and out: VideoMAE's official names are ours, except for the patch embedding's shape.
-# Needs: argparse, importlib.metadata, json, Path, torch; Config and PRESETS, and work_offline_if_no_hub of
+# Needs: argparse, importlib.metadata, json, pickle, Path, torch; Config and PRESETS, and work_offline_if_no_hub of
 # CLIP for hub names.
 # =================================================================================================
 
@@ -1245,6 +1260,8 @@ def _load_huggingface(source):
         if kind not in ("VideoMAEModel", "VideoMAEForPreTraining", "VideoMAEForVideoClassification"):
             raise ValueError(f"{source}: a {kind}, not a VideoMAE")
         model = getattr(transformers, kind).from_pretrained(source)
+    except pickle.UnpicklingError as error:  # of older files, read without running what they bring
+        raise ValueError(f"{source}: holds more than weights: {str(error).strip().splitlines()[0]}") from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -1305,10 +1322,11 @@ def load_checkpoint(source):
 
 
 # =================================================================================================
-# Runs: what the scripts share, and the method does not need: processes, schedule, the
-# place of a video that cannot be read, log and checkpoint files.
-# Needs: json, math, os, timedelta, Path, numpy as np, torch, torch.distributed as dist, DataLoader,
-# DistributedSampler; VideoError of Reading, bf16_is_fast of CLIP.
+# Runs: what the scripts share, and the method does not need: processes, schedule, the place of a video
+# that cannot be read, log, checkpoints, steps with bad numbers, stopping and going on.
+# Needs: argparse, contextlib, itertools, json, math, os, signal, sys, time, timedelta, Path, NamedTuple, numpy as np,
+# torch, torch.distributed as dist, DataLoader, tqdm; VideoError of Reading, bf16_is_fast of CLIP,
+# load_file of Weights in and out.
 # =================================================================================================
 
 
@@ -1377,64 +1395,230 @@ class TrainingClips(torch.utils.data.Dataset):
         raise VideoError(f"{len(bad)} video(s) in a row cannot be read, the last: {bad[-1][1]}")
 
 
-def training_batches(data, videos, args, step, steps_per_epoch, collate):
-    """Batches of `videos` samples for this process, args.accum of them a step, from global step `step` on to
-    the end of the last epoch. The loader processes are the same all along, and go on into the next epoch."""
+class Share(NamedTuple):
+    """A step's videos, and how the processes share them."""
+
+    videos: int  # of a step
+    forward: int  # of a process in a forward
+    accum: int  # forwards a step
+
+
+def share_step(forward, accum, videos=None):
+    """Splits a step over the processes that there are: `accum` forwards of `forward` videos each; or, where a
+    run goes on, the `videos` that its steps had, at most `forward` at a time. A remainder that cannot be split
+    evenly is left out of every step. More processes than videos: ValueError."""
+    _, world = rank_and_world()
+    videos = videos or forward * accum * world
+    mine = videos // world
+    if not mine:
+        raise ValueError(f"{world} processes cannot share a step of {videos} video(s)")
+    accum = -(-mine // forward)
+    return Share(videos, mine // accum, accum)
+
+
+def training_batches(data, share, args, step, steps_per_epoch, collate):
+    """Batches of samples for this process, share.accum of them a step, from global step `step` on to the end of
+    the last epoch. An epoch's order follows from the seed alone, whatever the number of processes. The loader
+    processes are the same all along, and go on into the next epoch."""
     rank, world = rank_and_world()
-    sampler = DistributedSampler(data, world, rank, seed=args.seed, drop_last=True)
 
     def order():
         for epoch in range(step // steps_per_epoch, args.epochs):
-            sampler.set_epoch(epoch)
-            begin = max(0, step - epoch * steps_per_epoch)
-            samples = slice(begin * args.accum * videos, steps_per_epoch * args.accum * videos)
-            yield from ((epoch, index) for index in list(sampler)[samples])
+            generator = torch.Generator().manual_seed(args.seed + epoch)
+            indices = torch.randperm(len(data), generator=generator).tolist()
+            for place in range(max(0, step - epoch * steps_per_epoch), steps_per_epoch):
+                mine = indices[place * share.videos : (place + 1) * share.videos][rank::world]
+                yield from ((epoch, index) for index in mine[: share.forward * share.accum])
 
     return iter(DataLoader(
-        data, videos, sampler=order(), num_workers=args.workers, collate_fn=collate,
-        pin_memory=args.device == "cuda",
+        data, share.forward, sampler=order(), num_workers=args.workers, collate_fn=collate,
+        pin_memory=args.device == "cuda", worker_init_fn=_ignore_sigterm,
     ))  # fmt: skip
 
 
-def read_bad(path):
-    """The videos in a list that note_bad made."""
-    return {line.split("\t")[0] for line in path.read_text().splitlines()} if path.exists() else set()
+def _ignore_sigterm(_):
+    # A scheduler sends SIGTERM to all processes; the run needs its loaders until it has saved. They end with it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def note_bad(path, bad, known):
-    """Lists videos that could not be read, once each, with the reason."""
-    new = {video: reason for video, reason in bad if video not in known}
-    known.update(new)
-    if new:
-        with open(path, "a") as file:
-            file.write("".join(f"{video}\t{reason}\n" for video, reason in new.items()))
+def add_run_flags(add):
+    add("--save-steps", type=int, default=0, help="steps from one checkpoint to the next (0: only by time and epochs)")
+    add("--save-minutes", type=float, default=10, help="minutes between checkpoints (0: only by steps and epochs)")
+    add("--keep", type=int, default=0, help="how many checkpoints stay as step-N.pt, beside last.pt")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from the run folder's last.pt")
+
+
+def load_last(args):
+    """The checkpoint from which the run in --out goes on, None if it begins. The same one for all processes:
+    a ValueError where a machine sees another."""
+    path = Path(args.out) / "last.pt"
+    saved = load_file(path) if args.resume and path.exists() else None
+    if saved and not {"args", "step", "videos"} <= saved.keys():
+        raise ValueError(f"{path}: not a checkpoint that a run goes on from; another --out, or --no-resume")
+    rank, world = rank_and_world()
+    steps = [saved["step"] if saved else 0]
+    if world > 1:
+        steps = [None] * world
+        dist.all_gather_object(steps, saved["step"] if saved else 0)
+    if len(set(steps)) > 1:
+        raise ValueError(f"{path}: holds step {steps[rank]} here, {steps[0]} for process 0: machines share --out")
+    return saved
+
+
+def refuse_another_run(args, then, now, keys):
+    """ValueError if what the run in --out was made with differs in one of the keys."""
+    changed = [f"{key} {then.get(key)} -> {now[key]}" for key in keys if then.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{args.out}/last.pt is of another run ({', '.join(changed)}): another --out, or --no-resume to start over"
+        )
+
+
+MAX_NON_FINITE = 10  # steps in a row without finite numbers before a run stops
+
+
+class Run:
+    """A training run: its folder and log, where it stands, and when it saves, leaves out a step, stops. Inside
+    `with`, SIGTERM asks it to save and stop. All processes call agree, log and save together."""
+
+    def __init__(self, args, step, steps_per_epoch):
+        self.args, self.step, self.steps_per_epoch = args, step, steps_per_epoch
+        self.total = args.epochs * steps_per_epoch
+        self.out = Path(args.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.rank, self.world = rank_and_world()
+        if self.rank == 0:
+            _cut_log(self.out / "log.jsonl", step)
+        self.skipped = 0  # steps in a row
+        self.signalled = self.stopping = False
+        self.saved_step, self.saved_at = step, time.monotonic()
+        every = 0.5 if sys.stderr.isatty() else 10  # seconds
+        self.bar = tqdm(total=self.total, initial=step, unit="step", disable=self.rank > 0, mininterval=every)
+
+    def __enter__(self):
+        def ask(*_):
+            self.signalled = True
+
+        self.before = signal.signal(signal.SIGTERM, ask)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.before)
+        self.bar.close()
+
+    def note_bad(self, bad):
+        """Lists videos that could not be read in bad_videos.txt, once each, with the reason."""
+        path = self.out / "bad_videos.txt"
+        if bad:
+            known = path.read_text() if path.exists() else ""
+            new = {video: why for video, why in bad if f"\n{video}\t" not in f"\n{known}"}
+            _append(path, "".join(f"{video}\t{why}\n" for video, why in new.items()))
+
+    def agree(self, sums, norms, videos):
+        """Losses and counts of this process's step (n,), norms of the gradient, the step's videos -> sums over all
+        processes, and, if a number of any process is not finite, the videos that may be to blame: then all must
+        leave the step out. They are those of processes where the first of the sums is not finite, if it is so."""
+        suspect = not sums[0].isfinite()
+        broken = not sums.isfinite().all() or not all(map(math.isfinite, norms))
+        sums = torch.cat([sums, sums.new_tensor([broken, suspect, self.signalled])])
+        if self.world > 1:
+            dist.all_reduce(sums)
+        *_, broken, suspects, signalled = sums.tolist()
+        self.stopping = signalled > 0
+        blamed = [videos if suspect or not suspects else []]
+        if broken and self.world > 1:
+            blamed = [None] * self.world
+            dist.all_gather_object(blamed, videos if suspect or not suspects else [])
+        return sums[:-3], sorted(set(itertools.chain(*blamed))) if broken else []
+
+    def log(self, line, blamed=()):
+        """Ends a step: its line in log.jsonl. ValueError after too many in a row without finite numbers."""
+        self.step += 1
+        self.skipped = self.skipped + 1 if blamed else 0
+        line = {key: value if math.isfinite(value) else None for key, value in line.items()}
+        self.bar.set_postfix({key: line[key] for key in ("mae", "vt", "loss", "wait") if key in line}, refresh=False)
+        self.bar.update()
+        if self.rank == 0:
+            append_log(self.out / "log.jsonl", line | ({"skipped": blamed} if blamed else {}))
+        if self.skipped == MAX_NON_FINITE:
+            raise ValueError(
+                f"step {self.step}: {self.skipped} in a row without a finite loss and gradient, the videos are in "
+                f"{self.out}/log.jsonl; {self.out}/last.pt is as it was, of step {self.saved_step}"
+            )
+
+    def save(self, state):
+        """Writes last.pt, state() and all, if that is due: at the end of an epoch, after --save-steps or
+        --save-minutes, when asked to stop; not between steps that were left out. Asked to stop, it raises SystemExit."""
+        args, last = self.args, self.step == self.total
+        due = self.step % self.steps_per_epoch == 0 or self.stopping
+        due |= args.save_steps > 0 and self.step % args.save_steps == 0
+        due |= args.save_minutes > 0 and time.monotonic() - self.saved_at >= 60 * args.save_minutes
+        if due and (last or not self.skipped):
+            if self.rank == 0:
+                save_checkpoint(self.out / "last.pt", keep=args.keep, step=self.step, **state())
+            self.saved_step, self.saved_at = self.step, time.monotonic()
+        if self.stopping and not last:
+            if self.world > 1:
+                dist.barrier()  # until process 0 has written
+            self.bar.close()
+            if self.rank == 0:
+                print(f"stopped by SIGTERM; {self.out}/last.pt holds step {self.saved_step}", file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)  # as for a process that the signal ends: the run is not finished
 
 
 def append_log(path, line):
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    _append(path, json.dumps(line) + "\n")
 
 
-def cut_log(path, step):
+def _append(path, text):
+    with _naming(path), open(path, "a") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def _naming(path):
+    """A disk that is full does not say for which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+
+
+def _cut_log(path, step):
     """Drops the lines after `step`: those steps will be taken again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with _naming(path):
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
 
 
-def save_checkpoint(path, **state):
-    """Written beside, flushed, renamed: whatever happens, `path` is a whole checkpoint."""
+def save_checkpoint(path, *, keep=0, **state):
+    """Written beside, flushed, renamed: whatever happens, `path` is a whole checkpoint. The last `keep` stay as
+    step-00000000.pt, too."""
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with _naming(path):
+        try:
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        if keep:
+            numbered = path.with_name(f"step-{state['step']:08}.pt")
+            numbered.unlink(missing_ok=True)
+            os.link(path, numbered)
+            written = sorted(path.parent.glob("step-*.pt"), key=lambda file: file.stat().st_mtime)
+            for old in written[:-keep]:
+                old.unlink()
 
 
 def last_line(error):
     """What an exception says, in one line: a loader process puts its traceback in front of the message."""
+    if isinstance(error, torch.OutOfMemoryError):  # followed by a page of advice
+        return ". ".join(str(error).split(". ")[:2])
     text = str(error).strip().splitlines()[-1]
     return text.removeprefix("tgmae.VideoError: ").removeprefix("ValueError: ")

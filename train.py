@@ -30,7 +30,6 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
-from tqdm import tqdm
 
 import tgmae
 from tgmae import MASK_RATIOS, PRESETS, TrainingClips
@@ -39,7 +38,6 @@ TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1, "batch_size": 16, "blr
        "stride": 4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
 REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, "blr": 1.5e-4, "min_lr": 1e-5,
         "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
-MAX_NON_FINITE = 10  # steps in a row before the run stops
 
 
 def parse_args(argv=None):
@@ -90,7 +88,7 @@ def parse_args(argv=None):
     add("--compile", action=yes_no, default=False, help="torch.compile encoder and decoder")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
     add("--out", default=argparse.SUPPRESS, help="run folder (runs/DATA-MASK...)")
-    add("--resume", action=yes_no, default=True, help="go on from the run folder's last.pt")
+    tgmae.add_run_flags(add)
     args = parser.parse_args(argv)
 
     given, defaults = vars(args), TOY if args.data == "toy" else REAL
@@ -169,7 +167,7 @@ class Clips(TrainingClips):
         return {
             "video": torch.stack(videos), "mask": torch.stack(masks) if masks else None,
             "captions": [record["captions"][i] for i in chosen], "text": text_map.text[chosen] if text_map else None,
-            "group": place, "seed": seed, "no_motion": any(w.category is tgmae.NoMotionVectors for w in caught),
+            "name": record["video"], "group": place, "seed": seed, "no_motion": any(w.category is tgmae.NoMotionVectors for w in caught),
         }  # fmt: skip
 
     def draw_captions(self, record, count, generator):
@@ -188,6 +186,7 @@ def collate(samples):
     masks = [sample["mask"] for sample in samples]
     return {
         "video": torch.cat([sample["video"] for sample in samples]),
+        "names": [sample["name"] for sample in samples],
         "mask": None if masks[0] is None else torch.cat(masks),
         "captions": sum((sample["captions"] for sample in samples), []),
         "text": None if samples[0]["text"] is None else torch.cat([sample["text"] for sample in samples]),
@@ -254,25 +253,23 @@ def clip_together(model, args):
 # The run folder.
 # =================================================================================================
 
-# What a resumed run must share with the checkpoint, beside the sizes of the model.
+# What a run that goes on must share with its checkpoint, beside the sizes of the model.
 SAME = (
-    "data", "split", "clip", "mask", "mask_ratio", "bottom_k", "mae", "vt", "vt_weight", "seed",
-    "epochs", "batch_size", "accum", "repeat", "world",
+    "data", "clips", "split", "clip", "mask", "mask_ratio", "bottom_k", "mae", "vt", "vt_weight", "seed", "epochs", "repeat"
 )  # fmt: skip
 
 
-def resume(path, model, optimizer, args, world):
+def settings(args, data):
+    """What args.json and checkpoints keep of a run."""
+    world = tgmae.rank_and_world()[1]
+    return vars(args) | {"clips": len(data), "world": world, "torch": str(torch.__version__)}
+
+
+def go_on(saved, model, optimizer, args, data):
     """Loads a checkpoint of the same run; another one's is refused. Returns its step."""
-    saved = tgmae.load_file(path)
-    then, now = saved["args"] | {"world": saved["world"]}, vars(args) | {"world": world}
-    then, now = then | saved["config"], now | asdict(model.config)
-    changed = [
-        f"{key} {then[key]} -> {now[key]}" for key in (*SAME, *saved["config"]) if then[key] != now[key]
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} is of another run ({', '.join(changed)}): another --out, or --no-resume to start over"
-        )
+    config = asdict(model.config)
+    now = settings(args, data) | config
+    tgmae.refuse_another_run(args, saved["args"] | saved["config"], now, (*SAME, *config))
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
@@ -400,11 +397,11 @@ def build_model(args, text, record):
     return model.to(args.device), clip
 
 
-def describe(args, model, data, world, steps_per_epoch):
+def describe(args, model, data, world, share, steps_per_epoch, step, before):
     c = model.config
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     t, h, w = c.grid
-    batch = args.batch_size * world
+    batch, clips = args.batch_size * world, share.videos * args.repeat
     mask = f"{args.mask}, {'lowest' if args.bottom_k else 'highest'} {int(args.mask_ratio * h * w)} of {h * w} patches"
     mask += f" in each of {t} slices"
     if args.mask == "tgm":
@@ -414,17 +411,23 @@ def describe(args, model, data, world, steps_per_epoch):
     if data.text:
         loss += "" if args.vt else ", VT watched"
         loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
+    left = clips - batch * args.accum
+    left_out = f", {left} left out of each step" if left else ""
     print(
         f"model   {args.preset}, {sum(count.values()):.1f} M parameters (encoder {count['encoder']:.1f}, decoder "
         f"{count['decoder']:.1f}); clips of {c.num_frames} frames {c.image_size}x{c.image_size}, {c.num_patches} cubes\n"
         f"data    {args.data}, split {args.split}: {len(data)} videos, stride {args.stride}, "
         f"{args.repeat} clip(s) a decode, flip {'on' if args.flip else 'off'}\n"
         f"mask    {mask}\nloss    {loss}\n"
-        f"steps   {args.epochs} epochs x {steps_per_epoch} steps; global batch {batch * args.accum} = {world} "
-        f"process(es) x {args.batch_size} x {args.accum}; learning rate {args.blr * batch * args.accum / 256:.3g}\n"
+        f"steps   {args.epochs} epochs x {steps_per_epoch} steps; global batch {clips} = {world} "
+        f"process(es) x {args.batch_size} x {args.accum}{left_out}; learning rate {args.blr * clips / 256:.3g}\n"
         f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {args.out}",
         flush=True,
     )  # fmt: skip
+    if step:
+        total = args.epochs * steps_per_epoch
+        finished = ": finished, --no-resume starts over" if step == total else ""
+        print(f"resume  at step {step} of {total}, so far of {before} process(es){finished}", flush=True)
 
 
 @torch.no_grad()
@@ -464,20 +467,6 @@ def losses_and_gradients(net, batch, clip, args, config):
     return torch.cat([torch.stack([mae.detach().float(), vt.detach().float()]) / args.accum, counts])
 
 
-def open_run(args, rank, world, model, optimizer):
-    """Makes the run folder, or goes on in it. -> steps done."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    step = 0
-    if args.resume and (out / "last.pt").exists():
-        step = resume(out / "last.pt", model, optimizer, args, world)
-    if rank == 0:
-        tgmae.cut_log(out / "log.jsonl", step)
-        settings = vars(args) | {"world": world, "torch": torch.__version__}
-        (out / "args.json").write_text(json.dumps(settings, indent=1))
-    return step
-
-
 def log_line(args, text, world, sums, step, epoch, lr, norm, took, waited):
     """What log.jsonl says of a step: losses (means over ranks), schedule, speed, and what went wrong."""
     mae, vt, bad, no_motion = sums.tolist()
@@ -489,20 +478,16 @@ def log_line(args, text, world, sums, step, epoch, lr, norm, took, waited):
     return line | {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
 
 
-def train(args, rank, world, model, clip, data, val):
-    out = Path(args.out)
-    steps_per_epoch = len(data) // world // (args.batch_size // args.repeat) // args.accum
-    total, global_batch = args.epochs * steps_per_epoch, args.batch_size * args.accum * world
+def train(args, share, saved, model, clip, data, val):
+    rank, world = tgmae.rank_and_world()
+    steps_per_epoch = len(data) // share.videos
     # Both rates, like VideoMAE's, are given per 256 clips.
-    peak, last = args.blr * global_batch / 256, args.min_lr * global_batch / 256
+    peak, last = (rate * share.videos * args.repeat / 256 for rate in (args.blr, args.min_lr))
     warmup = int(args.warmup_epochs * steps_per_epoch)
     optimizer = make_optimizer(model, args)
-    step = open_run(args, rank, world, model, optimizer)
+    step = go_on(saved, model, optimizer, args, data) if saved else 0
     if rank == 0:
-        describe(args, model, data, world, steps_per_epoch)
-        if step:
-            finished = ": finished, --no-resume starts over" if step == total else ""
-            print(f"resume  at step {step} of {total}{finished}", flush=True)
+        describe(args, model, data, world, share, steps_per_epoch, step, saved and saved["args"]["world"])
     if args.compile:  # what stands between them depends on masks, which are on the CPU
         model.encoder.compile()
         model.decoder.compile()
@@ -511,58 +496,46 @@ def train(args, rank, world, model, clip, data, val):
         net = DistributedDataParallel(model, broadcast_buffers=False)
     clipped = [[p for p in part.parameters() if p.requires_grad] for part in clip_together(model, args)]
 
-    videos = args.batch_size // args.repeat
-    stream = tgmae.training_batches(data, videos, args, step, steps_per_epoch, collate)
-    every = 0.5 if sys.stderr.isatty() else 10  # seconds
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=every)
-    known_bad, skipped = tgmae.read_bad(out / "bad_videos.txt"), 0
-    while step < total:
-        lr = tgmae.learning_rate(step, warmup, total, peak, last)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        began, waited, sums = time.perf_counter(), 0.0, 0
-        for micro in range(args.accum):
-            asked = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - asked
-            tgmae.note_bad(out / "bad_videos.txt", batch["bad"], known_bad)
-            with contextlib.nullcontext() if world == 1 or micro == args.accum - 1 else net.no_sync():
-                sums = sums + losses_and_gradients(net, batch, clip, args, model.config)
-        limit = args.clip_grad or math.inf
-        norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped if part]
-        # Gradients are DDP's mean over ranks: a bad number on one is seen by all, who skip together.
-        finite = all(map(math.isfinite, norms))
-        skipped = 0 if finite else skipped + 1
-        if finite:
-            optimizer.step()
-        epoch = step // steps_per_epoch
-        step += 1
-        if world > 1:
-            dist.all_reduce(sums)
-        took = time.perf_counter() - began
-        line = log_line(args, data.text, world, sums, step, epoch, lr, norms[0], took, waited)
-        line |= {} if finite else {"skipped": skipped}
-        bar.set_postfix({key: line[key] for key in ("mae", "vt", "wait") if key in line}, refresh=False)
-        bar.update()
+    def state():
+        return {
+            "config": asdict(model.config), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "epoch": run.step // steps_per_epoch, "videos": share.videos, "args": settings(args, data),
+        }  # fmt: skip
+
+    with tgmae.Run(args, step, steps_per_epoch) as run:
         if rank == 0:
-            tgmae.append_log(out / "log.jsonl", line)
-        if skipped == MAX_NON_FINITE:
-            raise ValueError(
-                f"step {step}: {skipped} in a row without a finite gradient; {out}/last.pt is as it was"
-            )
-        if step % steps_per_epoch:
-            continue
-        if rank == 0:
-            tgmae.save_checkpoint(
-                out / "last.pt", config=asdict(model.config), model=model.state_dict(), world=world,
-                optimizer=optimizer.state_dict(), epoch=epoch + 1, step=step, args=vars(args),
-            )  # fmt: skip
-        if val:
-            losses = validate(net, val, clip, args, rank, world)
-            if rank == 0:
-                tgmae.append_log(out / "log.jsonl", {"step": step, "epoch": epoch, **losses})
-    bar.close()
+            (run.out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
+        stream = tgmae.training_batches(data, share, args, step, steps_per_epoch, collate)
+        while run.step < run.total:
+            lr = tgmae.learning_rate(run.step, warmup, run.total, peak, last)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad()
+            statistics = [buffer.clone() for buffer in model.predictor.buffers()]
+            began, waited, sums, videos = time.perf_counter(), 0.0, 0, []
+            for micro in range(args.accum):
+                asked = time.perf_counter()
+                batch = next(stream)
+                waited += time.perf_counter() - asked
+                videos += batch["names"]
+                run.note_bad(batch["bad"])
+                with contextlib.nullcontext() if world == 1 or micro == args.accum - 1 else net.no_sync():
+                    sums = sums + losses_and_gradients(net, batch, clip, args, model.config)
+            limit = args.clip_grad or math.inf
+            norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped if part]
+            sums, blamed = run.agree(sums, norms, videos)
+            if blamed:  # BatchNorm has seen the bad numbers
+                for buffer, value in zip(model.predictor.buffers(), statistics):
+                    buffer.copy_(value)
+            else:
+                optimizer.step()
+            epoch, took = run.step // steps_per_epoch, time.perf_counter() - began
+            run.log(log_line(args, data.text, world, sums, run.step + 1, epoch, lr, norms[0], took, waited), blamed)
+            if val and run.step % steps_per_epoch == 0:
+                losses = validate(net, val, clip, args, rank, world)
+                if rank == 0:
+                    tgmae.append_log(run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **losses})
+            run.save(state)
 
 
 def finish(args, model, clip, data):
@@ -574,10 +547,13 @@ def finish(args, model, clip, data):
         draw_samples(out / "samples.png", model, video, mask, batch["captions"])
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "lr" in line]
-    last = steps[-max(1, len(steps) // 20) :]
-    names = [name for name in ("mae", "vt") if name in last[0]]
+    skipped = [line["step"] for line in steps if "skipped" in line]
+    last = [line for line in steps[-max(1, len(steps) // 20) :] if "skipped" not in line]
+    names = [name for name in ("mae", "vt") if last and name in last[0]]
     means = ", ".join(f"{name} {sum(line[name] for line in last) / len(last):.3f}" for name in names)
     print(f"done    {means} (mean of the last {len(last)} steps); {out}/samples.png, {out}/last.pt")
+    if skipped:
+        print(f"numbers {len(skipped)} step(s) were not finite and left out, such as {skipped[0]}: {out}/log.jsonl")
     bad, no_motion = (sum(line[name] for line in steps) for name in ("bad", "no_motion"))
     if bad:
         print(f"bad     {bad} times a video could not be read, another took its place: {out}/bad_videos.txt")
@@ -590,15 +566,21 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         rank, world = tgmae.start_processes(args)
+        saved = tgmae.load_last(args)
+        share = tgmae.share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
+        args.batch_size, args.accum = share.forward * args.repeat, share.accum
         records, val, text = load_data(args, rank, world)
         model, clip = build_model(args, text, records[0])
         data = Clips(records, model.config, args, text=text)
         val = val and Clips(val, model.config, args, text=text, replace_bad=False)
-        train(args, rank, world, model, clip, data, val)
+        train(args, share, saved, model, clip, data, val)
         if rank == 0:
             finish(args, model, clip, val or data)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {tgmae.last_line(error)}")
+    except torch.OutOfMemoryError as error:
+        less = "a smaller --batch-size (with a larger --accum), --grad-checkpointing, --amp, a smaller --preset"
+        sys.exit(f"train.py: {tgmae.last_line(error)}; what needs less: {less}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -22,6 +22,21 @@ TINY = dict(
 )  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: the long form of a test; run with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: with --slow"))
+
+
 @pytest.fixture
 def config():
     return tgmae.Config(**TINY)

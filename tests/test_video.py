@@ -87,7 +87,7 @@ def test_any_frames_of_any_codec_are_those_of_a_plain_decode(tmp_path, codec, na
 
 def test_one_opening_for_range_and_clips(numbered, monkeypatch):
     opened, plain = [], av.open
-    monkeypatch.setattr(av, "open", lambda *a: opened.append(a) or plain(*a))
+    monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or plain(*a, **k))
     with tgmae.open_video(numbered, motion=True) as video:
         assert tgmae.frame_range(video, 1.0, 3.0) == (12, 36)
         late, motion = tgmae.read_clip(video, [40, 44], motion=True)

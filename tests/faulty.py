@@ -1,0 +1,66 @@
+"""Runs a script with a fault in it, for test_faults.py: python faulty.py FAULT SCRIPT ARGUMENT...
+
+FAULT  half:N     SIGKILL in the middle of writing the N-th checkpoint
+       whole:N    SIGKILL when it is written, under its other name
+       renamed:N  SIGKILL when it has its own name
+       nan:NAME   the frames of that video are not finite"""
+
+import io
+import math
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+import tgmae  # noqa: E402
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_at(moment, number):
+    save, rename, count = torch.save, os.replace, 0
+
+    def saves(state, file):
+        nonlocal count
+        count += 1
+        if moment == "half" and count == number:
+            whole = io.BytesIO()
+            save(state, whole)
+            file.write(whole.getvalue()[: whole.tell() // 2])
+            file.flush()
+            die()
+        save(state, file)
+
+    def renames(one, other):
+        if moment == "whole" and count == number:
+            die()
+        rename(one, other)
+        if moment == "renamed" and count == number:
+            die()
+
+    torch.save, os.replace = saves, renames
+
+
+def poisons(name):
+    load = tgmae.TrainingClips.__getitem__
+
+    def loads(self, key):
+        sample = load(self, key)
+        if sample["name"] == name:
+            sample["video"] = sample["video"] * math.nan
+        return sample
+
+    tgmae.TrainingClips.__getitem__ = loads
+
+
+if __name__ == "__main__":
+    (kind, _, value), sys.argv = sys.argv[1].partition(":"), sys.argv[2:]
+    poisons(value) if kind == "nan" else dies_at(kind, int(value))
+    runpy.run_path(sys.argv[0], run_name="__main__")

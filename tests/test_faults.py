@@ -1,0 +1,486 @@
+"""Runs that are killed, asked to stop, moved to other numbers of processes, fed bad numbers, or out of disk or
+memory; and files that would run code."""
+
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from test_ranks import torchrun
+
+import captions
+import tgmae
+import toy
+import train
+
+FAULTY = Path(__file__).with_name("faulty.py")
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+slow = pytest.mark.slow
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def steps(folder):
+    """Steps in the log of a run that may be writing it."""
+    path = Path(folder) / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def start(command, cwd, out=subprocess.PIPE):
+    words = [sys.executable, *map(str, command)]
+    return subprocess.Popen(words, cwd=cwd, env=ONE_THREAD, stdout=out, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)  # fmt: skip
+
+
+def wait_until(condition, process=None, seconds=120):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.01)
+
+
+def of_group(group):
+    """Processes of a group that are alive."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its_group) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def assert_same_run(one, other):
+    a, b = (torch.load(f"{folder}/last.pt", weights_only=True) for folder in (one, other))
+    assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    moments = a["optimizer"]["state"], b["optimizer"]["state"]
+    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
+    logs = [[{k: v for k, v in line.items() if k not in ("clips_per_s", "wait")} for line in log(f)] for f in (one, other)]
+    assert logs[0] == logs[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "start.pt"
+    config = tgmae.Config(**TINY)
+    tgmae.save_checkpoint(path, config=vars(config), model=tgmae.TGMAE(config).state_dict(), args={})
+    return path
+
+
+@pytest.fixture(params=["train", "finetune"])
+def command(request, world, checkpoint, workdir, manifest):
+    """A run of 48 steps with a held-out part, but for its --out."""
+    records = tgmae.read_manifest(world / "manifest.jsonl", "train")
+    held = [{"video": r["path"], "captions": r["captions"], "label": r["label"], "split": "held"} for r in records[20:24]]
+    data = manifest(12, extra=held)
+    lines = [{"split": "train", **json.loads(line)} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--data", data, "--val-split", "held", "--epochs", 8, "--warmup-epochs", 1, "--batch-size", 2, "--workers", 1,
+             "--save-steps", 4, "--no-amp"]  # fmt: skip
+    if request.param == "train":
+        clip = "--clip", f"local-dir:{world / 'clip'}"
+        return [ROOT / "train.py", *flags, "--mask", "tgm", "--vt", "--preset", "toy", "--stride", 4, "--blr", 0.05, *clip]
+    return [ROOT / "eval.py", "finetune", checkpoint, *flags, "--test-split", "held", "--stride", 2, "--recipe", "other",
+            "--views", "1x1", "--repeat", 2, "--lr", 0.1]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- kills, signals
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=slow)])
+def test_killed_at_any_moment(command, workdir, kills):
+    """SIGKILL: half of them at any moment of the process, half while it trains; then three in the writing of a
+    checkpoint. The end is that of an undisturbed run, bit for bit."""
+    whole = start([*command, "--out", "whole"], workdir)
+    assert whole.wait() == 0, whole.stdout.read()
+    rng = random.Random(kills)
+    for kill in range(kills):
+        process = start([*command, "--out", "parts"], workdir)
+        if kill % 2:
+            time.sleep(rng.uniform(0, 8))
+        else:
+            before = steps("parts")
+            wait_until(lambda: process.poll() is not None or steps("parts") != before)
+            time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    if (at := steps("parts")) < 36:
+        for moment in ("half", "whole", "renamed"):
+            process = start([FAULTY, f"{moment}:2", *command, "--out", "parts"], workdir)
+            said, _ = process.communicate(timeout=120)
+            assert process.returncode == -signal.SIGKILL, (at, said)
+            assert torch.load("parts/last.pt", weights_only=True)["step"] > 0
+    last = start([*command, "--out", "parts"], workdir)
+    said, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, said
+    assert_same_run("whole", "parts")
+    assert not list(Path("parts").glob("*.partial"))
+
+
+def test_sigterm_saves_and_stops(command, workdir):
+    """To all processes of the run, as a scheduler sends it; the loaders must not die before it has saved."""
+    process = start([*command, "--out", "run", "--save-steps", 0, "--save-minutes", 0], workdir)
+    wait_until(lambda: steps("run") >= 8, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM" in said and "Traceback" not in said
+    saved, lines = torch.load("run/last.pt", weights_only=True)["step"], log("run")
+    assert saved == lines[-1]["step"] and saved % 6 and f"holds step {saved}" in said
+    assert not of_group(process.pid)
+    for out in ("run", "whole"):
+        process = start([*command, "--out", out], workdir)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    assert_same_run("whole", "run")
+
+
+def test_ctrl_c_leaves_no_process(command, workdir):
+    process = start([*command, "--out", "run", "--workers", 2], workdir)
+    wait_until(lambda: steps("run") >= 5, process)
+    assert len(of_group(process.pid)) >= 3
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    wait_until(lambda: not of_group(process.pid), seconds=20)
+
+
+def test_save_often_and_keep(workdir, manifest):
+    flags = ["--data", str(manifest(12)), "--preset", "toy", "--stride", "4", "--warmup-epochs", "0", "--batch-size", "2",
+             "--workers", "0"]  # fmt: skip
+    written, save = [], tgmae.save_checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tgmae, "save_checkpoint", lambda path, **s: written.append(s["step"]) or save(path, **s))
+        train.main([*flags, "--epochs", "2", "--out", "a", "--save-steps", "4", "--keep", "2"])
+        assert written == [4, 6, 8, 12]
+        kept = sorted(path.name for path in Path("a").glob("*.pt"))
+        assert kept == ["last.pt", "step-00000008.pt", "step-00000012.pt"]
+        assert torch.load("a/step-00000008.pt", weights_only=True)["step"] == 8
+        written.clear()
+        train.main([*flags, "--epochs", "1", "--out", "b", "--save-minutes", "1e-9"])
+        assert written == [1, 2, 3, 4, 5, 6] and [p.name for p in Path("b").glob("*.pt")] == ["last.pt"]
+        # Back to an earlier one by hand: what is written from there on is kept, not what it replaces.
+        written.clear()
+        os.replace("a/step-00000008.pt", "a/last.pt")
+        train.main([*flags, "--epochs", "2", "--out", "a", "--keep", "1"])
+        assert written == [12] and len(log("a")) == 12
+
+
+# ------------------------------------------------------------------------------------------ other processes
+
+
+def test_share_of_a_step(monkeypatch):
+    for world, forward, accum, before, share in (
+        (1, 16, 1, None, (16, 16, 1)), (8, 64, 2, None, (1024, 64, 2)),
+        (4, 64, 1, 512, (512, 64, 2)), (16, 64, 1, 512, (512, 32, 1)), (1, 64, 1, 512, (512, 64, 8)),  # as many in all
+        (3, 64, 1, 128, (128, 42, 1)), (7, 64, 1, 512, (512, 36, 2)),  # 126 of 128, 504 of 512
+        (5, 2, 3, 5, (5, 1, 1)),
+    ):  # fmt: skip
+        monkeypatch.setattr(tgmae, "rank_and_world", lambda: (0, world))
+        assert tgmae.share_step(forward, accum, before) == share
+    with pytest.raises(ValueError, match="5 processes cannot share a step of 4"):
+        tgmae.share_step(2, 1, 4)
+
+
+def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
+    """The videos of each step, of all processes together; 3 processes take 12 of 16, 2 forwards of 2 each."""
+
+    class Numbers(tgmae.TrainingClips):
+        def load(self, place, seed):
+            return {"place": place}
+
+    args = train.argparse.Namespace(seed=1, epochs=2, workers=0, device="cpu")
+    data, seen = Numbers([{"video": str(i)} for i in range(50)], seed=1), {}
+    for world in (1, 2, 3, 8):
+        seen[world] = [set() for _ in range(6)]
+        for rank in range(world):
+            monkeypatch.setattr(tgmae, "rank_and_world", lambda: (rank, world))
+            share = tgmae.share_step(4, 1, 16)
+            batches = list(tgmae.training_batches(data, share, args, 0, 3, list))
+            assert len(batches) == 6 * share.accum
+            for i, batch in enumerate(batches):
+                mine = {sample["place"] for sample in batch}
+                assert not mine & seen[world][i // share.accum]
+                seen[world][i // share.accum] |= mine
+    assert [len(places) for places in seen[1]] == [16] * 6 and seen[1] == seen[2] == seen[8]
+    assert all(len(three) == 12 and three < one for three, one in zip(seen[3], seen[1]))
+    assert len(set.union(*seen[1][:3])) == 48
+
+
+def test_other_processes_and_compiled(workdir, manifest):
+    """2 processes, then 1 that compiles, then 3: the losses of one process all along."""
+    flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube", "--batch-size", 6, "--epochs", 12,
+             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp", "--save-steps", 1]  # fmt: skip
+    train.main([*map(str, flags), "--out", "whole"])
+
+    def goes_until(step, processes, *more):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        process = start([*command, ROOT / "train.py", *flags, *more, "--out", "parts"], workdir)
+        wait_until(lambda: steps("parts") >= step, process)
+        for pid in of_group(process.pid):  # torchrun, too
+            os.kill(pid, signal.SIGTERM)
+        return process.communicate(timeout=60)[0]
+
+    goes_until(5, 2, "--batch-size", 3)
+    first = torch.load("parts/last.pt")["step"]
+    said = goes_until(first + 5, 1, "--compile")
+    assert f"resume  at step {first} of 24, so far of 2 process(es)" in said
+    assert "global batch 6 = 1 process(es) x 6 x 1" in said
+    done = torchrun(3, ROOT / "train.py", *flags, "--out", "parts", cwd=workdir)
+    assert done.returncode == 0 and "global batch 6 = 3 process(es) x 2 x 1" in done.stdout, done.stderr
+    one, parts = log("whole"), log("parts")
+    assert [line["step"] for line in parts] == list(range(1, 25))
+    for a, b in zip(one, parts):
+        assert a["mae"] == pytest.approx(b["mae"], abs=2e-4) and a["lr"] == b["lr"]
+
+
+def workers_of(agent):
+    """torchrun starts them in sessions of their own."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_nodes_one_is_lost(workdir, manifest):
+    """torchrun --nnodes 1:2, two agents on loopback. A worker is killed: both start again from the last
+    checkpoint. Then a node is: the other goes on alone, to the end."""
+    flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube", "--batch-size", 3, "--epochs", 500,
+             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp", "--save-steps", 1, "--out", "run"]  # fmt: skip
+    agent = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", 1, "--max-restarts", 3, "--rdzv-backend",
+             "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test", "--local-addr", "127.0.0.1",
+             "--rdzv-conf", "last_call_timeout=5", "--monitor-interval", 0.1]  # fmt: skip
+    said = [open(workdir / name, "w+") for name in ("first.txt", "second.txt")]
+    first = start([*agent, ROOT / "train.py", *flags], workdir, said[0])
+    time.sleep(1)  # the first is the rendezvous' host
+    second = start([*agent, ROOT / "train.py", *flags], workdir, said[1])
+
+    def goes_on(processes):
+        about = json.loads(Path("run/args.json").read_text())
+        return steps("run") > at + 20 and about["world"] == processes
+
+    try:
+        wait_until(lambda: steps("run") >= 5, first)
+        assert json.loads(Path("run/args.json").read_text())["world"] == 2
+        os.kill(workers_of(second)[0], signal.SIGKILL)
+        at = steps("run")
+        wait_until(lambda: goes_on(2), first)
+        for pid in (second.pid, *workers_of(second)):
+            os.kill(pid, signal.SIGKILL)
+        at = steps("run")
+        wait_until(lambda: goes_on(1), first)
+    finally:
+        for process in (first, second):
+            for pid in (process.pid, *workers_of(process)):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+    said = (workdir / "first.txt").read_text()
+    assert "so far of 2 process(es)" in said and "global batch 6 = 1 process(es) x 3 x 2" in said
+    numbers = [line["step"] for line in log("run")]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_machines_that_do_not_share_the_folder(monkeypatch, workdir):
+    monkeypatch.setattr(tgmae, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(tgmae.dist, "all_gather_object", lambda steps, mine: steps.__setitem__(slice(2), [120, mine]))
+    args = train.parse_args(["--data", "x.jsonl", "--out", "run"])
+    with pytest.raises(ValueError, match="run/last.pt: holds step 0 here, 120 for process 0"):
+        tgmae.load_last(args)
+
+
+# ---------------------------------------------------------------------------------- bad numbers, disk, memory
+
+
+FEW = ("--epochs", "1", "--warmup-epochs", "0", "--preset", "toy", "--stride", "4", "--no-flip", "--workers", "0",
+       "--no-amp", "--batch-size", "2")  # fmt: skip
+
+
+def test_bad_numbers_on_one_of_two_processes(workdir, manifest):
+    """Both leave the step out; the log names the videos of the process that had them."""
+    data = manifest(12)
+    bad = json.loads(data.read_text().splitlines()[3])["video"]
+    done = torchrun(2, FAULTY, f"nan:{bad}", ROOT / "train.py", "--data", data, *FEW, "--out", "run", cwd=workdir)
+    assert done.returncode == 0, done.stderr
+    lines = log("run")
+    (skipped,) = [line for line in lines if "skipped" in line]
+    assert len(lines) == 3 and skipped["mae"] is None and bad in skipped["skipped"] and len(skipped["skipped"]) == 2
+    assert all(value.isfinite().all() for value in torch.load("run/last.pt")["model"].values())
+    assert "1 step(s) were not finite and left out" in done.stdout
+
+
+def test_bad_numbers_leave_the_statistics_alone(workdir, world, manifest, monkeypatch):
+    """A step that is left out is as if it had not been: weights, moments, BatchNorm."""
+    data, states, prepare = manifest(4), [], train.prepare
+
+    def poisoned(batch, clip, args, config):
+        video, mask, text = prepare(batch, clip, args, config)
+        return (video if states else video * math.nan), mask, text
+
+    agree = tgmae.Run.agree
+
+    def agrees(run, *numbers):
+        states.append(None)
+        return agree(run, *numbers)
+
+    monkeypatch.setattr(train, "prepare", poisoned)
+    monkeypatch.setattr(tgmae.Run, "agree", agrees)
+    torch.manual_seed(0)
+    train.main(["--data", str(data), *FEW, "--vt", "--clip", f"local-dir:{world / 'clip'}", "--out", "run"])
+    first, second = log("run")
+    assert first["mae"] is None and first["vt"] is None and len(first["skipped"]) == 2 and "skipped" not in second
+    saved = torch.load("run/last.pt", weights_only=True)
+    assert saved["model"]["predictor.1.num_batches_tracked"] == 1
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    assert all(state["step"] == 1 for state in saved["optimizer"]["state"].values())
+
+
+def test_many_bad_numbers_in_a_row_stop_the_run(workdir, manifest, monkeypatch):
+    """The last checkpoint stays as it is, though an epoch ends meanwhile."""
+    prepare, count = train.prepare, []
+
+    def poisoned(batch, *args):
+        video, mask, text = prepare(batch, *args)
+        count.append(None)
+        return (video * math.nan if len(count) > 7 else video), mask, text
+
+    monkeypatch.setattr(train, "prepare", poisoned)
+    with pytest.raises(SystemExit, match="step 17: 10 in a row without a finite loss and gradient.*of step 6"):
+        train.main(["--data", str(manifest(12)), *FEW, "--epochs", "5", "--out", "run"])
+    assert torch.load("run/last.pt", weights_only=True)["step"] == 6
+    assert [line["step"] for line in log("run") if "skipped" in line] == list(range(8, 18))
+
+
+def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
+    data = manifest(8)
+    bad = json.loads(data.read_text().splitlines()[3])["video"]
+    command = [FAULTY, f"nan:{bad}", ROOT / "eval.py", "finetune", checkpoint, "--data", data, "--recipe", "other",
+               "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 2, "--stride", 2, "--views", "1x1", "--repeat", 1,
+               "--workers", 0, "--holdout", 0, "--test-split", "train", "--out", "tuned"]  # fmt: skip
+    process = start(command, workdir)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    (skipped,) = [line for line in log("tuned") if "skipped" in line]
+    assert bad in skipped["skipped"] and skipped["loss"] is None
+    assert all(value.isfinite().all() for value in torch.load("tuned/last.pt")["model"].values())
+
+
+def test_a_full_disk(workdir, manifest, monkeypatch):
+    """While a checkpoint is written, and while the log is: one line that names the file; nothing lost."""
+    flags = ["--data", str(manifest(4)), *FEW, "--out", "run"]
+    train.main([*flags, "--epochs", "2"])
+    before = Path("run/last.pt").read_bytes()
+    state = torch.load("run/last.pt", weights_only=True)
+    Path("run/last.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device.*run/last.pt"):
+        tgmae.save_checkpoint(Path("run/last.pt"), **state)
+    assert Path("run/last.pt").read_bytes() == before and not Path("run/last.partial").is_symlink()
+    monkeypatch.setattr(tgmae, "append_log", lambda path, line: tgmae._append("/dev/full", "1"))
+    with pytest.raises(SystemExit, match="train.py: .*cannot be written: No space left on device: '/dev/full'"):
+        train.main([*flags, "--no-resume"])
+    assert Path("run/last.pt").read_bytes() == before
+
+
+def test_out_of_memory_says_what_lowers_it(workdir, manifest, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of ...")
+
+    monkeypatch.setattr(train, "losses_and_gradients", full)
+    with pytest.raises(SystemExit, match="9 GiB; what needs less: a smaller --batch-size .*--grad-checkpointing"):
+        train.main(["--data", str(manifest(4)), *FEW, "--out", "run"])
+
+
+# -------------------------------------------------------------------------------------------------- trust
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def test_pickles_run_no_code(workdir, world, manifest, tmp_path):
+    """A checkpoint, a CLIP, a text map, a BLIP-2 that would run code when unpickled: refused in a line."""
+    import pickle
+
+    assert pickle.loads(pickle.dumps(Evil())) == 0 and Path("hacked").exists()  # it would
+    Path("hacked").unlink()
+    data = manifest(4)
+    torch.save({"model": Evil(), "config": {}}, "evil.pt")
+    Path("bare.pt").write_bytes(pickle.dumps(Evil()))
+    Path("run").mkdir()
+    torch.save({"args": Evil()}, "run/last.pt")
+    Path("folder").mkdir()
+    (Path("folder") / "config.json").write_text('{"model_type": "videomae"}')
+    torch.save({"x": Evil()}, "folder/pytorch_model.bin")
+    (Path("clip")).mkdir()
+    for name in ("open_clip_config.json",):
+        (Path("clip") / name).write_bytes((world / "clip" / name).read_bytes())
+    torch.save({"x": Evil()}, "clip/open_clip_pytorch_model.bin")
+    maps = [json.loads(line) | {"maps": "evil.npz"} for line in data.read_text().splitlines()]
+    Path("maps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in maps))
+    made = np.empty(1, object)
+    made[0] = Evil()
+    np.savez("evil.npz", **dict.fromkeys(("similarity", "frames", "text", "captions", "clip"), made))
+    import eval as ev
+
+    few, tgm = ["--data", str(data), *FEW], ["--mask", "tgm"]
+    for main, flags, named in (
+        (train.main, [*few, "--out", "a", "--init", "evil.pt"], "evil.pt: cannot be loaded"),
+        (train.main, [*few, "--out", "a", "--init", "bare.pt"], "bare.pt: cannot be loaded"),
+        (train.main, [*few, "--out", "a", "--init", "folder"], "folder"),
+        (train.main, [*few, "--out", "run"], "run/last.pt: cannot be loaded"),
+        (train.main, [*few, *tgm, "--out", "a", "--clip", "ViT-B-32", "--clip-pretrained", "evil.pt"], "evil.pt"),
+        (train.main, [*few, *tgm, "--out", "a", "--clip", "local-dir:clip"], "local-dir:clip"),
+        (train.main, ["--data", "maps.jsonl", *FEW, *tgm, "--out", "a"], "evil.npz: not a whole text map"),
+        (ev.main, ["linear", "evil.pt", "--data", str(data)], "evil.pt: cannot be loaded"),
+        (ev.main, ["export", "bare.pt"], "bare.pt: cannot be loaded"),
+        (captions.main, ["maps", str(data), "--clip", "local-dir:clip"], "local-dir:clip"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            main(flags)
+        assert named in str(stop.value) and "\n" not in str(stop.value), (flags, stop.value)
+        assert not Path("hacked").exists(), flags
+
+
+def test_a_manifest_writes_nowhere_else(world, tmp_path):
+    """Names that climb out of the folder, absolute ones, and maps that are somewhere else: what is written
+    stays beside the manifest."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir(), away.mkdir()
+    (away / "precious.npz").write_text("precious")
+    clips = [r["path"] for r in tgmae.read_manifest(world / "manifest.jsonl")[:3]]
+    for i, name in enumerate(("climb.mp4", "absolute.mp4", "..mp4")):
+        (away / name).symlink_to(clips[i])
+    lines = [
+        {"video": "../away/climb.mp4", "captions": ["a"], "maps": "../away/precious.npz"},
+        {"video": str(away / "absolute.mp4"), "captions": ["a"], "maps": str(away / "precious.npz")},
+        {"video": "../away/..mp4", "captions": ["a"]},
+    ]
+    data = home / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*") if home not in path.parents}
+    captions.main(["maps", str(data), "--clip", f"local-dir:{world / 'clip'}", "--image-size", "32", "--patch-size", "8",
+                   "--every", "8", "--workers", "0", "--force"])  # fmt: skip
+    made = [Path(r["map_path"]) for r in tgmae.read_manifest(data)]
+    assert all(path.exists() and (home / "maps") in path.resolve().parents for path in made)
+    after = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*") if home not in path.parents}
+    assert after.keys() == before.keys() and (away / "precious.npz").read_text() == "precious"
