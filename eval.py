@@ -413,7 +413,9 @@ def each_clip(split, records, args, config, grid, compute):
     batches = [list(range(i, min(i + size, len(records)))) for i in range(0, len(records), size)][rank::world]
     data = Views(records, config, args, grid)
     workers = min(args.workers, len(batches))
-    loader = DataLoader(data, batch_sampler=batches, collate_fn=list, num_workers=workers)
+    loader = DataLoader(
+        data, batch_sampler=batches, collate_fn=list, num_workers=workers, worker_init_fn=tgmae.ignore_sigterm
+    )
     every = 0.5 if sys.stderr.isatty() else 10  # seconds
     done, values, failed, short = [], [], [], 0
     for batch in tqdm(loader, desc=f"{split} clips", unit="batch", disable=rank > 0, mininterval=every):
@@ -820,11 +822,11 @@ FREE = """workers device json resume out views view_grid test_split amp grad_che
 save_minutes keep""".split()
 
 
-def forward_backward(net, stream, run, num_classes, videos):
+def forward_backward(net, stream, run, accum, num_classes, videos):
     """The forwards and backwards of one step -> (2,): its loss, how many videos could not be read. Adds the
     names of those that were to `videos`."""
     args, sums = run.args, 0
-    for micro in range(args.accum):
+    for micro in range(accum):
         batch = next(stream)
         videos += batch["names"]
         run.note_bad(batch["bad"])
@@ -832,11 +834,11 @@ def forward_backward(net, stream, run, num_classes, videos):
         torch.manual_seed(tgmae.seed_of(args.seed, run.step, micro, run.rank, 2))
         video, target = (batch[name].to(args.device, non_blocking=True) for name in ("video", "target"))
         video, target = mix(video, target, num_classes, args)
-        last = run.world == 1 or micro == args.accum - 1
+        last = run.world == 1 or micro == accum - 1
         with contextlib.nullcontext() if last else net.no_sync():
             with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
                 logits = net(video)
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=args.smoothing) / args.accum
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=args.smoothing) / accum
             loss.backward()
         sums = sums + torch.stack([loss.detach(), loss.new_tensor(len(batch["bad"]))])
     return sums
@@ -846,7 +848,6 @@ def fit(args, model, classes, train, val):
     """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in --out."""
     saved = tgmae.load_last(args)
     share = tgmae.share_step(args.batch_size, args.accum, saved and saved["videos"])
-    args.batch_size, args.accum = share.forward, share.accum
     data = Augmented(train, targets(train, classes, args.split), model.config, args)
     steps_per_epoch = len(data) // share.videos
     if not steps_per_epoch:
@@ -871,15 +872,15 @@ def fit(args, model, classes, train, val):
             "epoch": run.step // steps_per_epoch, "videos": share.videos, "args": settings,
         }  # fmt: skip
 
+    world, warmup = rank_and_world()[1], int(args.warmup_epochs * steps_per_epoch)
+    say(
+        f"train   {len(data):,} clips, {len(val or ()):,} more choose best.pt; {len(classes)} classes; {args.epochs} epochs x "
+        f"{steps_per_epoch} steps, from step {step}\nsteps   {share.videos} videos = {world} process(es) x {share.forward} x "
+        f"{share.accum}, {args.repeat} clips of each; learning rate {peak:.3g}; {args.device}, "
+        f"{'bf16' if args.amp else 'fp32'}; run folder {args.out}"
+    )
+    net = DistributedDataParallel(model) if world > 1 else model
     with tgmae.Run(args, step, steps_per_epoch) as run:
-        world, warmup = run.world, int(args.warmup_epochs * steps_per_epoch)
-        say(
-            f"train   {len(data):,} clips, {len(val or ()):,} more choose best.pt; {len(classes)} classes; {args.epochs} epochs x "
-            f"{steps_per_epoch} steps, from step {step}\nsteps   {share.videos} videos = {world} process(es) x {share.forward} x "
-            f"{share.accum}, {args.repeat} clips of each; learning rate {peak:.3g}; {args.device}, "
-            f"{'bf16' if args.amp else 'fp32'}; run folder {run.out}"
-        )
-        net = DistributedDataParallel(model) if world > 1 else model
         stream = tgmae.training_batches(data, share, args, step, steps_per_epoch, collate)
         while run.step < run.total:
             net.train()
@@ -888,7 +889,7 @@ def fit(args, model, classes, train, val):
                 group["lr"] = lr * group["scale"]
             began, videos = time.perf_counter(), []
             optimizer.zero_grad()
-            sums = forward_backward(net, stream, run, len(classes), videos)
+            sums = forward_backward(net, stream, run, share.accum, len(classes), videos)
             norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
             (loss, bad), blamed = run.agree(sums, [norm], videos)
             if not blamed:

@@ -1261,7 +1261,9 @@ def _load_huggingface(source):
             raise ValueError(f"{source}: a {kind}, not a VideoMAE")
         model = getattr(transformers, kind).from_pretrained(source)
     except pickle.UnpicklingError as error:  # of older files, read without running what they bring
-        raise ValueError(f"{source}: holds more than weights: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(
+            f"{source}: holds more than weights: {str(error).strip().splitlines()[0]}"
+        ) from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -1432,20 +1434,36 @@ def training_batches(data, share, args, step, steps_per_epoch, collate):
 
     return iter(DataLoader(
         data, share.forward, sampler=order(), num_workers=args.workers, collate_fn=collate,
-        pin_memory=args.device == "cuda", worker_init_fn=_ignore_sigterm,
+        pin_memory=args.device == "cuda", worker_init_fn=ignore_sigterm,
     ))  # fmt: skip
 
 
-def _ignore_sigterm(_):
-    # A scheduler sends SIGTERM to all processes; the run needs its loaders until it has saved. They end with it.
+def ignore_sigterm(_=None):
+    """For loader processes. A scheduler sends SIGTERM to all processes, but a run needs its loaders until it has
+    saved. They end when it does."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def add_run_flags(add):
-    add("--save-steps", type=int, default=0, help="steps from one checkpoint to the next (0: only by time and epochs)")
-    add("--save-minutes", type=float, default=10, help="minutes between checkpoints (0: only by steps and epochs)")
+    add(
+        "--save-steps",
+        type=int,
+        default=0,
+        help="steps from one checkpoint to the next (0: only by time and epochs)",
+    )
+    add(
+        "--save-minutes",
+        type=float,
+        default=10,
+        help="minutes between checkpoints (0: only by steps and epochs)",
+    )
     add("--keep", type=int, default=0, help="how many checkpoints stay as step-N.pt, beside last.pt")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from the run folder's last.pt")
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from the run folder's last.pt",
+    )
 
 
 def load_last(args):
@@ -1461,7 +1479,9 @@ def load_last(args):
         steps = [None] * world
         dist.all_gather_object(steps, saved["step"] if saved else 0)
     if len(set(steps)) > 1:
-        raise ValueError(f"{path}: holds step {steps[rank]} here, {steps[0]} for process 0: machines share --out")
+        raise ValueError(
+            f"{path}: holds step {steps[rank]} here, {steps[0]} for process 0: machines share --out"
+        )
     return saved
 
 
@@ -1536,7 +1556,9 @@ class Run:
         self.step += 1
         self.skipped = self.skipped + 1 if blamed else 0
         line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-        self.bar.set_postfix({key: line[key] for key in ("mae", "vt", "loss", "wait") if key in line}, refresh=False)
+        self.bar.set_postfix(
+            {key: line[key] for key in ("mae", "vt", "loss", "wait") if key in line}, refresh=False
+        )
         self.bar.update()
         if self.rank == 0:
             append_log(self.out / "log.jsonl", line | ({"skipped": blamed} if blamed else {}))

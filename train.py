@@ -437,7 +437,7 @@ def validate(net, data, clip, args, rank, world):
     samples = [(0, index) for index in DistributedSampler(data, world, rank, shuffle=False, drop_last=True)]
     loader = DataLoader(
         data, args.batch_size // args.repeat, sampler=samples, num_workers=args.workers, collate_fn=collate,
-        drop_last=True,
+        drop_last=True, worker_init_fn=tgmae.ignore_sigterm,
     )  # fmt: skip
     losses = []
     for batch in loader:
@@ -530,7 +530,10 @@ def train(args, share, saved, model, clip, data, val):
             else:
                 optimizer.step()
             epoch, took = run.step // steps_per_epoch, time.perf_counter() - began
-            run.log(log_line(args, data.text, world, sums, run.step + 1, epoch, lr, norms[0], took, waited), blamed)
+            run.log(
+                log_line(args, data.text, world, sums, run.step + 1, epoch, lr, norms[0], took, waited),
+                blamed,
+            )
             if val and run.step % steps_per_epoch == 0:
                 losses = validate(net, val, clip, args, rank, world)
                 if rank == 0:
@@ -553,7 +556,9 @@ def finish(args, model, clip, data):
     means = ", ".join(f"{name} {sum(line[name] for line in last) / len(last):.3f}" for name in names)
     print(f"done    {means} (mean of the last {len(last)} steps); {out}/samples.png, {out}/last.pt")
     if skipped:
-        print(f"numbers {len(skipped)} step(s) were not finite and left out, such as {skipped[0]}: {out}/log.jsonl")
+        print(
+            f"numbers {len(skipped)} step(s) were not finite and left out, such as {skipped[0]}: {out}/log.jsonl"
+        )
     bad, no_motion = (sum(line[name] for line in steps) for name in ("bad", "no_motion"))
     if bad:
         print(f"bad     {bad} times a video could not be read, another took its place: {out}/bad_videos.txt")
@@ -579,7 +584,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {tgmae.last_line(error)}")
     except torch.OutOfMemoryError as error:
-        less = "a smaller --batch-size (with a larger --accum), --grad-checkpointing, --amp, a smaller --preset"
+        less = (
+            "a smaller --batch-size (with a larger --accum), --grad-checkpointing, --amp, a smaller --preset"
+        )
         sys.exit(f"train.py: {tgmae.last_line(error)}; what needs less: {less}")
     finally:
         if dist.is_initialized():

@@ -119,12 +119,16 @@ def test_damaged_files(footage, tmp_path, count, capsys):
     assert end - half < 64, (half, end)
     with capsys.disabled():
         slowest = max(seconds for _, seconds, _ in found)
-        print(f"\n{count} damaged files: {sum(outcomes)} read, slowest {slowest:.2f} s, memory {found[-1][2]} MiB")
+        print(
+            f"\n{count} damaged files: {sum(outcomes)} read, slowest {slowest:.2f} s, memory {found[-1][2]} MiB"
+        )
 
 
 def test_damaged_files_are_read_rightly(footage, tmp_path):
     """What is read of a damaged file is what a plain decode of the same bytes gives."""
-    sources = sorted(p for p in footage.rglob("*") if p.suffix in (".mp4", ".mkv", ".mov") and "10bits" not in p.name)
+    sources = sorted(
+        p for p in footage.rglob("*") if p.suffix in (".mp4", ".mkv", ".mov") and "10bits" not in p.name
+    )
     rng, alike = np.random.default_rng(1), []
     av.logging.set_level(av.logging.PANIC)
     for i in range(90):
@@ -226,7 +230,9 @@ def test_the_best_stream_is_read(tmp_path):
             streams.append((stream, texture(6, 160, (1, 0))[:, :size, :size]))
         for i in range(6):
             for stream, frames in streams:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[i]), format="rgb24")))
+                container.mux(
+                    stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[i]), format="rgb24"))
+                )
         for stream, _ in streams:
             container.mux(stream.encode())
     assert tgmae.probe_video(tmp_path / "two.mkv") == (6, 12.0, (160, 160))
@@ -237,7 +243,13 @@ def test_the_best_stream_is_read(tmp_path):
 def test_other_codecs_and_wrong_extensions(tmp_path, codec):
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no {codec}")
-    options = {"x265-params": "log-level=none"} if codec == "libx265" else {"cpu-used": "8"} if "aom" in codec else {}
+    options = (
+        {"x265-params": "log-level=none"}
+        if codec == "libx265"
+        else {"cpu-used": "8"}
+        if "aom" in codec
+        else {}
+    )
     toy.write_video(tmp_path / "clip.mkv", texture(12, 160, (2, 0)), codec=codec, options=options)
     whole = decode_all(tmp_path / "clip.mkv")
     os.rename(tmp_path / "clip.mkv", tmp_path / "clip.avi")
@@ -296,7 +308,9 @@ def test_names_are_files_and_nothing_else(tmp_path, monkeypatch):
 
 def test_frames_are_torchcodecs(footage):
     """The same indices, another decoder: mean absolute difference under 2 of 255; 10 bits, HEVC, AV1, rotation."""
-    decoders = pytest.importorskip("torchcodec.decoders", exc_type=Exception, reason="needs torchcodec and FFmpeg")
+    decoders = pytest.importorskip(
+        "torchcodec.decoders", exc_type=Exception, reason="needs torchcodec and FFmpeg"
+    )
     for path in sorted(p for p in footage.rglob("*") if p.suffix in (".mp4", ".mkv", ".mov")):
         if path.name == "corrupted.mp4":
             continue

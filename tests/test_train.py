@@ -231,16 +231,17 @@ def test_loader_processes_last_for_the_run(tmp_path):
         def load(self, place, seed):
             return {"place": place, "seed": seed, "pid": os.getpid()}
 
-    args = argparse.Namespace(seed=3, epochs=3, accum=2, workers=2, device="cpu")
+    args = argparse.Namespace(seed=3, epochs=3, workers=2, device="cpu")
     data = Who([{"video": str(i)} for i in range(11)], seed=3)
-    whole = list(tgmae.training_batches(data, 2, args, 0, 2, list))
+    share = tgmae.share_step(2, 2)
+    whole = list(tgmae.training_batches(data, share, args, 0, 2, list))
     assert len(whole) == 3 * 2 * 2 and len({sample["pid"] for batch in whole for sample in batch}) == 2
     seen = [[(sample["place"], sample["seed"]) for sample in batch] for batch in whole]
     for epoch in range(3):  # 8 of the 11, none twice
         assert len({place for batch in seen[4 * epoch : 4 * epoch + 4] for place, _ in batch}) == 8
     assert seen[0] != seen[4] and len({seed for batch in seen for _, seed in batch}) == 24
     for step in (1, 2, 3, 5):
-        rest = list(tgmae.training_batches(data, 2, args, step, 2, list))
+        rest = list(tgmae.training_batches(data, share, args, step, 2, list))
         assert [[(s["place"], s["seed"]) for s in batch] for batch in rest] == seen[2 * step :]
 
 
