@@ -205,6 +205,8 @@ def check_args(args):
         args.train_view_grid = two_numbers("--train-views", args.train_views)
         if args.epochs <= 0 or min(args.rates) <= 0:
             raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
+    if args.command == "finetune":
+        tgmae.check_run_flags(args)
     if args.command == "finetune" and not (args.epochs == 0 or 0 <= args.warmup_epochs <= args.epochs):
         raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
     if "holdout" in args and not (0 < args.holdout < 1 or args.holdout == 0 and args.command == "finetune"):
@@ -865,6 +867,7 @@ def fit(args, model, classes, train, val):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best = saved["step"], saved["best"]
+        saved.clear()  # gigabytes
 
     def state():
         return {
@@ -874,9 +877,9 @@ def fit(args, model, classes, train, val):
 
     world, warmup = rank_and_world()[1], int(args.warmup_epochs * steps_per_epoch)
     say(
-        f"train   {len(data):,} clips, {len(val or ()):,} more choose best.pt; {len(classes)} classes; {args.epochs} epochs x "
-        f"{steps_per_epoch} steps, from step {step}\nsteps   {share.videos} videos = {world} process(es) x {share.forward} x "
-        f"{share.accum}, {args.repeat} clips of each; learning rate {peak:.3g}; {args.device}, "
+        f"train   {len(data):,} clips, {len(val or ()):,} more choose best.pt; {len(classes)} classes; {args.epochs} "
+        f"epochs x {steps_per_epoch} steps, from step {step}\nsteps   {share.videos} videos = {world} process(es) x "
+        f"{share.forward} x {share.accum}, {args.repeat} clips of each; learning rate {peak:.3g}; {args.device}, "
         f"{'bf16' if args.amp else 'fp32'}; run folder {args.out}"
     )
     net = DistributedDataParallel(model) if world > 1 else model

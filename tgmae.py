@@ -1445,25 +1445,18 @@ def ignore_sigterm(_=None):
 
 
 def add_run_flags(add):
-    add(
-        "--save-steps",
-        type=int,
-        default=0,
-        help="steps from one checkpoint to the next (0: only by time and epochs)",
-    )
-    add(
-        "--save-minutes",
-        type=float,
-        default=10,
-        help="minutes between checkpoints (0: only by steps and epochs)",
-    )
+    """The flags of a Run, for train.py and eval.py finetune."""
+    add("--save-steps", type=int, default=0, help="steps between checkpoints (0: none between epochs)")
+    add("--save-minutes", type=float, default=10, help="minutes between checkpoints (0: none between epochs)")
     add("--keep", type=int, default=0, help="how many checkpoints stay as step-N.pt, beside last.pt")
-    add(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on from the run folder's last.pt",
-    )
+    yes_no = argparse.BooleanOptionalAction
+    add("--resume", action=yes_no, default=True, help="go on from the run folder's last.pt")
+
+
+def check_run_flags(args):
+    for name in ("save_steps", "save_minutes", "keep"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
 
 
 def load_last(args):
@@ -1490,7 +1483,8 @@ def refuse_another_run(args, then, now, keys):
     changed = [f"{key} {then.get(key)} -> {now[key]}" for key in keys if then.get(key) != now[key]]
     if changed:
         raise ValueError(
-            f"{args.out}/last.pt is of another run ({', '.join(changed)}): another --out, or --no-resume to start over"
+            f"{args.out}/last.pt is of another run ({', '.join(changed)}): "
+            "another --out, or --no-resume to start over"
         )
 
 
@@ -1603,7 +1597,7 @@ def _naming(path):
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
 
 
 def _cut_log(path, step):

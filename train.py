@@ -115,6 +115,7 @@ def check_args(args):
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
+    tgmae.check_run_flags(args)
 
 
 # =================================================================================================
@@ -397,7 +398,7 @@ def build_model(args, text, record):
     return model.to(args.device), clip
 
 
-def describe(args, model, data, world, share, steps_per_epoch, step, before):
+def describe(args, model, data, world, share, steps_per_epoch):
     c = model.config
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     t, h, w = c.grid
@@ -424,10 +425,6 @@ def describe(args, model, data, world, share, steps_per_epoch, step, before):
         f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {args.out}",
         flush=True,
     )  # fmt: skip
-    if step:
-        total = args.epochs * steps_per_epoch
-        finished = ": finished, --no-resume starts over" if step == total else ""
-        print(f"resume  at step {step} of {total}, so far of {before} process(es){finished}", flush=True)
 
 
 @torch.no_grad()
@@ -487,7 +484,13 @@ def train(args, share, saved, model, clip, data, val):
     optimizer = make_optimizer(model, args)
     step = go_on(saved, model, optimizer, args, data) if saved else 0
     if rank == 0:
-        describe(args, model, data, world, share, steps_per_epoch, step, saved and saved["args"]["world"])
+        describe(args, model, data, world, share, steps_per_epoch)
+    if saved:
+        before, total = saved["args"]["world"], args.epochs * steps_per_epoch
+        saved.clear()  # gigabytes
+        if rank == 0:
+            finished = ": finished, --no-resume starts over" if step == total else ""
+            print(f"resume  at step {step} of {total}, so far of {before} process(es){finished}", flush=True)
     if args.compile:  # what stands between them depends on masks, which are on the CPU
         model.encoder.compile()
         model.decoder.compile()
