@@ -141,8 +141,9 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
             if good:
                 outcomes = compute(list(good), list(good.values()))
                 lines += [{"key": key} | outcome for key, outcome in zip(good, outcomes)]
-            journal.write("".join(json.dumps(line) + "\n" for line in lines))
-            journal.flush()
+            with tgmae.naming(journal.name):
+                journal.write("".join(json.dumps(line) + "\n" for line in lines))
+                journal.flush()
             bar.update(len(keys))
     barrier()
     outcomes = read_journal(folder)
@@ -155,14 +156,11 @@ def journal_of(manifest):
 
 
 def write_text(path, text):
-    """Written beside, flushed, renamed: a file is never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:  # names that are no UTF-8
+    with tgmae.replacing(
+        path, "w", encoding="utf-8", errors="surrogateescape"
+    ) as file:  # names that are no UTF-8
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_manifest(path, records):
@@ -732,15 +730,13 @@ def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
         similarity = similarity_map(clip, frames, text, args.patch_size, args.device)
         path = paths[key]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
+        with tgmae.replacing(path) as file:
             np.savez(
                 file, similarity=similarity.half().numpy(), frames=np.array(numbers),
                 text=text.half().cpu().numpy(), captions=np.array(captions), clip=np.array(made_by),
                 source_size=np.array(size), resized_size=np.array(frames.shape[-2:]),
                 patch_size=np.array(args.patch_size),
             )  # fmt: skip
-        os.replace(partial, path)
     return [{} for _ in keys]
 
 
@@ -888,6 +884,10 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         # From a loader process the message comes with a traceback in front of it.
         sys.exit(f"captions.py: {str(error).splitlines()[-1].removeprefix('ValueError: ')}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"captions.py: {tgmae.last_line(error)}; a smaller --batch-size, --model or --clip needs less"
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -472,9 +472,8 @@ def report(args, columns, rows, notes, clips, **more):
             for split, found in clips.items()
         }
         result = {"rows": rows, "notes": notes, "clips": counts, "settings": plain(args), **more}
-        partial = Path(f"{args.json}.partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, args.json)
+        with tgmae.replacing(args.json, "w") as file:
+            file.write(json.dumps(result, indent=1) + "\n")
 
 
 def accuracy(scores, target, ks=(1, 5)):

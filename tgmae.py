@@ -1582,17 +1582,8 @@ class Run:
             sys.exit(128 + signal.SIGTERM)  # as for a process that the signal ends: the run is not finished
 
 
-def append_log(path, line):
-    _append(path, json.dumps(line) + "\n")
-
-
-def _append(path, text):
-    with _naming(path), open(path, "a") as file:
-        file.write(text)
-
-
 @contextlib.contextmanager
-def _naming(path):
+def naming(path):
     """A disk that is full does not say for which file."""
     try:
         yield
@@ -1600,36 +1591,49 @@ def _naming(path):
         raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
 
 
-def _cut_log(path, step):
-    """Drops the lines after `step`: those steps will be taken again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    partial = path.with_suffix(".partial")
-    with _naming(path):
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
-
-
-def save_checkpoint(path, *, keep=0, **state):
-    """Written beside, flushed, renamed: whatever happens, `path` is a whole checkpoint. The last `keep` stay as
-    step-00000000.pt, too."""
-    partial = path.with_suffix(".partial")
-    with _naming(path):
+@contextlib.contextmanager
+def replacing(path, mode="wb", **more):
+    """Yields a file beside `path` to write to; it is flushed and renamed: whatever happens, `path` is whole."""
+    partial = Path(f"{path}.partial")
+    with naming(path):
         try:
-            with open(partial, "wb") as file:
-                torch.save(state, file)
+            with open(partial, mode, **more) as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        if keep:
-            numbered = path.with_name(f"step-{state['step']:08}.pt")
-            numbered.unlink(missing_ok=True)
-            os.link(path, numbered)
-            written = sorted(path.parent.glob("step-*.pt"), key=lambda file: file.stat().st_mtime)
-            for old in written[:-keep]:
-                old.unlink()
+
+
+def _append(path, text):
+    with naming(path), open(path, "a") as file:
+        file.write(text)
+
+
+def append_log(path, line):
+    _append(path, json.dumps(line) + "\n")
+
+
+def _cut_log(path, step):
+    """Drops the lines after `step`: those steps will be taken again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with replacing(path, "w") as file:
+        file.write("".join(kept))
+
+
+def save_checkpoint(path, *, keep=0, **state):
+    """The last `keep` stay as step-00000000.pt, too."""
+    with replacing(path) as file:
+        torch.save(state, file)
+    if keep:
+        numbered = path.with_name(f"step-{state['step']:08}.pt")
+        numbered.unlink(missing_ok=True)
+        os.link(path, numbered)
+        written = sorted(path.parent.glob("step-*.pt"), key=lambda file: file.stat().st_mtime)
+        for old in written[:-keep]:
+            old.unlink()
 
 
 def last_line(error):

@@ -428,10 +428,10 @@ def test_a_full_disk(workdir, manifest, monkeypatch):
     train.main([*flags, "--epochs", "2"])
     before = Path("run/last.pt").read_bytes()
     state = torch.load("run/last.pt", weights_only=True)
-    Path("run/last.partial").symlink_to("/dev/full")
+    Path("run/last.pt.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device.*run/last.pt"):
         tgmae.save_checkpoint(Path("run/last.pt"), **state)
-    assert Path("run/last.pt").read_bytes() == before and not Path("run/last.partial").is_symlink()
+    assert Path("run/last.pt").read_bytes() == before and not Path("run/last.pt.partial").is_symlink()
     monkeypatch.setattr(tgmae, "append_log", lambda path, line: tgmae._append("/dev/full", "1"))
     with pytest.raises(
         SystemExit, match="train.py: .*cannot be written: No space left on device: '/dev/full'"
