@@ -64,13 +64,16 @@ def family(pid):
 
 
 def look(pid):
-    """-> MiB held (memory that processes share counted once), open files, threads, processes of a run."""
+    """-> MiB, open files, threads, processes of a run. Memory: what is no file's, and shared by processes once
+    (code is left out, since its share depends on who else runs it)."""
     memory = files = threads = 0
     processes = family(pid)
     for one in processes:
         try:
             rollup = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-            memory += sum(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
+            memory += sum(
+                int(line.split()[1]) for line in rollup if line.startswith(("Pss_Anon:", "Pss_Shmem:"))
+            )
             files += len(os.listdir(f"/proc/{one}/fd"))
             threads += len(os.listdir(f"/proc/{one}/task"))
         except (FileNotFoundError, ProcessLookupError):
