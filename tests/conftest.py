@@ -23,18 +23,20 @@ TINY = dict(
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
+    parser.addoption("--slow", action="store_true", help="the long forms of tests that have a short one")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: the long form of a test; run with --slow")
+    config.addinivalue_line(
+        "markers", "slow: the long form of a test; run with --slow, in place of the short one"
+    )
+    config.addinivalue_line("markers", "short: the short form of a test that has a long one")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: with --slow"))
+    other = "short" if config.getoption("--slow") else "slow"
+    config.hook.pytest_deselected(items=[item for item in items if other in item.keywords])
+    items[:] = [item for item in items if other not in item.keywords]
 
 
 @pytest.fixture

@@ -97,7 +97,9 @@ def damaged(data, kind, rng):
 KINDS = "cut", "no beginning", "head", "tail", "payload", "zeros", "hole", "noise", "twice"
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(30, marks=pytest.mark.short), pytest.param(200, marks=pytest.mark.slow)]
+)
 def test_damaged_files(footage, tmp_path, count, capsys):
     sources = sorted(p for p in footage.rglob("*") if p.suffix in (".mp4", ".mkv", ".mov"))
     rng, paths = np.random.default_rng(count), []
