@@ -531,3 +531,14 @@ def test_a_manifest_writes_nowhere_else(world, tmp_path):
     assert all(path.exists() and (home / "maps") in path.resolve().parents for path in made)
     after = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*") if home not in path.parents}
     assert after.keys() == before.keys() and (away / "precious.npz").read_text() == "precious"
+
+
+# ------------------------------------------------------------------------------------------------- all of it
+
+
+@pytest.mark.parametrize("minutes", [pytest.param(0.5, marks=short), pytest.param(3, marks=slow)])
+def test_soak(minutes, tmp_path):
+    """Good and bad files: memory, open files, threads stay as they are, and Ctrl-C leaves no process."""
+    process = start([ROOT / "tests/soak.py", "--minutes", minutes], tmp_path)
+    said, _ = process.communicate(timeout=minutes * 60 + 200)
+    assert process.returncode == 0 and "left after Ctrl-C: none" in said, said
