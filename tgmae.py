@@ -1295,7 +1295,14 @@ def _load_safetensors(path):
     except SafetensorError as error:
         raise ValueError(f"{path}: cannot be loaded as safetensors: {error}") from error
     rest = {key: value for key, value in json.loads(header["saved"]).items() if value}
-    return Config(**json.loads(header["config"])), state, rest
+    return _config(path, json.loads(header["config"])), state, rest
+
+
+def _config(source, sizes):
+    try:
+        return Config(**sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its config makes no model: {error}") from error
 
 
 def load_checkpoint(source):
@@ -1312,8 +1319,10 @@ def load_checkpoint(source):
     if not isinstance(saved, dict):
         raise ValueError(f"{source}: holds a {type(saved).__name__}, not a checkpoint's dict")
     state = next((saved.pop(key) for key in ("model", "module") if key in saved), saved)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{source}: its weights are no dict of names and tensors")
     if "config" in saved:
-        return Config(**saved["config"]), state, saved
+        return _config(source, saved["config"]), state, saved
     try:
         ours = from_videomae(state)
         conv = next(value for name, value in state.items() if name.endswith("patch_embed.proj.weight"))

@@ -508,6 +508,42 @@ def test_pickles_run_no_code(workdir, world, manifest, tmp_path):
         assert not Path("hacked").exists(), flags
 
 
+def test_checkpoints_of_other_things_are_told(workdir, manifest):
+    """Safe to load, and still none."""
+    sizes, weights = vars(tgmae.Config(**TINY)), tgmae.TGMAE(tgmae.Config(**TINY)).state_dict()
+    for i, (saved, reason) in enumerate((
+        ([1, 2], "holds a list"), ({"model": 5, "config": sizes}, "no dict of names"),
+        ({"model": {1: 2}, "config": sizes}, "no dict of names"), ({"model": weights, "config": 3}, "makes no model"),
+        ({"model": weights, "config": {"x": 1}}, "makes no model"), ({"model": {}, "config": sizes}, "has no"),
+        ({"model": weights, "config": sizes | {"depth": "two"}}, "makes no model"),
+        ({"model": weights, "config": sizes | {"num_heads": 5}}, "not divisible by num_heads=5"),
+        ({"model": dict.fromkeys(weights, "a"), "config": sizes}, "does not fit"),
+    )):  # fmt: skip
+        torch.save(saved, f"{i}.pt")
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--data", str(manifest(4)), *FEW, "--out", "a", "--init", f"{i}.pt"])
+        assert f"{i}.pt: " in stop.value.code and reason in stop.value.code and "\n" not in stop.value.code
+
+
+def test_a_gradient_that_is_not_finite(workdir, manifest, monkeypatch):
+    """Though the loss is."""
+    take, count = train.losses_and_gradients, []
+
+    def spoils(net, *rest):
+        sums = take(net, *rest)
+        count.append(None)
+        if len(count) == 2:
+            net.mask_token.grad[0, 0, 0] = math.inf
+        return sums
+
+    monkeypatch.setattr(train, "losses_and_gradients", spoils)
+    train.main(["--data", str(manifest(8)), *FEW, "--out", "run"])
+    lines = log("run")
+    assert ["skipped" in line for line in lines] == [False, True, False, False]
+    assert lines[1]["mae"] > 0 and lines[1]["grad_norm"] is None and len(lines[1]["skipped"]) == 2
+    assert all(value.isfinite().all() for value in torch.load("run/last.pt")["model"].values())
+
+
 def test_a_manifest_writes_nowhere_else(world, tmp_path):
     """Names that climb out of the folder, absolute ones, and maps that are somewhere else: what is written
     stays beside the manifest."""
