@@ -676,8 +676,8 @@ def take(x, ids):
 
 # =================================================================================================
 # Maskers: scores (B,t,h,w) -> mask (B,N). Every masker is a top-k over a score volume.
-# Needs: torch, torch.nn.functional as F; motion_scores area_weights, text_scores IMAGENET_MEAN and
-# IMAGENET_STD of Augmentation.
+# Needs: torch, torch.nn.functional as F.
+# From Augmentation: area_weights for motion; IMAGENET_MEAN, IMAGENET_STD for text.
 # Paper: 3.3 (text); tube: VideoMAE; motion: MGM. In the paper all mask the same number in each slice.
 # =================================================================================================
 
@@ -832,7 +832,8 @@ def encode_text(clip, tokenizer, captions):
 
 # =================================================================================================
 # Transformer: visible cubes (B,Nv,P) -> Encoder (B,Nv,D);  tokens (B,N,Dd) -> Decoder (B,Nm,P).
-# Needs: numpy as np, torch, torch.nn as nn, torch.nn.functional as F, checkpoint, StochasticDepth; take of Cubes.
+# Needs: numpy as np, torch, torch.nn as nn, torch.nn.functional as F, checkpoint, StochasticDepth.
+# From Cubes: take.
 # Paper: 3.1, 4.2; names and order as in VideoMAE's modeling_finetune.py and modeling_pretrain.py.
 # =================================================================================================
 
@@ -956,8 +957,9 @@ class Decoder(nn.Module):
 
 # =================================================================================================
 # Losses: reconstruction of the masked cubes, and InfoNCE between videos and captions over all ranks.
-# Needs: torch, torch.distributed as dist, torch.nn.functional as F; patchify, split_mask, take of
-# Cubes, IMAGENET_MEAN and IMAGENET_STD of Augmentation. Paper: 3.1, 3.4, equation (4).
+# Needs: torch, torch.distributed as dist, torch.nn.functional as F.
+# From Cubes: patchify, split_mask, take. From Augmentation: IMAGENET_MEAN, IMAGENET_STD.
+# Paper: 3.1, 3.4, equation (4).
 # =================================================================================================
 
 
@@ -1031,8 +1033,10 @@ def info_nce(video_emb, text_emb, temperature, *, groups=None):
 
 # =================================================================================================
 # TGMAE: the model. video (B,3,T,H,W), mask (B,N), text (B,E) -> losses.
-# Needs: torch, torch.nn as nn, torch.nn.functional as F; Config, Cubes, Transformer, Losses; reconstruct
-# also IMAGENET_MEAN and IMAGENET_STD of Augmentation.
+# Needs: torch, torch.nn as nn.
+# From Config: Config. From Cubes: patchify, split_mask, unpatchify. From Transformer: Decoder, Encoder, sinusoid.
+# From Losses: gather, info_nce, reconstruction_loss, reconstruction_target.
+# From Augmentation: IMAGENET_MEAN, IMAGENET_STD.
 # Paper: 3.5, Figure 2.
 # =================================================================================================
 
@@ -1139,8 +1143,8 @@ def reconstruct(video, mask, pred, config):
 
 # =================================================================================================
 # Weights in and out: VideoMAE's official names are ours, except for the patch embedding's shape.
-# Needs: argparse, importlib.metadata, json, pickle, Path, torch; Config and PRESETS, and work_offline_if_no_hub of
-# CLIP for hub names.
+# Needs: argparse, importlib.metadata, json, pickle, Path, torch.
+# From Config: Config, PRESETS. From CLIP: work_offline_if_no_hub for hub names.
 # =================================================================================================
 
 # transformers' name <- our name, the first that fits; the order matters when read backwards.
@@ -1336,8 +1340,8 @@ def load_checkpoint(source):
 # Runs: what the scripts share, and the method does not need: processes, schedule, the place of a video
 # that cannot be read, log, checkpoints, steps with bad numbers, stopping and going on.
 # Needs: argparse, contextlib, itertools, json, math, os, signal, sys, time, timedelta, Path, NamedTuple, numpy as np,
-# torch, torch.distributed as dist, DataLoader, tqdm; VideoError of Reading, bf16_is_fast of CLIP,
-# load_file of Weights in and out.
+# torch, torch.distributed as dist, DataLoader, tqdm.
+# From Reading: VideoError. From CLIP: bf16_is_fast. From Weights in and out: load_file.
 # =================================================================================================
 
 
