@@ -110,9 +110,7 @@ def use_clip(s, world, tmp_path):
 
 def use_transformer(s, world, tmp_path):
     config = tgmae.Config(**TINY)
-    cubes = torch.randn(
-        1, config.num_patches, config.patch_dim if hasattr(config, "patch_dim") else 3 * 2 * 8 * 8
-    )
+    cubes = tgmae.patchify(torch.randn(1, 3, 4, 32, 32), 8, 2)
     assert s["Encoder"](config)(cubes, None).shape == (1, config.num_patches, config.embed_dim)
 
 
