@@ -202,6 +202,11 @@ def _open_stream(path, motion):
         raise VideoError(f"{path}: {error.strerror or error}") from error
 
 
+def _demux(container, stream):
+    # PyAV's generator leaks memory when it is left before its end and not closed.
+    return contextlib.closing(container.demux(stream))
+
+
 def _scan(path, container, stream):
     # Headers lie about the number of frames (Matroska says 0), so the packets are counted, undecoded.
     packets = [
@@ -310,11 +315,12 @@ def _packets(video, key, number):
     pts = video.index.pts
     for target in (number, key):  # the first may land on a later key frame, where frames are reordered
         video.container.seek(int(pts[target]), stream=video.stream)
-        packets = video.container.demux(video.stream)
-        first = next(packets)
-        if first.pts is not None and first.pts <= pts[key]:
-            return itertools.chain([first], packets)
-    return ()
+        with _demux(video.container, video.stream) as packets:
+            first = next(packets)
+            if first.pts is not None and first.pts <= pts[key]:
+                yield first
+                yield from packets
+                return
 
 
 def _decode(video, frames):
@@ -340,8 +346,9 @@ def _decode(video, frames):
 
 def _decode_from_start(video, frames):
     """Yields (number, frame) for every frame up to the last of `frames`, in a decoder of its own."""
-    with _open_stream(video.path, video.motion) as (container, stream):
-        for count, frame in enumerate(container.decode(stream)):
+    with _open_stream(video.path, video.motion) as (container, stream), _demux(container, stream) as packets:
+        decoded = (packet.decode() for packet in packets)
+        for count, frame in enumerate(itertools.chain.from_iterable(decoded)):
             number = count if video.index.pts is None else _number(video.index, frame)
             if number is not None:
                 yield number, frame
