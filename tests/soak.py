@@ -85,6 +85,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="how long")
     minutes = parser.parse_args().minutes
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in a shell's background it is ignored, for children too
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder)

@@ -38,6 +38,10 @@ def steps(folder):
 
 
 def start(command, cwd, out=subprocess.PIPE):
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as in a shell's background; children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     words = [sys.executable, *map(str, command)]
     return subprocess.Popen(words, cwd=cwd, env=ONE_THREAD, stdout=out, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True)  # fmt: skip
