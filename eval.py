@@ -416,7 +416,7 @@ def each_clip(split, records, args, config, grid, compute):
     data = Views(records, config, args, grid)
     workers = min(args.workers, len(batches))
     loader = DataLoader(
-        data, batch_sampler=batches, collate_fn=list, num_workers=workers, worker_init_fn=tgmae.ignore_sigterm
+        data, batch_sampler=batches, collate_fn=list, num_workers=workers, worker_init_fn=tgmae.init_loader
     )
     every = 0.5 if sys.stderr.isatty() else 10  # seconds
     done, values, failed, short = [], [], [], 0

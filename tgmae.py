@@ -28,6 +28,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing as mp
 import os
 import pickle
 import signal
@@ -1346,8 +1347,8 @@ def load_checkpoint(source):
 # =================================================================================================
 # Runs: what the scripts share, and the method does not need: processes, schedule, the place of a video
 # that cannot be read, log, checkpoints, steps with bad numbers, stopping and going on.
-# Needs: argparse, contextlib, itertools, json, math, os, signal, sys, time, timedelta, Path, NamedTuple, numpy as np,
-# torch, torch.distributed as dist, DataLoader, tqdm.
+# Needs: argparse, contextlib, itertools, json, math, multiprocessing as mp, os, signal, sys, time, timedelta, Path,
+# NamedTuple, numpy as np, torch, torch.distributed as dist, DataLoader, tqdm.
 # From Reading: VideoError. From CLIP: bf16_is_fast. From Weights in and out: load_file.
 # =================================================================================================
 
@@ -1454,14 +1455,17 @@ def training_batches(data, share, args, step, steps_per_epoch, collate):
 
     return iter(DataLoader(
         data, share.forward, sampler=order(), num_workers=args.workers, collate_fn=collate,
-        pin_memory=args.device == "cuda", worker_init_fn=ignore_sigterm,
+        pin_memory=args.device == "cuda", worker_init_fn=init_loader,
     ))  # fmt: skip
 
 
-def ignore_sigterm(_=None):
+def init_loader(_=None):
     """For loader processes. A scheduler sends SIGTERM to all processes, but a run needs its loaders until it has
-    saved. They end when it does."""
+    saved. They end when it does: torch watches the parent a loader has at its start, so one whose run was killed
+    by then must end here."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
+        os._exit(1)
 
 
 def add_run_flags(add):

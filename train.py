@@ -434,7 +434,7 @@ def validate(net, data, clip, args, rank, world):
     samples = [(0, index) for index in DistributedSampler(data, world, rank, shuffle=False, drop_last=True)]
     loader = DataLoader(
         data, args.batch_size // args.repeat, sampler=samples, num_workers=args.workers, collate_fn=collate,
-        drop_last=True, worker_init_fn=tgmae.ignore_sigterm,
+        drop_last=True, worker_init_fn=tgmae.init_loader,
     )  # fmt: skip
     losses = []
     for batch in loader:

@@ -3,6 +3,7 @@ memory; and files that would run code."""
 
 import json
 import math
+import multiprocessing as mp
 import os
 import random
 import signal
@@ -38,9 +39,7 @@ def steps(folder):
 
 
 def start(command, cwd, out=subprocess.PIPE):
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as in a shell's background; children would inherit it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; would be inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)
     words = [sys.executable, *map(str, command)]
     return subprocess.Popen(words, cwd=cwd, env=ONE_THREAD, stdout=out, stderr=subprocess.STDOUT, text=True,
@@ -141,15 +140,16 @@ def test_killed_at_any_moment(command, workdir, kills):
     assert torch.load("parts/last.pt", weights_only=True)["step"] == (6 if "finetune" in command else 12)
     rng, hits = random.Random(kills), 0
     for kill in range(kills):
-        process, before = start([*command, "--out", "parts"], workdir), steps("parts")
+        process, before, began = start([*command, "--out", "parts"], workdir), steps("parts"), time.monotonic()
         if kill % 2:
-            time.sleep(rng.uniform(0, 6))
+            time.sleep(rng.uniform(0, until_first_step + 0.3))
         else:
             wait_until(lambda: process.poll() is not None or steps("parts") != before)
+            until_first_step = time.monotonic() - began
             time.sleep(rng.uniform(0, 0.3))
         hits += process.poll() is None
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)  # until the last loader, which has the other end of the pipe, is gone
     assert hits >= kills * 3 / 4, "it was at its end before it could be killed: more epochs, please"
     process = start([*command, "--out", "parts"], workdir)
     said, _ = process.communicate(timeout=600)
@@ -184,6 +184,24 @@ def test_ctrl_c_leaves_no_process(command, workdir):
     process.communicate(timeout=60)
     assert process.returncode != 0
     wait_until(lambda: not of_group(process.pid), seconds=20)
+
+
+@pytest.mark.parametrize("run_is_killed", [False, True])
+def test_a_loader_whose_run_was_killed_before_it_watched(workdir, run_is_killed):
+    def loader():
+        time.sleep(0.5)
+        tgmae.init_loader()
+        Path("goes on").touch()
+
+    def run():
+        mp.get_context("fork").Process(target=loader).start()
+        os._exit(0) if run_is_killed else time.sleep(2)
+
+    process = mp.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    time.sleep(2)
+    assert Path("goes on").exists() != run_is_killed
 
 
 def test_save_often_and_keep(workdir, manifest):
