@@ -3,6 +3,7 @@
     python toy.py                          # builds data/toy: 1000 H.264 clips and a tiny CLIP
     python toy.py --out /tmp/w --clips 64  # a smaller one: 64 training clips and 16 test clips
     python toy.py coverage                 # what does each masker hide? (the README's table)
+    python toy.py table2 --seeds 3         # the paper's Table 2; ablate ratio|..., figure4 alike
 
 Each clip shows an ACTOR (shape x colour x direction) that its three captions name, and a DISTRACTOR
 that they do not, over a textured background that pans faster than either: what moves most is not
@@ -14,12 +15,21 @@ on captioned crops. Everything follows from the seed; two CPU cores take about t
 import argparse
 import functools
 import json
+import math
 import os
+import platform
+import re
 import shutil
+import signal
+import statistics
+import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -375,31 +385,358 @@ def print_coverage(folder):
     )
 
 
+# =================================================================================================
+# The paper's Table 2, its smaller ablations and its Figure 4 on this world. A row is a run of train.py,
+# then of eval.py linear, retrieve and finetune; a row that several of them share runs once.
+# =================================================================================================
+
+
+class Row(NamedTuple):
+    """A way to pre-train. `flags` are more of train.py's."""
+
+    mask: str
+    loss: str = "MAE + VT"
+    flags: tuple = ()
+    captions: str = "frames"  # of CAPTION_SOURCES
+
+    @property
+    def name(self):  # of its folder
+        words = " ".join([self.mask, self.loss, *map(str, self.flags), self.captions])
+        return re.sub("[^a-z0-9.]+", "-", words.lower())
+
+
+LOSSES = {"MAE": [], "VT": ["--vt", "--no-mae"], "MAE + VT": ["--vt"]}
+UNTRAINED = Row("tube", "MAE", ("--epochs", 1, "--warmup-epochs", 0, "--blr", 0, "--min-lr", 0))
+TABLE2 = {"random weights": UNTRAINED} | {
+    f"{mask}, {loss}": Row(mask, loss)
+    for mask in tgmae.MASK_RATIOS for loss in LOSSES if (mask, loss) != ("tgm", "VT")
+}  # fmt: skip
+ABLATIONS = {
+    "ratio": {f"tgm at {ratio}": Row("tgm", flags=("--mask-ratio", ratio)) for ratio in (0.3, 0.45, 0.75, 0.9)}
+    | {f"tgm at {tgmae.MASK_RATIOS['tgm']}": Row("tgm")},
+    "bottom-k": {"tgm, highest": Row("tgm"), "tgm, lowest": Row("tgm", flags=("--bottom-k",)), "tube": Row("tube")},
+    "num-captions": {"3 captions": Row("tgm"), "1 caption": Row("tgm", flags=("--num-captions", 1))},
+    "caption-source": {
+        "of frames": Row("tgm"), "class name": Row("tgm", captions="label"),
+        "of the class": Row("tgm", captions="llm"), "of frames and of the class": Row("tgm", captions="frames-llm"),
+    },
+}  # fmt: skip
+FIGURE4 = {f"{mask}, {loss}": Row(mask, loss) for mask in tgmae.MASK_RATIOS for loss in ("MAE", "MAE + VT")}
+STAGES = "train", "linear", "retrieve", "finetune"
+COLUMNS = {"linear": "linear probe", "finetune": "fine-tuned", "retrieve": "retrieval R@1"}
+CAPTION_SOURCES = {  # what stands for the paper's: BLIP-2, the oracle, GPT-3.5, BLIP-2 + GPT-3.5 (Figure 5)
+    "frames": lambda record: record["captions"],
+    "label": lambda record: [record["label"]],
+    "llm": lambda record: [
+        caption.replace(" in {colour}", "").replace("{colour} ", "").format(shape=shape, direction=direction)
+        for shape, direction in [record["label"].split()] for caption in CAPTIONS
+    ],
+    "frames-llm": lambda record: CAPTION_SOURCES["frames"](record) + CAPTION_SOURCES["llm"](record),
+}  # fmt: skip
+
+
+class Experiments:
+    """Runs rows, a few at a time: on a CPU one a core with one thread each, which is nearly twice as fast as one
+    after the other with two. Stages that have ended are left as they are, others go on: runs/NAME-SEED/stages.jsonl."""
+
+    def __init__(self, args):
+        self.args, self.running = args, set()
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.jobs = args.jobs or (1 if torch.cuda.is_available() else self.cores)
+        self.bar = None
+
+    def folder(self, row, seed):
+        return self.args.runs.absolute() / f"{row.name}-seed{seed}"
+
+    def ended(self, row, seed):
+        """{stage: seconds} of what has ended. A folder of other flags or another world: ValueError."""
+        path = self.folder(row, seed) / "stages.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if any(line["of"] != self.settings() for line in lines):
+            raise ValueError(
+                f"{path.parent}: of another world or --epochs; name another --runs, or remove it"
+            )
+        return {line["stage"]: line["seconds"] for line in lines}
+
+    def settings(self):
+        return {"epochs": self.args.epochs, **json.loads((self.args.out / "world.json").read_text())}
+
+    def world(self, source):
+        """A folder whose data/toy is the world with captions of that source."""
+        top = self.args.runs.absolute() / "worlds" / source
+        data = top / "data" / "toy"
+        data.mkdir(parents=True, exist_ok=True)
+        for path in self.args.out.absolute().iterdir():
+            if path.name != "manifest.jsonl" and not (data / path.name).is_symlink():
+                (data / path.name).symlink_to(path)
+        records = map(json.loads, (self.args.out / "manifest.jsonl").read_text().splitlines())
+        lines = [json.dumps(record | {"captions": CAPTION_SOURCES[source](record)}) for record in records]
+        with tgmae.replacing(data / "manifest.jsonl", "w") as file:
+            file.write("\n".join(lines) + "\n")
+        return top
+
+    def run(self, row, seed, stages):
+        """The stages of one row that have not ended yet."""
+        folder, cwd, ended = (
+            self.folder(row, seed),
+            self.args.runs / "worlds" / row.captions,
+            self.ended(row, seed),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        epochs = ["--epochs", self.args.epochs, "--warmup-epochs", 0] if self.args.epochs else []
+        trained, same = folder / "last.pt", ["--seed", seed]
+        train = [
+            "train.py",
+            "--mask",
+            row.mask,
+            *LOSSES[row.loss],
+            *epochs,
+            *row.flags,
+            "--out",
+            folder,
+            *same,
+        ]
+        commands = {"train": train} | {
+            name: ["eval.py", name, trained, "--json", folder / f"{name}.json", *same, *more]
+            for name, more in (
+                ("linear", ["--no-random"]), ("retrieve", ["--no-random"]), ("finetune", ["--out", folder / "finetune", *epochs]),
+            )
+        }  # fmt: skip
+        for stage in stages:
+            if stage in ended:
+                continue
+            began = time.monotonic()
+            self.call(commands[stage], cwd, folder / f"{stage}.log")
+            line = {"stage": stage, "seconds": round(time.monotonic() - began, 1), "of": self.settings()}
+            with open(folder / "stages.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.bar.update()
+
+    def call(self, command, cwd, log):
+        script, *flags = map(str, command)
+        env = os.environ | (
+            {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(max(1, self.cores // self.jobs))}
+        )
+        with open(log, "a") as file:
+            process = subprocess.Popen([sys.executable, Path(__file__).with_name(script), *flags], cwd=cwd, env=env,
+                                       stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)  # fmt: skip
+            self.running.add(process)
+            code = process.wait()
+            self.running.discard(process)
+        if code:
+            raise ValueError(
+                f"{log}: {script} ended with exit code {code}: {tgmae.last_line(log.read_text())}"
+            )
+
+    def go(self, rows, seeds, stages, report):
+        """All rows and seeds, seed after seed; `report()` after each row."""
+        for source in {row.captions for row in rows}:
+            self.world(source)
+        todo = [(row, seed, stages) for seed in range(seeds) for row in rows]
+        done = sum(len(set(stages) & set(self.ended(row, seed))) for row, seed, _ in todo)
+        self.bar = tqdm(
+            total=len(todo) * len(stages), initial=done, unit="stage", mininterval=EVERY, smoothing=0
+        )
+        with self.bar, ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                for job in as_completed([pool.submit(self.run, *what) for what in todo]):
+                    job.result()
+                    report()
+            except BaseException:  # an interrupt, too: what runs saves and stops, what waits is given up
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self.running):
+                    process.terminate()
+                raise
+
+    def results(self, row, seed):
+        """{column: share of the test clips} of a row whose stages have all ended, or None."""
+        if set(self.ended(row, seed)) < set(STAGES):
+            return None
+        read = {
+            name: json.loads((self.folder(row, seed) / f"{name}.json").read_text())["rows"][0]
+            for name in COLUMNS
+        }
+        return {name: read[name]["R@1" if name == "retrieve" else "top-1"] for name in COLUMNS}
+
+    def vt(self, row, seed):
+        """The contrastive loss of a row that has been trained, a mean for each epoch, or None."""
+        if "train" not in self.ended(row, seed):
+            return None
+        lines = map(json.loads, (self.folder(row, seed) / "log.jsonl").read_text().splitlines())
+        epochs = {}
+        for line in lines:
+            epochs.setdefault(line["epoch"], []).append(line["vt"])
+        return [statistics.fmean(losses) for losses in epochs.values()]
+
+
+def mean_std(values, form):
+    """Mean ± sample standard deviation, as far as there are values."""
+    if not values:
+        return ""
+    spread = f" ± {form(statistics.stdev(values))}" if len(values) > 1 else ""
+    return form(statistics.fmean(values)) + spread
+
+
+def write_report(folder, name, command, table, log, draw):
+    """NAME.md, NAME.jsonl (a line a row and seed: what the table is made of) and NAME.svg."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.spines.top": False,
+                     "axes.spines.right": False}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} {platform.machine()} cores"
+    )
+    how = f"`{command}`; {device}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
+    (folder / f"{name}.md").write_text("\n".join(table) + f"\n\n{how}\n")
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    figure = draw(plt)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+    plt.close(figure)
+
+
+def compare(args, name, rows):
+    """Runs the rows ({title: Row}), evaluates them, writes table, log and plot."""
+    experiments, words = Experiments(args), " ".join(sys.argv[1:])
+
+    def report():
+        log = [
+            {"row": title, "seed": seed, **found, "seconds": experiments.ended(row, seed)}
+            for title, row in rows.items() for seed in range(args.seeds) if (found := experiments.results(row, seed))
+        ]  # fmt: skip
+        shares = {
+            title: {column: [line[column] for line in log if line["row"] == title] for column in COLUMNS}
+            for title in rows
+        }
+        table = [
+            f"| {name} | {' | '.join(COLUMNS.values())} | seeds |",
+            "| --- |" + " --- |" * (len(COLUMNS) + 1),
+        ]
+        for title, row in shares.items():
+            cells = [mean_std(values, lambda value: f"{100 * value:.1f}") for values in row.values()]
+            table.append(f"| {title} | {' | '.join(cells)} | {len(row['linear'])} |")
+
+        def draw(plt):
+            figure, panels = plt.subplots(1, len(COLUMNS), sharey=True, figsize=(9, 0.6 + 0.27 * len(rows)))
+            for panel, (column, label) in zip(panels, COLUMNS.items()):
+                for place, row in enumerate(shares.values()):
+                    values = [100 * value for value in row[column]]
+                    panel.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
+                    if values:
+                        panel.plot(
+                            [statistics.fmean(values)],
+                            [place],
+                            "|",
+                            color="C3",
+                            markersize=13,
+                            markeredgewidth=2,
+                        )
+                panel.set(xlabel=f"{label}, %", yticks=range(len(rows)), yticklabels=list(rows))
+                panel.grid(axis="x", alpha=0.3)
+            panels[0].invert_yaxis()
+            return figure
+
+        write_report(args.report or args.runs, name, f"python toy.py {words}", table, log, draw)
+        return table
+
+    experiments.go(rows.values(), args.seeds, STAGES, report)
+    print("\n".join(report()))
+
+
+def figure4(args):
+    """The contrastive loss, optimised and only watched, for each masker: the paper's Figure 4."""
+    experiments, words = Experiments(args), " ".join(sys.argv[1:])
+
+    def report():
+        log = [
+            {"row": title, "seed": seed, "vt": losses}
+            for title, row in FIGURE4.items() for seed in range(args.seeds) if (losses := experiments.vt(row, seed))
+        ]  # fmt: skip
+        curves = {title: [line["vt"] for line in log if line["row"] == title] for title in FIGURE4}
+        table = ["| contrastive loss | first epoch | last epoch | seeds |", "| --- | --- | --- | --- |"]
+        for title, runs in curves.items():
+            ends = [mean_std([run[i] for run in runs], lambda value: f"{value:.2f}") for i in (0, -1)]
+            table.append(
+                f"| {title}{'' if FIGURE4[title].loss != 'MAE' else ' (VT watched)'} | {' | '.join(ends)} | {len(runs)} |"
+            )
+
+        def draw(plt):
+            figure, axes = plt.subplots(figsize=(6, 3.2))
+            for title, runs in curves.items():
+                row = FIGURE4[title]
+                style = {
+                    "color": f"C{list(tgmae.MASK_RATIOS).index(row.mask)}",
+                    "linestyle": "-" if "VT" in row.loss else "--",
+                }
+                for i, run in enumerate(runs):
+                    axes.plot(range(1, len(run) + 1), run, label=None if i else title, alpha=0.8, **style)
+            axes.axhline(math.log(16), color="0.6", linewidth=0.8)
+            axes.text(1, math.log(16), " chance", color="0.4", va="bottom")
+            axes.set(xlabel="epoch", ylabel="contrastive loss (VT)")
+            axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+            return figure
+
+        write_report(args.report or args.runs, "figure4", f"python toy.py {words}", table, log, draw)
+        return table
+
+    experiments.go(FIGURE4.values(), args.seeds, ("train",), report)
+    print("\n".join(report()))
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Make the toy world, or measure on it what each masker hides."
+        description="Make the toy world, measure on it what each masker hides, or run the paper's comparisons on it."
     )
-    parser.add_argument(
-        "command", nargs="?", default="build", choices=("build", "coverage"), help="default: build"
+    add = parser.add_argument
+    commands = "build", "coverage", "table2", "ablate", "figure4"
+    add("command", nargs="?", default="build", choices=commands, help="default: build")
+    add("ablation", nargs="?", choices=ABLATIONS, help="for ablate")
+    add("--out", type=Path, default=Path("data/toy"), help="folder of the world (default: data/toy)")
+    add("--clips", type=int, default=800, help="training clips; a quarter as many test clips (default: 800)")
+    add("--seed", type=int, default=0, help="of everything in the world (default: 0)")
+    add("--seeds", type=int, default=3, help="runs of each row, with seeds 0, 1, ... (default: 3)")
+    add("--runs", type=Path, default=Path("runs/toy"), help="folder of the rows' runs (default: runs/toy)")
+    add("--report", type=Path, help="folder of table, plot and their log (default: that of --runs)")
+    add("--jobs", type=int, default=0, help="rows at a time (default: one a CPU core; with a GPU one)")
+    add(
+        "--epochs",
+        type=int,
+        default=0,
+        help="of pre-training and of fine-tuning (default: train.py's, eval.py's)",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("data/toy"), help="folder of the world (default: data/toy)"
-    )
-    parser.add_argument(
-        "--clips", type=int, default=800, help="training clips; a quarter as many test clips (default: 800)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of everything in it (default: 0)")
     args = parser.parse_args(argv)
     if args.clips < 16:
         parser.error(f"--clips {args.clips}: at least 16, one a class")
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: at least 1")
+    if (args.command == "ablate") != bool(args.ablation):
+        parser.error(
+            f"{args.command} {args.ablation or ''}: ablate takes one of {', '.join(ABLATIONS)}, other commands none"
+        )
     return args
 
 
-if __name__ == "__main__":
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     try:
         build(args.out, args.clips, args.seed)
         if args.command == "coverage":
             print_coverage(args.out)
+        elif args.command == "table2":
+            compare(args, "table2", TABLE2)
+        elif args.command == "ablate":
+            compare(args, args.ablation, ABLATIONS[args.ablation])
+        elif args.command == "figure4":
+            figure4(args)
     except (ValueError, OSError) as error:
         sys.exit(f"toy.py: {error}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started is stopped, too
+    main()
