@@ -1,13 +1,23 @@
 """The toy world is what it says, and on it the mask follows the words."""
 
 import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 
+from conftest import ROOT
+
 import captions
 import tgmae
 import toy
+import train
 
 
 def test_the_mask_follows_the_words(world):
@@ -169,3 +179,132 @@ def test_bad_manifests_name_the_line(tmp_path):
         run_captions("index", tmp_path / "nowhere", "--out", path)
     with pytest.raises(ValueError, match="no videos"):
         run_captions("index", tmp_path, "--out", tmp_path / "new.jsonl")
+
+
+# The paper's comparisons.
+
+
+def small_world(world, folder):
+    """32 training and 16 test clips of the world."""
+    shutil.copytree(world, folder, ignore=shutil.ignore_patterns("clips", "clip"))
+    for name in ("clips", "clip"):
+        (folder / name).symlink_to(world / name)
+    lines = (world / "manifest.jsonl").read_text().splitlines()
+    (folder / "manifest.jsonl").write_text("\n".join(lines[:32] + lines[800:816]) + "\n")
+    return folder
+
+
+def test_the_rows_are_the_papers():
+    of = {}
+    for title, row in toy.TABLE2.items():
+        args = train.parse_args(["--mask", row.mask, *toy.LOSSES[row.loss], *map(str, row.flags)])
+        of[title] = args.mask, args.mae, args.vt
+    assert list(of.values())[1:] == [
+        ("tube", True, False), ("tube", False, True), ("tube", True, True),
+        ("mgm", True, False), ("mgm", False, True), ("mgm", True, True), ("tgm", True, False), ("tgm", True, True),
+    ]  # fmt: skip
+    rows = [row for rows in (toy.TABLE2, toy.FIGURE4, *toy.ABLATIONS.values()) for row in rows.values()]
+    assert len({row.name for row in rows}) == len(set(rows)) == 9 + 4 + 1 + 1 + 3  # shared ones run once
+    with pytest.raises(SystemExit):
+        toy.parse_args(["ablate"])
+    with pytest.raises(SystemExit):
+        toy.parse_args(["table2", "ratio"])
+
+
+def test_captions_of_the_class():
+    record = {"label": "cross up", "captions": ["a red cross moving up"]}
+    of_class = ["a cross moving up", "the cross goes up", "a cross drifts up"]
+    assert toy.CAPTION_SOURCES["llm"](record) == of_class
+    assert toy.CAPTION_SOURCES["frames-llm"](record) == ["a red cross moving up", *of_class]
+
+
+def test_ablation_goes_on_where_it_stood(world, tmp_path, monkeypatch, capsys):
+    small = small_world(world, tmp_path / "small")
+    flags = ["ablate", "num-captions", "--out", small, "--runs", tmp_path / "runs", "--seeds", 1, "--epochs", 1, "--jobs", 2]
+    flags = list(map(str, flags))
+    toy.main(flags)
+    table = capsys.readouterr().out.split("\n")
+    assert table[0] == "| num-captions | linear probe | fine-tuned | retrieval R@1 | seeds |"
+    log = [json.loads(line) for line in (tmp_path / "runs/num-captions.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in log] == ["3 captions", "1 caption"]
+    for line, words in zip(log, table[2:]):
+        assert 0 <= line["linear"] <= 1 and words.endswith("| 1 |") and f"| {100 * line['linear']:.1f} |" in words
+    for folder, captions_ in (("tgm-mae-vt-frames-seed0", 0), ("tgm-mae-vt-num-captions-1-frames-seed0", 1)):
+        folder = tmp_path / "runs" / folder
+        args = json.loads((folder / "args.json").read_text())
+        assert args["num_captions"] == captions_ and args["epochs"] == 1 and args["vt"] and args["mask"] == "tgm"
+    lines = (folder / "stages.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in lines] == list(toy.STAGES)
+    (folder / "stages.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before its end
+    called = []
+    call = toy.Experiments.call
+    monkeypatch.setattr(toy.Experiments, "call", lambda self, c, *a: called.append(c[1]) or call(self, c, *a))
+    toy.main(flags)
+    assert called == ["finetune"] and capsys.readouterr().out.split("\n") == table
+    with pytest.raises(SystemExit, match="of another world or --epochs"):
+        toy.main([*flags, "--epochs", "2"])
+    (folder / "stages.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    (folder / "last.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"finetune.log: eval.py ended with exit code 1: eval.py: .*last.pt"):
+        toy.main(flags)
+
+
+def test_tables_and_plots(world, tmp_path, capsys):
+    """Of made results: means and deviations, what is missing, and plots whose words are words."""
+    flags = ["--out", world, "--runs", tmp_path / "runs", "--report", tmp_path / "docs", "--seeds", 3]
+    args = toy.parse_args(["table2", *map(str, flags)])
+    experiments, rng, made = toy.Experiments(args), np.random.default_rng(0), {}
+    for title, row in toy.TABLE2.items():
+        for seed in range(2 if title == "mgm, VT" else 3):
+            folder = experiments.folder(row, seed)
+            folder.mkdir(parents=True)
+            stages = [{"stage": stage, "seconds": 1, "of": experiments.settings()} for stage in toy.STAGES]
+            (folder / "stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in stages))
+            vt = [{"step": i, "epoch": i // 4, "vt": float(v)} for i, v in enumerate(rng.random(12))]
+            (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in vt))
+            for name, key in (("linear", "top-1"), ("finetune", "top-1"), ("retrieve", "R@1")):
+                made[title, seed, name] = float(rng.random())
+                rows = [{key: made[title, seed, name]}, {key: 0.0625}]
+                (folder / f"{name}.json").write_text(json.dumps({"rows": rows}))
+            made[title, seed, "vt"] = [line["vt"] for line in vt]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy.Experiments, "go", lambda *_: None)  # nothing is left to run
+        toy.compare(args, "table2", toy.TABLE2)
+        toy.figure4(args)
+    said = capsys.readouterr().out.split("\n")
+    for title in toy.TABLE2:
+        seeds = range(2 if title == "mgm, VT" else 3)
+        cells = [
+            f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
+            for values in ([made[title, seed, name] for seed in seeds] for name in ("linear", "finetune", "retrieve"))
+        ]
+        assert f"| {title} | {' | '.join(cells)} | {len(seeds)} |" in said
+    ends = [[statistics.fmean(made["tgm, MAE", seed, "vt"][part]) for seed in range(3)] for part in (slice(4), slice(8, 12))]
+    cells = [f"{np.mean(end):.2f} ± {np.std(end, ddof=1):.2f}" for end in ends]
+    assert f"| tgm, MAE (VT watched) | {' | '.join(cells)} | 3 |" in said
+    for name in ("table2", "figure4"):
+        text = "".join(xml.etree.ElementTree.parse(tmp_path / "docs" / f"{name}.svg").getroot().itertext())
+        assert all(title in text for title in (toy.TABLE2 if name == "table2" else toy.FIGURE4))
+    assert len((tmp_path / "docs/table2.jsonl").read_text().splitlines()) == 26
+    assert "table2" in (tmp_path / "docs/table2.md").read_text()
+
+
+def test_stopping_stops_what_runs(world, tmp_path):
+    small = small_world(world, tmp_path / "small")
+    command = [sys.executable, ROOT / "toy.py", "figure4", "--out", small, "--runs", tmp_path / "runs", "--seeds", "1",
+               "--epochs", "500"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
+    log, ends = tmp_path / "runs/tube-mae-frames-seed0/log.jsonl", time.monotonic() + 100
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < ends
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert (log.parent / "last.pt").exists() and not (log.parent / "stages.jsonl").exists()
+    while True:  # loaders end with their run
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < ends
+        time.sleep(0.1)
