@@ -7,7 +7,7 @@ also align the mean of what stays visible with the caption by a contrastive loss
 
 The file follows one clip from the video file to the loss, a section a step:
 
-    Config -> Reading -> Augmentation -> Cubes -> Maskers -> CLIP -> Transformer -> Losses -> TGMAE
+    Config -> Reading -> Manifest -> Augmentation -> Cubes -> Maskers -> CLIP -> Transformer -> Losses -> TGMAE
            -> Weights in and out -> Runs
 
 Each section can be lifted out: its banner names what it needs.
@@ -138,8 +138,8 @@ PRESETS = {
 
 # =================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both.
-# Needs: av, VideoReformatter, contextlib, gc, itertools, json, math, os, stat, warnings, zipfile, NamedTuple, Path,
-# numpy as np, torch, torch.nn.functional as F.
+# Needs: av, VideoReformatter, contextlib, gc, itertools, math, os, stat, warnings, NamedTuple, numpy as np, torch,
+# torch.nn.functional as F.
 # A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
 # =================================================================================================
 
@@ -469,6 +469,12 @@ def read_clip(path, frames, *, motion=False):
     return clip, change[[unique.index(number) for number in frames]]
 
 
+# =================================================================================================
+# Manifest: what is known of the clips: records of a manifest, and text maps, which captions.py makes.
+# Needs: json, zipfile, NamedTuple, Path, numpy as np, torch.
+# =================================================================================================
+
+
 class TextMap(NamedTuple):
     """What CLIP says of a clip, computed once: see captions.py maps. h'*w' patches in a frame."""
 
@@ -557,8 +563,8 @@ class Crop(NamedTuple):
 
 
 def multi_scale_crop(size, *, flip=True, scales=(1, 0.875, 0.75, 0.66), generator=None) -> Crop:
-    """A random box in a frame of (height, width): sides that are neighbours in `scales` times the
-    short side, at one of 13 places (corners, centre, and between); mirrored half the time."""
+    """VideoMAE's GroupMultiScaleCrop: a random box in a frame of (height, width). Its sides are neighbours in
+    `scales` times the short side, at one of 13 places (corners, centre, and between); mirrored half the time."""
 
     def draw(count):
         return int(torch.randint(count, (), generator=generator))
@@ -634,7 +640,7 @@ def normalize(video):
 
 
 def patchify(video, patch_size, tubelet_size):
-    """(B,C,T,H,W) -> (B,N,P). A cube's values are ordered (frame, row, column, channel), as in VideoMAE."""
+    """(B,C,T,H,W) -> (B,N,P), before equation (1). A cube's values are ordered (frame, row, column, channel), as in VideoMAE."""
     B, C, T, H, W = video.shape
     if T % tubelet_size or H % patch_size or W % patch_size:
         raise ValueError(
@@ -693,7 +699,7 @@ MASK_RATIOS = {"tube": 0.9, "mgm": 0.75, "tgm": 0.6}  # VideoMAE, MGM, and the p
 
 
 def topk_mask(scores, mask_ratio, *, bottom_k=False, generator=None):
-    """scores (B,t,h,w) -> mask (B,N) bool, True = masked: the int(mask_ratio*h*w) highest scores of
+    """scores (B,t,h,w) -> mask (B,N) bool, True = masked (3.3): the int(mask_ratio*h*w) highest scores of
     every time slice (the lowest with bottom_k: the paper's Figure 3(b)), ties broken at random."""
     B, t, h, w = scores.shape
     k = int(mask_ratio * h * w)
@@ -711,14 +717,14 @@ def topk_mask(scores, mask_ratio, *, bottom_k=False, generator=None):
 
 
 def tube_scores(batch, grid, *, generator=None):
-    """-> (B,t,h,w): noise shared over time, so that a patch is masked in every slice or in none."""
+    """-> (B,t,h,w): noise shared over time (VideoMAE's tubes), so that a patch is masked in every slice or in none."""
     t, h, w = grid
     noise = torch.rand(batch, 1, h, w, generator=generator, device=generator.device if generator else None)
     return noise.expand(batch, t, h, w)
 
 
 def motion_scores(motion, grid):
-    """motion (B,T,h',w') -> (B,t,h,w): the mean over a cube's frames and, by area, over its cells."""
+    """motion (B,T,h',w') -> (B,t,h,w), as in MGM: the mean over a cube's frames and, by area, over its cells."""
     t, h, w = grid
     B, T, rows, cols = motion.shape
     if T % t:
@@ -833,7 +839,7 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
 
 @torch.no_grad()
 def encode_text(clip, tokenizer, captions):
-    """Captions, B strings -> (B,E) float32 unit vectors on CLIP's device: the projected [EOS] state."""
+    """Captions, B strings -> (B,E) float32 unit vectors on CLIP's device: the projected [EOS] state (3.3)."""
     device = next(clip.parameters()).device
     return F.normalize(clip.encode_text(tokenizer(list(captions)).to(device)).float(), dim=-1)
 
@@ -847,7 +853,7 @@ def encode_text(clip, tokenizer, captions):
 
 
 def sinusoid(positions, dim):
-    """-> (positions,dim) fixed sine-cosine table over the flattened index of the cubes."""
+    """-> (positions,dim) fixed sine-cosine table over the flattened index of the cubes (VideoMAE)."""
     position = torch.arange(positions, dtype=torch.float64)[:, None]
     channel = torch.arange(dim, dtype=torch.float64)
     angle = position / 10000 ** (2 * (channel // 2) / dim)
@@ -910,7 +916,7 @@ def _run_blocks(blocks, x, grad_checkpointing):
 
 
 class PatchEmbed(nn.Module):
-    """Cubes (B,n,P) -> embeddings (B,n,D): VideoMAE's Conv3d, as the matrix product that it is."""
+    """Cubes (B,n,P) -> embeddings (B,n,D), equation (1): VideoMAE's Conv3d, as the matrix product that it is."""
 
     def __init__(self, patch_dim, embed_dim):
         super().__init__()
@@ -921,7 +927,7 @@ class PatchEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Cubes (B,N,P) and ids_keep (B,Nv), or None for all -> (B,Nv,D) after the final norm."""
+    """Cubes (B,N,P) and ids_keep (B,Nv), or None for all -> (B,Nv,D) after the final norm (3.1)."""
 
     def __init__(self, config):
         super().__init__()
@@ -945,7 +951,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens (B,N,Dd), the masked ones last -> predicted cubes (B,Nm,P)."""
+    """Tokens (B,N,Dd), the masked ones last -> predicted cubes (B,Nm,P) (3.1)."""
 
     def __init__(self, config):
         super().__init__()
@@ -991,7 +997,7 @@ def reconstruction_target(video, mask, config):
 
 
 def reconstruction_loss(pred, video, mask, config):
-    """Mean squared error over the masked cubes, equation (3). pred (B,Nm,P), masked cubes ascending;
+    """Mean squared error over the masked cubes (3.1). pred (B,Nm,P), masked cubes ascending;
     video (B,3,T,H,W) ImageNet-normalised; mask (B,N), True = masked. -> scalar, in float32 at least."""
     with torch.no_grad():
         target, _, _ = reconstruction_target(video, mask, config)
@@ -1015,14 +1021,14 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """(B,...) of each rank -> (world*B,...) of all, in order of ranks, with gradient. One process: x."""
+    """(B,...) of each rank -> (world*B,...) of all, in order of ranks, with gradient (3.4). One process: x."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return _Gather.apply(x)
 
 
 def info_nce(video_emb, text_emb, temperature, *, groups=None):
-    """Symmetric InfoNCE, equation (4): the mean of video->text and text->video.
+    """Symmetric InfoNCE (3.4, equation (4)): the mean of video->text and text->video.
 
     video_emb, text_emb (B,E), a pair a row, normalised here. groups (B,) ints: clips of one group
     (of one video, under --repeat) are no negatives of each other. -> scalar, in float32 at least."""
@@ -1050,7 +1056,7 @@ def info_nce(video_emb, text_emb, temperature, *, groups=None):
 
 
 class TGMAE(nn.Module):
-    """Video MAE with an optional video-text contrastive loss on the visible tokens."""
+    """Video MAE with an optional video-text contrastive loss on the visible tokens (3.5, Figure 2)."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -88,6 +88,12 @@ def use_reading(s, world, tmp_path):
     assert torch.equal(s["read_clip"](path, [0, 4]), tgmae.read_clip(path, [0, 4]))
 
 
+def use_manifest(s, world, tmp_path):
+    assert len(s["read_manifest"](world / "manifest.jsonl", "test")) == 200
+    with pytest.raises(ValueError, match="not a whole text map"):
+        s["read_map"](world / "manifest.jsonl", [])
+
+
 def use_augmentation(s, world, tmp_path):
     frames = torch.randint(0, 256, (4, 48, 64, 3), dtype=torch.uint8)
     crop = s["multi_scale_crop"]((48, 64), generator=torch.Generator().manual_seed(0))
@@ -137,7 +143,7 @@ def use_runs(s, world, tmp_path):
 
 USES = {
     "Config": lambda s, *_: np.testing.assert_equal(s["Config"](**TINY).num_patches, 32),
-    "Reading": use_reading, "Augmentation": use_augmentation, "Cubes": use_cubes, "Maskers": use_maskers, "CLIP": use_clip,
+    "Reading": use_reading, "Manifest": use_manifest, "Augmentation": use_augmentation, "Cubes": use_cubes, "Maskers": use_maskers, "CLIP": use_clip,
     "Transformer": use_transformer, "Losses": use_losses, "TGMAE": use_tgmae, "Weights in and out": use_weights,
     "Runs": use_runs,
 }  # fmt: skip

@@ -220,7 +220,20 @@ def test_captions_of_the_class():
 
 def test_ablation_goes_on_where_it_stood(world, tmp_path, monkeypatch, capsys):
     small = small_world(world, tmp_path / "small")
-    flags = ["ablate", "num-captions", "--out", small, "--runs", tmp_path / "runs", "--seeds", 1, "--epochs", 1, "--jobs", 2]
+    flags = [
+        "ablate",
+        "num-captions",
+        "--out",
+        small,
+        "--runs",
+        tmp_path / "runs",
+        "--seeds",
+        1,
+        "--epochs",
+        1,
+        "--jobs",
+        2,
+    ]
     flags = list(map(str, flags))
     toy.main(flags)
     table = capsys.readouterr().out.split("\n")
@@ -228,11 +241,17 @@ def test_ablation_goes_on_where_it_stood(world, tmp_path, monkeypatch, capsys):
     log = [json.loads(line) for line in (tmp_path / "runs/num-captions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in log] == ["3 captions", "1 caption"]
     for line, words in zip(log, table[2:]):
-        assert 0 <= line["linear"] <= 1 and words.endswith("| 1 |") and f"| {100 * line['linear']:.1f} |" in words
+        assert (
+            0 <= line["linear"] <= 1
+            and words.endswith("| 1 |")
+            and f"| {100 * line['linear']:.1f} |" in words
+        )
     for folder, captions_ in (("tgm-mae-vt-frames-seed0", 0), ("tgm-mae-vt-num-captions-1-frames-seed0", 1)):
         folder = tmp_path / "runs" / folder
         args = json.loads((folder / "args.json").read_text())
-        assert args["num_captions"] == captions_ and args["epochs"] == 1 and args["vt"] and args["mask"] == "tgm"
+        assert (
+            args["num_captions"] == captions_ and args["epochs"] == 1 and args["vt"] and args["mask"] == "tgm"
+        )
     lines = (folder / "stages.jsonl").read_text().splitlines()
     assert [json.loads(line)["stage"] for line in lines] == list(toy.STAGES)
     (folder / "stages.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before its end
@@ -276,10 +295,15 @@ def test_tables_and_plots(world, tmp_path, capsys):
         seeds = range(2 if title == "mgm, VT" else 3)
         cells = [
             f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
-            for values in ([made[title, seed, name] for seed in seeds] for name in ("linear", "finetune", "retrieve"))
+            for values in (
+                [made[title, seed, name] for seed in seeds] for name in ("linear", "finetune", "retrieve")
+            )
         ]
         assert f"| {title} | {' | '.join(cells)} | {len(seeds)} |" in said
-    ends = [[statistics.fmean(made["tgm, MAE", seed, "vt"][part]) for seed in range(3)] for part in (slice(4), slice(8, 12))]
+    ends = [
+        [statistics.fmean(made["tgm, MAE", seed, "vt"][part]) for seed in range(3)]
+        for part in (slice(4), slice(8, 12))
+    ]
     cells = [f"{np.mean(end):.2f} ± {np.std(end, ddof=1):.2f}" for end in ends]
     assert f"| tgm, MAE (VT watched) | {' | '.join(cells)} | 3 |" in said
     for name in ("table2", "figure4"):
