@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import tgmae
 from tgmae import MASK_RATIOS, PRESETS, TrainingClips
 
-TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1, "batch_size": 16, "blr": 0.048, "min_lr": 1e-4,
+TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1, "batch_size": 16, "blr": 0.016, "min_lr": 1e-4,
        "stride": 4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
 REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, "blr": 1.5e-4, "min_lr": 1e-5,
         "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
