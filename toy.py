@@ -421,7 +421,10 @@ ABLATIONS = {
         "of the class": Row("tgm", captions="llm"), "of frames and of the class": Row("tgm", captions="frames-llm"),
     },
 }  # fmt: skip
-FIGURE4 = {f"{mask}, {loss}": Row(mask, loss) for mask in tgmae.MASK_RATIOS for loss in ("MAE", "MAE + VT")}
+FIGURE4 = {
+    f"{mask}, {title}": Row(mask, loss)
+    for mask in tgmae.MASK_RATIOS for title, loss in (("optimised", "MAE + VT"), ("watched", "MAE"))
+}  # fmt: skip
 STAGES = "train", "linear", "retrieve", "finetune"
 COLUMNS = {"linear": "linear probe", "finetune": "fine-tuned", "retrieve": "retrieval R@1"}
 CAPTION_SOURCES = {  # what stands for the paper's: BLIP-2, the oracle, GPT-3.5, BLIP-2 + GPT-3.5 (Figure 5)
@@ -436,35 +439,29 @@ CAPTION_SOURCES = {  # what stands for the paper's: BLIP-2, the oracle, GPT-3.5,
 
 
 class Experiments:
-    """Runs rows, a few at a time: on a CPU one a core with one thread each, which is nearly twice as fast as one
-    after the other with two. Stages that have ended are left as they are, others go on: runs/NAME-SEED/stages.jsonl."""
+    """Runs rows, some side by side: on a CPU one a core with one thread each, which is nearly twice as fast as one
+    after the other with two. Stages that have ended stay as they are: --runs/ROW-SEED/stages.jsonl."""
 
     def __init__(self, args):
         self.args, self.running = args, set()
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.jobs = args.jobs or (1 if torch.cuda.is_available() else self.cores)
-        self.bar = None
+        self.runs, self.gpu = args.runs.absolute(), torch.cuda.is_available()
+        self.jobs = args.jobs or (1 if self.gpu else os.cpu_count())
+        self.settings = {"epochs": args.epochs, **json.loads((args.out / "world.json").read_text())}
 
     def folder(self, row, seed):
-        return self.args.runs.absolute() / f"{row.name}-seed{seed}"
+        return self.runs / f"{row.name}-seed{seed}"
 
     def ended(self, row, seed):
-        """{stage: seconds} of what has ended. A folder of other flags or another world: ValueError."""
+        """{stage: seconds} of what has ended. A folder of other --epochs or another world: ValueError."""
         path = self.folder(row, seed) / "stages.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        if any(line["of"] != self.settings() for line in lines):
-            raise ValueError(
-                f"{path.parent}: of another world or --epochs; name another --runs, or remove it"
-            )
+        if any(line["of"] != self.settings for line in lines):
+            raise ValueError(f"{path.parent}: of another world or --epochs; another --runs, or remove it")
         return {line["stage"]: line["seconds"] for line in lines}
 
-    def settings(self):
-        return {"epochs": self.args.epochs, **json.loads((self.args.out / "world.json").read_text())}
-
-    def world(self, source):
-        """A folder whose data/toy is the world with captions of that source."""
-        top = self.args.runs.absolute() / "worlds" / source
-        data = top / "data" / "toy"
+    def make_world(self, source):
+        """runs/worlds/SOURCE, in which data/toy is the world with captions of that source."""
+        data = self.runs / "worlds" / source / "data" / "toy"
         data.mkdir(parents=True, exist_ok=True)
         for path in self.args.out.absolute().iterdir():
             if path.name != "manifest.jsonl" and not (data / path.name).is_symlink():
@@ -473,70 +470,52 @@ class Experiments:
         lines = [json.dumps(record | {"captions": CAPTION_SOURCES[source](record)}) for record in records]
         with tgmae.replacing(data / "manifest.jsonl", "w") as file:
             file.write("\n".join(lines) + "\n")
-        return top
 
     def run(self, row, seed, stages):
-        """The stages of one row that have not ended yet."""
-        folder, cwd, ended = (
-            self.folder(row, seed),
-            self.args.runs / "worlds" / row.captions,
-            self.ended(row, seed),
-        )
+        """The stages of a row that have not ended yet."""
+        folder, ended = self.folder(row, seed), self.ended(row, seed)
         folder.mkdir(parents=True, exist_ok=True)
         epochs = ["--epochs", self.args.epochs, "--warmup-epochs", 0] if self.args.epochs else []
-        trained, same = folder / "last.pt", ["--seed", seed]
-        train = [
-            "train.py",
-            "--mask",
-            row.mask,
-            *LOSSES[row.loss],
-            *epochs,
-            *row.flags,
-            "--out",
-            folder,
-            *same,
-        ]
-        commands = {"train": train} | {
-            name: ["eval.py", name, trained, "--json", folder / f"{name}.json", *same, *more]
-            for name, more in (
-                ("linear", ["--no-random"]), ("retrieve", ["--no-random"]), ("finetune", ["--out", folder / "finetune", *epochs]),
-            )
+        flags = {
+            "train": ["--mask", row.mask, *LOSSES[row.loss], *epochs, *row.flags, "--out", folder],
+            "linear": ["--no-random"], "retrieve": ["--no-random"], "finetune": ["--out", folder / "finetune", *epochs],
         }  # fmt: skip
-        for stage in stages:
-            if stage in ended:
-                continue
+        for stage in (stage for stage in stages if stage not in ended):
+            command = ["train.py"]
+            if stage != "train":
+                command = ["eval.py", stage, folder / "last.pt", "--json", folder / f"{stage}.json"]
             began = time.monotonic()
-            self.call(commands[stage], cwd, folder / f"{stage}.log")
-            line = {"stage": stage, "seconds": round(time.monotonic() - began, 1), "of": self.settings()}
+            self.call([*command, *flags[stage], "--seed", seed], row.captions, folder / f"{stage}.log")
+            line = {"stage": stage, "seconds": round(time.monotonic() - began, 1), "of": self.settings}
             with open(folder / "stages.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             self.bar.update()
 
-    def call(self, command, cwd, log):
+    def call(self, command, source, log):
         script, *flags = map(str, command)
-        env = os.environ | (
-            {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(max(1, self.cores // self.jobs))}
-        )
+        threads = {} if self.gpu else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))}
         with open(log, "a") as file:
-            process = subprocess.Popen([sys.executable, Path(__file__).with_name(script), *flags], cwd=cwd, env=env,
-                                       stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)  # fmt: skip
+            process = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name(script), *flags], cwd=self.runs / "worlds" / source,
+                env=os.environ | threads, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
             self.running.add(process)
             code = process.wait()
             self.running.discard(process)
         if code:
-            raise ValueError(
-                f"{log}: {script} ended with exit code {code}: {tgmae.last_line(log.read_text())}"
-            )
+            reason = tgmae.last_line(log.read_text())
+            raise ValueError(f"{log}: {script} ended with exit code {code}: {reason}")
 
-    def go(self, rows, seeds, stages, report):
-        """All rows and seeds, seed after seed; `report()` after each row."""
+    def go(self, rows, stages, report):
+        """All rows, seed after seed; report() after each."""
         for source in {row.captions for row in rows}:
-            self.world(source)
-        todo = [(row, seed, stages) for seed in range(seeds) for row in rows]
+            self.make_world(source)
+        todo = [(row, seed, stages) for seed in range(self.args.seeds) for row in rows]
+        total = len(todo) * len(stages)
         done = sum(len(set(stages) & set(self.ended(row, seed))) for row, seed, _ in todo)
-        self.bar = tqdm(
-            total=len(todo) * len(stages), initial=done, unit="stage", mininterval=EVERY, smoothing=0
-        )
+        if done:
+            print(f"{done} of {total} stages are there already, made by the code as it was: {self.runs}")
+        self.bar = tqdm(total=total, initial=done, unit="stage", mininterval=EVERY, smoothing=0)
         with self.bar, ThreadPoolExecutor(self.jobs) as pool:
             try:
                 for job in as_completed([pool.submit(self.run, *what) for what in todo]):
@@ -548,144 +527,122 @@ class Experiments:
                     process.terminate()
                 raise
 
-    def results(self, row, seed):
-        """{column: share of the test clips} of a row whose stages have all ended, or None."""
-        if set(self.ended(row, seed)) < set(STAGES):
+    def found(self, row, seed, stages):
+        """What a row whose stages have all ended has come to: shares of the test clips, the contrastive loss of
+        each epoch, seconds; None before that."""
+        folder, seconds = self.folder(row, seed), self.ended(row, seed)
+        if not set(stages) <= set(seconds):
             return None
-        read = {
-            name: json.loads((self.folder(row, seed) / f"{name}.json").read_text())["rows"][0]
-            for name in COLUMNS
-        }
-        return {name: read[name]["R@1" if name == "retrieve" else "top-1"] for name in COLUMNS}
-
-    def vt(self, row, seed):
-        """The contrastive loss of a row that has been trained, a mean for each epoch, or None."""
-        if "train" not in self.ended(row, seed):
-            return None
-        lines = map(json.loads, (self.folder(row, seed) / "log.jsonl").read_text().splitlines())
-        epochs = {}
-        for line in lines:
+        found, epochs = {}, {}
+        for stage, key in (("linear", "top-1"), ("finetune", "top-1"), ("retrieve", "R@1")):
+            if stage in stages:
+                found[stage] = round(json.loads((folder / f"{stage}.json").read_text())["rows"][0][key], 4)
+        for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
             epochs.setdefault(line["epoch"], []).append(line["vt"])
-        return [statistics.fmean(losses) for losses in epochs.values()]
+        vt = [round(statistics.fmean(losses), 4) for losses in epochs.values()]
+        return found | {"vt": vt, "seconds": {stage: seconds[stage] for stage in stages}}
 
 
-def mean_std(values, form):
-    """Mean ± sample standard deviation, as far as there are values."""
-    if not values:
-        return ""
-    spread = f" ± {form(statistics.stdev(values))}" if len(values) > 1 else ""
-    return form(statistics.fmean(values)) + spread
+def compare(args, name, rows, stages, table, plot):
+    """Runs the rows ({title: Row}); leaves NAME.jsonl (a line a row and seed), NAME.md and NAME.svg."""
+    experiments, folder = Experiments(args), args.report or args.runs
+    device = (
+        torch.cuda.get_device_name() if experiments.gpu else f"{os.cpu_count()} {platform.machine()} cores"
+    )
+    how = f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, Python {platform.python_version()}, "
+    how += f"torch {torch.__version__}, {date.today()}."
+
+    def report():
+        log = [
+            {"row": title, "seed": seed, **found}
+            for title, row in rows.items() for seed in range(args.seeds)
+            if (found := experiments.found(row, seed, stages))
+        ]  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        lines = table(name, log)
+        (folder / f"{name}.md").write_text("\n".join([*lines, "", how, ""]))
+        save_plot(folder / f"{name}.svg", plot, log)
+        return lines
+
+    experiments.go(rows.values(), stages, report)
+    print("\n".join(report()))
 
 
-def write_report(folder, name, command, table, log, draw):
-    """NAME.md, NAME.jsonl (a line a row and seed: what the table is made of) and NAME.svg."""
+def by_row(log, key):
+    """{title: [what each seed has there, ...]}."""
+    rows = {}
+    for line in log:
+        rows.setdefault(line["row"], []).append(line[key])
+    return rows
+
+
+def mean_std(values, digits):
+    """Mean ± sample standard deviation, of one value itself."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def share_table(name, log):
+    lines = [f"| {name} | {' | '.join(COLUMNS.values())} | seeds |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for title, seeds in by_row(log, "seed").items():
+        values = [[100 * share for share in by_row(log, column)[title]] for column in COLUMNS]
+        lines.append(f"| {title} | {' | '.join(mean_std(part, 1) for part in values)} | {len(seeds)} |")
+    return lines
+
+
+def share_plot(plt, log):
+    """A dot a seed, a line at their mean."""
+    titles = list(by_row(log, "seed"))
+    figure, panels = plt.subplots(1, len(COLUMNS), sharey=True, figsize=(9, 0.8 + 0.27 * len(titles)))
+    for panel, (column, label) in zip(panels, COLUMNS.items()):
+        for place, shares in enumerate(by_row(log, column).values()):
+            values = [100 * share for share in shares]
+            panel.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
+            panel.plot([statistics.fmean(values)], [place], "|", color="C3", markersize=13, markeredgewidth=2)
+        panel.set(xlabel=f"{label}, %", yticks=range(len(titles)), yticklabels=titles)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def curve_table(name, log):
+    lines = ["| contrastive loss | first epoch | last epoch | seeds |", "| --- | --- | --- | --- |"]
+    for title, runs in by_row(log, "vt").items():
+        first, last = (mean_std([run[i] for run in runs], 2) for i in (0, -1))
+        lines.append(f"| {title} | {first} | {last} | {len(runs)} |")
+    return lines
+
+
+def curve_plot(plt, log):
+    """A line a seed; dashed where the loss is only watched."""
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    for title, runs in by_row(log, "vt").items():
+        row = FIGURE4[title]
+        style = {
+            "color": f"C{list(tgmae.MASK_RATIOS).index(row.mask)}",
+            "linestyle": "-" if "VT" in row.loss else "--",
+        }
+        for i, run in enumerate(runs):
+            axes.plot(range(1, len(run) + 1), run, label=None if i else title, alpha=0.8, **style)
+    axes.axhline(math.log(16), color="0.6", linewidth=0.8)
+    axes.text(1, math.log(16), " chance", color="0.4", va="bottom")
+    axes.set(xlabel="epoch", ylabel="contrastive loss (VT)")
+    axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return figure
+
+
+def save_plot(path, plot, log):
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.spines.top": False,
-                     "axes.spines.right": False}  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{os.cpu_count()} {platform.machine()} cores"
-    )
-    how = f"`{command}`; {device}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
-    (folder / f"{name}.md").write_text("\n".join(table) + f"\n\n{how}\n")
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    figure = draw(plt)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
-    plt.close(figure)
-
-
-def compare(args, name, rows):
-    """Runs the rows ({title: Row}), evaluates them, writes table, log and plot."""
-    experiments, words = Experiments(args), " ".join(sys.argv[1:])
-
-    def report():
-        log = [
-            {"row": title, "seed": seed, **found, "seconds": experiments.ended(row, seed)}
-            for title, row in rows.items() for seed in range(args.seeds) if (found := experiments.results(row, seed))
-        ]  # fmt: skip
-        shares = {
-            title: {column: [line[column] for line in log if line["row"] == title] for column in COLUMNS}
-            for title in rows
-        }
-        table = [
-            f"| {name} | {' | '.join(COLUMNS.values())} | seeds |",
-            "| --- |" + " --- |" * (len(COLUMNS) + 1),
-        ]
-        for title, row in shares.items():
-            cells = [mean_std(values, lambda value: f"{100 * value:.1f}") for values in row.values()]
-            table.append(f"| {title} | {' | '.join(cells)} | {len(row['linear'])} |")
-
-        def draw(plt):
-            figure, panels = plt.subplots(1, len(COLUMNS), sharey=True, figsize=(9, 0.6 + 0.27 * len(rows)))
-            for panel, (column, label) in zip(panels, COLUMNS.items()):
-                for place, row in enumerate(shares.values()):
-                    values = [100 * value for value in row[column]]
-                    panel.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
-                    if values:
-                        panel.plot(
-                            [statistics.fmean(values)],
-                            [place],
-                            "|",
-                            color="C3",
-                            markersize=13,
-                            markeredgewidth=2,
-                        )
-                panel.set(xlabel=f"{label}, %", yticks=range(len(rows)), yticklabels=list(rows))
-                panel.grid(axis="x", alpha=0.3)
-            panels[0].invert_yaxis()
-            return figure
-
-        write_report(args.report or args.runs, name, f"python toy.py {words}", table, log, draw)
-        return table
-
-    experiments.go(rows.values(), args.seeds, STAGES, report)
-    print("\n".join(report()))
-
-
-def figure4(args):
-    """The contrastive loss, optimised and only watched, for each masker: the paper's Figure 4."""
-    experiments, words = Experiments(args), " ".join(sys.argv[1:])
-
-    def report():
-        log = [
-            {"row": title, "seed": seed, "vt": losses}
-            for title, row in FIGURE4.items() for seed in range(args.seeds) if (losses := experiments.vt(row, seed))
-        ]  # fmt: skip
-        curves = {title: [line["vt"] for line in log if line["row"] == title] for title in FIGURE4}
-        table = ["| contrastive loss | first epoch | last epoch | seeds |", "| --- | --- | --- | --- |"]
-        for title, runs in curves.items():
-            ends = [mean_std([run[i] for run in runs], lambda value: f"{value:.2f}") for i in (0, -1)]
-            table.append(
-                f"| {title}{'' if FIGURE4[title].loss != 'MAE' else ' (VT watched)'} | {' | '.join(ends)} | {len(runs)} |"
-            )
-
-        def draw(plt):
-            figure, axes = plt.subplots(figsize=(6, 3.2))
-            for title, runs in curves.items():
-                row = FIGURE4[title]
-                style = {
-                    "color": f"C{list(tgmae.MASK_RATIOS).index(row.mask)}",
-                    "linestyle": "-" if "VT" in row.loss else "--",
-                }
-                for i, run in enumerate(runs):
-                    axes.plot(range(1, len(run) + 1), run, label=None if i else title, alpha=0.8, **style)
-            axes.axhline(math.log(16), color="0.6", linewidth=0.8)
-            axes.text(1, math.log(16), " chance", color="0.4", va="bottom")
-            axes.set(xlabel="epoch", ylabel="contrastive loss (VT)")
-            axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-            return figure
-
-        write_report(args.report or args.runs, "figure4", f"python toy.py {words}", table, log, draw)
-        return table
-
-    experiments.go(FIGURE4.values(), args.seeds, ("train",), report)
-    print("\n".join(report()))
+    style = {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9}  # words stay words
+    with plt.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+        figure = plot(plt, log)
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        plt.close(figure)
 
 
 def parse_args(argv=None):
@@ -703,20 +660,16 @@ def parse_args(argv=None):
     add("--runs", type=Path, default=Path("runs/toy"), help="folder of the rows' runs (default: runs/toy)")
     add("--report", type=Path, help="folder of table, plot and their log (default: that of --runs)")
     add("--jobs", type=int, default=0, help="rows at a time (default: one a CPU core; with a GPU one)")
-    add(
-        "--epochs",
-        type=int,
-        default=0,
-        help="of pre-training and of fine-tuning (default: train.py's, eval.py's)",
-    )
+    add("--epochs", type=int, default=0, help="of both trainings (default: train.py's, eval.py's own)")
     args = parser.parse_args(argv)
     if args.clips < 16:
         parser.error(f"--clips {args.clips}: at least 16, one a class")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least 1")
     if (args.command == "ablate") != bool(args.ablation):
+        several = ", ".join(ABLATIONS)
         parser.error(
-            f"{args.command} {args.ablation or ''}: ablate takes one of {', '.join(ABLATIONS)}, other commands none"
+            f"{args.command} {args.ablation or ''}: ablate takes one of {several}, other commands none"
         )
     return args
 
@@ -728,11 +681,11 @@ def main(argv=None):
         if args.command == "coverage":
             print_coverage(args.out)
         elif args.command == "table2":
-            compare(args, "table2", TABLE2)
+            compare(args, "table2", TABLE2, STAGES, share_table, share_plot)
         elif args.command == "ablate":
-            compare(args, args.ablation, ABLATIONS[args.ablation])
+            compare(args, args.ablation, ABLATIONS[args.ablation], STAGES, share_table, share_plot)
         elif args.command == "figure4":
-            figure4(args)
+            compare(args, "figure4", FIGURE4, STAGES[:1], curve_table, curve_plot)
     except (ValueError, OSError) as error:
         sys.exit(f"toy.py: {error}")
 
