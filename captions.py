@@ -99,6 +99,18 @@ def read_journal(folder):
     return outcomes
 
 
+def journal_of(manifest):
+    return manifest.with_name(manifest.name + ".work")
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tgmae.replacing(
+        path, "w", encoding="utf-8", errors="surrogateescape"
+    ) as file:  # names that are no UTF-8
+        file.write(text)
+
+
 def open_journal(folder, settings):
     """Makes the folder, or goes on in it, unless it holds outcomes under other settings: ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,18 +161,6 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
     outcomes = read_journal(folder)
     barrier()  # all have read it before rank 0 removes it
     return outcomes
-
-
-def journal_of(manifest):
-    return manifest.with_name(manifest.name + ".work")
-
-
-def write_text(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tgmae.replacing(
-        path, "w", encoding="utf-8", errors="surrogateescape"
-    ) as file:  # names that are no UTF-8
-        file.write(text)
 
 
 def write_manifest(path, records):
@@ -675,21 +675,6 @@ def map_numbers(video, record, every):
     return list(range(*tgmae.frame_range(video, record.get("start"), record.get("end")), every))
 
 
-def load_frames(args, made_by, clips, paths, key):
-    """-> numbers, frames (F,3,H',W') uint8, size of the source; None if its map is there already."""
-    record, images = clips[key], []
-    with tgmae.open_video(record["path"]) as video:
-        numbers = map_numbers(video, record, args.every)
-        if not args.force and is_current(args, paths[key], record, made_by, numbers):
-            return None
-        for i in range(0, len(numbers), PIECE):
-            frames = tgmae.read_clip(video, numbers[i : i + PIECE])
-            size = tuple(frames.shape[1:3])
-            resized = map_size(size, args.image_size, args.patch_size)
-            images.append(TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True))
-    return numbers, torch.cat(images), size
-
-
 def is_current(args, path, record, made_by, numbers):
     """Whether the wanted map is there. Half a map, or one of other captions, is made anew; one of another
     CLIP or geometry may be wanted by somebody: ValueError."""
@@ -706,6 +691,21 @@ def is_current(args, path, record, made_by, numbers):
             change = f"{str(old)[:60]}, now {str(new)[:60]}"
             raise ValueError(f"{path}: a map of another {what}: {change}; --force makes all anew")
     return True
+
+
+def load_frames(args, made_by, clips, paths, key):
+    """-> numbers, frames (F,3,H',W') uint8, size of the source; None if its map is there already."""
+    record, images = clips[key], []
+    with tgmae.open_video(record["path"]) as video:
+        numbers = map_numbers(video, record, args.every)
+        if not args.force and is_current(args, paths[key], record, made_by, numbers):
+            return None
+        for i in range(0, len(numbers), PIECE):
+            frames = tgmae.read_clip(video, numbers[i : i + PIECE])
+            size = tuple(frames.shape[1:3])
+            resized = map_size(size, args.image_size, args.patch_size)
+            images.append(TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True))
+    return numbers, torch.cat(images), size
 
 
 @torch.no_grad()

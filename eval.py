@@ -69,6 +69,33 @@ RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
 MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
 
 
+def two_numbers(flag, text):
+    """5x3 -> [5, 3]."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{flag} {text}: must be like 5x3, views in time x in space")
+    return [int(part) for part in parts]
+
+
+def check_args(args):
+    for name in ("stride", "batch_size", "repeat", "accum"):
+        if name in args and getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if args.command == "show":
+        return
+    args.view_grid = two_numbers("--views", args.views)
+    if args.command == "linear":
+        args.train_view_grid = two_numbers("--train-views", args.train_views)
+        if args.epochs <= 0 or min(args.rates) <= 0:
+            raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
+    if args.command == "finetune":
+        tgmae.check_run_flags(args)
+    if args.command == "finetune" and not (args.epochs == 0 or 0 <= args.warmup_epochs <= args.epochs):
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
+    if "holdout" in args and not (0 < args.holdout < 1 or args.holdout == 0 and args.command == "finetune"):
+        raise ValueError(f"--holdout {args.holdout}: must lie between 0 and 1")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -184,33 +211,6 @@ def parse_args(argv=None):
         given.setdefault("out", str(folder / own[args.command]))
     check_args(args)
     return args
-
-
-def two_numbers(flag, text):
-    """5x3 -> [5, 3]."""
-    parts = text.split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"{flag} {text}: must be like 5x3, views in time x in space")
-    return [int(part) for part in parts]
-
-
-def check_args(args):
-    for name in ("stride", "batch_size", "repeat", "accum"):
-        if name in args and getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    if args.command == "show":
-        return
-    args.view_grid = two_numbers("--views", args.views)
-    if args.command == "linear":
-        args.train_view_grid = two_numbers("--train-views", args.train_views)
-        if args.epochs <= 0 or min(args.rates) <= 0:
-            raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
-    if args.command == "finetune":
-        tgmae.check_run_flags(args)
-    if args.command == "finetune" and not (args.epochs == 0 or 0 <= args.warmup_epochs <= args.epochs):
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
-    if "holdout" in args and not (0 < args.holdout < 1 or args.holdout == 0 and args.command == "finetune"):
-        raise ValueError(f"--holdout {args.holdout}: must lie between 0 and 1")
 
 
 # =================================================================================================
@@ -1048,6 +1048,11 @@ def clip_for_show(args, trained):
     return name, tgmae.load_clip(name, args.clip_pretrained, args.device)
 
 
+def to_uint8(video):
+    """(1,3,T,S,S) in [0,1] -> (T,S,S,3) uint8."""
+    return video[0].permute(1, 2, 3, 0).clamp(0, 1).mul(255).round().byte().cpu()
+
+
 def reconstruction_panels(model, video, mask, of):
     c = model.config
     with torch.no_grad():
@@ -1059,6 +1064,17 @@ def reconstruction_panels(model, video, mask, of):
         "predicted": f"reconstruction ({of}) as predicted, without true mean and std: grey + 1/6 of a std",
     }
     return [(label, to_uint8(made[name])) for name, label in labels.items()]
+
+
+def mark(frames, query, config):
+    """Draws a white box around cube number `query`."""
+    _, h, w = config.grid
+    p, first = config.patch_size, query // (h * w) * config.tubelet_size
+    y, x = query // w % h * p, query % w * p
+    for frame in frames[first : first + config.tubelet_size]:
+        box = frame[y : y + p, x : x + p]
+        box[[0, -1]] = box[:, [0, -1]] = 255
+    return frames
 
 
 def attention_panels(args, model, video, frames):
@@ -1112,22 +1128,6 @@ def panels_of(args, model, saved):
     return panels + attention_panels(args, model, video, frames), title, numbers
 
 
-def to_uint8(video):
-    """(1,3,T,S,S) in [0,1] -> (T,S,S,3) uint8."""
-    return video[0].permute(1, 2, 3, 0).clamp(0, 1).mul(255).round().byte().cpu()
-
-
-def mark(frames, query, config):
-    """Draws a white box around cube number `query`."""
-    _, h, w = config.grid
-    p, first = config.patch_size, query // (h * w) * config.tubelet_size
-    y, x = query // w % h * p, query % w * p
-    for frame in frames[first : first + config.tubelet_size]:
-        box = frame[y : y + p, x : x + p]
-        box[[0, -1]] = box[:, [0, -1]] = 255
-    return frames
-
-
 def written(text, width, font):
     """Text, wrapped to `width` pixels -> an image of it, as high as it needs."""
     letters = max(8, int(width / font.getlength("n")))
@@ -1138,6 +1138,11 @@ def written(text, width, font):
     image = Image.new("RGB", (max(width, math.ceil(right)), math.ceil(bottom) + 4), "white")
     ImageDraw.Draw(image).multiline_text((0, 0), wrapped, "black", font)
     return image
+
+
+def enlarged(frame, size):
+    image = Image.fromarray(frame.numpy())
+    return image.resize((size, size), Image.NEAREST if size > image.width else Image.LANCZOS)
 
 
 def draw_sheet(path, panels, title, numbers, tubelet_size):
@@ -1162,11 +1167,6 @@ def draw_sheet(path, panels, title, numbers, tubelet_size):
             sheet.paste(enlarged(frames[j], size), (margin + i * (size + gap), top))
         top += height
     sheet.save(path)
-
-
-def enlarged(frame, size):
-    image = Image.fromarray(frame.numpy())
-    return image.resize((size, size), Image.NEAREST if size > image.width else Image.LANCZOS)
 
 
 def draw_video(path, panels, title, columns=4, size=224, seconds=4):

@@ -248,18 +248,6 @@ def open_video(path, *, motion=False):
         yield Video(str(path), container, stream, _INDICES[key], motion)
 
 
-def probe_video(path) -> VideoInfo:
-    """Frame count, frames per second and (height, width) of a video; decodes its first frame.
-
-    Raises VideoError if there is no video stream or no frame that can be decoded."""
-    with open_video(path) as video:
-        for _, frame in _decode_from_start(video, [0]):
-            turned = frame.rotation % 180 != 0
-            size = (frame.width, frame.height) if turned else (frame.height, frame.width)
-            return VideoInfo(video.index.frames, video.index.fps, size)
-    raise VideoError(f"{path}: no frame that can be decoded")
-
-
 def frame_range(path, start=None, end=None) -> tuple[int, int]:
     """Numbers [first, stop) of the frames shown between `start` and `end` seconds; all by default.
     path: or what open_video yields."""
@@ -355,6 +343,18 @@ def _decode_from_start(video, frames):
                 yield number, frame
                 if number >= frames[-1]:
                     return
+
+
+def probe_video(path) -> VideoInfo:
+    """Frame count, frames per second and (height, width) of a video; decodes its first frame.
+
+    Raises VideoError if there is no video stream or no frame that can be decoded."""
+    with open_video(path) as video:
+        for _, frame in _decode_from_start(video, [0]):
+            turned = frame.rotation % 180 != 0
+            size = (frame.width, frame.height) if turned else (frame.height, frame.width)
+            return VideoInfo(video.index.frames, video.index.fps, size)
+    raise VideoError(f"{path}: no frame that can be decoded")
 
 
 # PyAV scales in as many threads as there are cores (since 17), and keeps them for the next frame (since
@@ -1301,6 +1301,13 @@ def _load_huggingface(source):
     return config, from_videomae(model.state_dict()), saved
 
 
+def _config(source, sizes):
+    try:
+        return Config(**sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its config makes no model: {error}") from error
+
+
 def _load_safetensors(path):
     from safetensors import SafetensorError, safe_open
 
@@ -1314,13 +1321,6 @@ def _load_safetensors(path):
         raise ValueError(f"{path}: cannot be loaded as safetensors: {error}") from error
     rest = {key: value for key, value in json.loads(header["saved"]).items() if value}
     return _config(path, json.loads(header["config"])), state, rest
-
-
-def _config(source, sizes):
-    try:
-        return Config(**sizes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: its config makes no model: {error}") from error
 
 
 def load_checkpoint(source):
@@ -1445,6 +1445,15 @@ def share_step(forward, accum, videos=None):
     return Share(videos, mine // accum, accum)
 
 
+def init_loader(_=None):
+    """For loader processes. A scheduler sends SIGTERM to all processes, but a run needs its loaders until it has
+    saved. They end when it does: torch watches the parent a loader has at its start, so one whose run was killed
+    by then must end here."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
+        os._exit(1)
+
+
 def training_batches(data, share, args, step, steps_per_epoch, collate):
     """Batches of samples for this process, share.accum of them a step, from global step `step` on to the end of
     the last epoch. An epoch's order follows from the seed alone, whatever the number of processes. The loader
@@ -1463,15 +1472,6 @@ def training_batches(data, share, args, step, steps_per_epoch, collate):
         data, share.forward, sampler=order(), num_workers=args.workers, collate_fn=collate,
         pin_memory=args.device == "cuda", worker_init_fn=init_loader,
     ))  # fmt: skip
-
-
-def init_loader(_=None):
-    """For loader processes. A scheduler sends SIGTERM to all processes, but a run needs its loaders until it has
-    saved. They end when it does: torch watches the parent a loader has at its start, so one whose run was killed
-    by then must end here."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
-        os._exit(1)
 
 
 def add_run_flags(add):
@@ -1516,6 +1516,60 @@ def refuse_another_run(args, then, now, keys):
             f"{args.out}/last.pt is of another run ({', '.join(changed)}): "
             "another --out, or --no-resume to start over"
         )
+
+
+@contextlib.contextmanager
+def naming(path):
+    """A disk that is full does not say for which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb", **more):
+    """Yields a file beside `path` to write to; it is flushed and renamed: whatever happens, `path` is whole."""
+    partial = Path(f"{path}.partial")
+    with naming(path):
+        try:
+            with open(partial, mode, **more) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _append(path, text):
+    with naming(path), open(path, "a") as file:
+        file.write(text)
+
+
+def append_log(path, line):
+    _append(path, json.dumps(line) + "\n")
+
+
+def _cut_log(path, step):
+    """Drops the lines after `step`: those steps will be taken again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with replacing(path, "w") as file:
+        file.write("".join(kept))
+
+
+def save_checkpoint(path, *, keep=0, **state):
+    """The last `keep` stay as step-00000000.pt, too."""
+    with replacing(path) as file:
+        torch.save(state, file)
+    if keep:
+        numbered = path.with_name(f"step-{state['step']:08}.pt")
+        numbered.unlink(missing_ok=True)
+        os.link(path, numbered)
+        written = sorted(path.parent.glob("step-*.pt"), key=lambda file: file.stat().st_mtime)
+        for old in written[:-keep]:
+            old.unlink()
 
 
 MAX_NON_FINITE = 10  # steps in a row without finite numbers before a run stops
@@ -1610,60 +1664,6 @@ class Run:
             if self.rank == 0:
                 print(f"stopped by SIGTERM; {self.out}/last.pt holds step {self.saved_step}", file=sys.stderr)
             sys.exit(128 + signal.SIGTERM)  # as for a process that the signal ends: the run is not finished
-
-
-@contextlib.contextmanager
-def naming(path):
-    """A disk that is full does not say for which file."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
-
-
-@contextlib.contextmanager
-def replacing(path, mode="wb", **more):
-    """Yields a file beside `path` to write to; it is flushed and renamed: whatever happens, `path` is whole."""
-    partial = Path(f"{path}.partial")
-    with naming(path):
-        try:
-            with open(partial, mode, **more) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _append(path, text):
-    with naming(path), open(path, "a") as file:
-        file.write(text)
-
-
-def append_log(path, line):
-    _append(path, json.dumps(line) + "\n")
-
-
-def _cut_log(path, step):
-    """Drops the lines after `step`: those steps will be taken again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with replacing(path, "w") as file:
-        file.write("".join(kept))
-
-
-def save_checkpoint(path, *, keep=0, **state):
-    """The last `keep` stay as step-00000000.pt, too."""
-    with replacing(path) as file:
-        torch.save(state, file)
-    if keep:
-        numbered = path.with_name(f"step-{state['step']:08}.pt")
-        numbered.unlink(missing_ok=True)
-        os.link(path, numbered)
-        written = sorted(path.parent.glob("step-*.pt"), key=lambda file: file.stat().st_mtime)
-        for old in written[:-keep]:
-            old.unlink()
 
 
 def last_line(error):

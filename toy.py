@@ -248,31 +248,6 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
 # =================================================================================================
 
 
-def build(out="data/toy", clips=800, seed=0):
-    """Makes the world in folder `out` unless it is there: manifest.jsonl, clips/, clip/ (the CLIP) and
-    truth.npz (masks of the test split). `clips` training clips and a quarter as many test clips.
-
-    Built beside and renamed at the end, so that an interrupted build never looks finished."""
-    out = Path(out)
-    if (out / "world.json").exists():
-        return out
-    if out.exists():
-        raise ValueError(f"{out}: exists and is not a toy world; name another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        _build(work, clips, seed)
-        (work / "world.json").write_text(json.dumps({"clips": clips, "seed": seed}))
-        work.chmod(0o755)
-        os.rename(work, out)
-    except OSError:
-        if not (out / "world.json").exists():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return out
-
-
 def _clip_of(out, seed, clips, number):
     """Makes clip `number` and writes its file -> its manifest record, and 3 stills (training clips) or
     the packed masks (test clips). A function of its arguments alone, whichever thread runs it."""
@@ -306,6 +281,31 @@ def _build(out, clips, seed):
     (out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     np.savez_compressed(out / "truth.npz", **truth)
     train_clip(out / "clip", stills, seed=seed)
+
+
+def build(out="data/toy", clips=800, seed=0):
+    """Makes the world in folder `out` unless it is there: manifest.jsonl, clips/, clip/ (the CLIP) and
+    truth.npz (masks of the test split). `clips` training clips and a quarter as many test clips.
+
+    Built beside and renamed at the end, so that an interrupted build never looks finished."""
+    out = Path(out)
+    if (out / "world.json").exists():
+        return out
+    if out.exists():
+        raise ValueError(f"{out}: exists and is not a toy world; name another folder, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _build(work, clips, seed)
+        (work / "world.json").write_text(json.dumps({"clips": clips, "seed": seed}))
+        work.chmod(0o755)
+        os.rename(work, out)
+    except OSError:
+        if not (out / "world.json").exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return out
 
 
 def read_truth(folder):
@@ -543,6 +543,19 @@ class Experiments:
         return found | {"vt": vt, "seconds": {stage: seconds[stage] for stage in stages}}
 
 
+def save_plot(path, plot, log):
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9}  # words stay words
+    with plt.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+        figure = plot(plt, log)
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        plt.close(figure)
+
+
 def compare(args, name, rows, stages, table, plot):
     """Runs the rows ({title: Row}); leaves NAME.jsonl (a line a row and seed), NAME.md and NAME.svg."""
     experiments, folder = Experiments(args), args.report or args.runs
@@ -630,19 +643,6 @@ def curve_plot(plt, log):
     axes.set(xlabel="epoch", ylabel="contrastive loss (VT)")
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
-
-
-def save_plot(path, plot, log):
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    style = {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9}  # words stay words
-    with plt.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure = plot(plt, log)
-        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-        plt.close(figure)
 
 
 def parse_args(argv=None):

@@ -40,6 +40,21 @@ REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, 
         "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
 
 
+def check_args(args):
+    for name in ("epochs", "batch_size", "accum", "repeat", "stride", "temperature"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if not 0 < args.mask_ratio < 1:
+        raise ValueError(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
+    if not (args.mae or args.vt):
+        raise ValueError("--no-mae without --vt leaves nothing to optimise")
+    if args.batch_size % args.repeat:
+        raise ValueError(f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}")
+    if not 0 <= args.warmup_epochs <= args.epochs:
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
+    tgmae.check_run_flags(args)
+
+
 def parse_args(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
@@ -101,21 +116,6 @@ def parse_args(argv=None):
         given.setdefault(key, value)
     check_args(args)
     return args
-
-
-def check_args(args):
-    for name in ("epochs", "batch_size", "accum", "repeat", "stride", "temperature"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    if not 0 < args.mask_ratio < 1:
-        raise ValueError(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
-    if not (args.mae or args.vt):
-        raise ValueError("--no-mae without --vt leaves nothing to optimise")
-    if args.batch_size % args.repeat:
-        raise ValueError(f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}")
-    if not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
-    tgmae.check_run_flags(args)
 
 
 # =================================================================================================
@@ -308,6 +308,28 @@ def draw_samples(path, model, video, mask, captions):
 # =================================================================================================
 
 
+def find_maps(args, records):
+    """Whether the records have text maps. If so --clip becomes the CLIP that made them, and each map
+    must be by that one. Some maps but not all, a file that is missing, or another --clip: ValueError."""
+    if not any("map_path" in record for record in records):
+        return False
+    bare = next((record for record in records if "map_path" not in record), None)
+    again = f"python captions.py maps {args.data} makes them"
+    if bare:
+        raise ValueError(f"{args.data}: {bare['video']} has no text map, others have; {again}")
+    gone = next((record["map_path"] for record in records if not os.path.exists(record["map_path"])), None)
+    if gone:
+        raise ValueError(f"{gone}: no such text map; {again}")
+    first = tgmae.read_map(records[0]["map_path"], records[0]["captions"])
+    wanted = tgmae.clip_name(args.clip, args.clip_pretrained)
+    if args.clip_given and not first.clip.startswith(wanted + " "):
+        raise ValueError(
+            f"--clip: {wanted} is not the CLIP of the text maps, {first.clip}; {again}, with --force"
+        )
+    args.clip = first.clip
+    return True
+
+
 def load_data(args, rank, world):
     """-> training records, validation records or None, and where text comes from: see Clips."""
     manifest = Path(args.data)
@@ -349,28 +371,6 @@ def load_data(args, rank, world):
     if not needs_text and (silent or not args.watch):
         return records, val, None
     return records, val, "maps" if find_maps(args, everything) else "clip"
-
-
-def find_maps(args, records):
-    """Whether the records have text maps. If so --clip becomes the CLIP that made them, and each map
-    must be by that one. Some maps but not all, a file that is missing, or another --clip: ValueError."""
-    if not any("map_path" in record for record in records):
-        return False
-    bare = next((record for record in records if "map_path" not in record), None)
-    again = f"python captions.py maps {args.data} makes them"
-    if bare:
-        raise ValueError(f"{args.data}: {bare['video']} has no text map, others have; {again}")
-    gone = next((record["map_path"] for record in records if not os.path.exists(record["map_path"])), None)
-    if gone:
-        raise ValueError(f"{gone}: no such text map; {again}")
-    first = tgmae.read_map(records[0]["map_path"], records[0]["captions"])
-    wanted = tgmae.clip_name(args.clip, args.clip_pretrained)
-    if args.clip_given and not first.clip.startswith(wanted + " "):
-        raise ValueError(
-            f"--clip: {wanted} is not the CLIP of the text maps, {first.clip}; {again}, with --force"
-        )
-    args.clip = first.clip
-    return True
 
 
 def build_model(args, text, record):

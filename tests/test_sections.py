@@ -158,3 +158,16 @@ def test_all_sections_are_used():
 @pytest.mark.parametrize("title", SECTIONS)
 def test_section_lifts_out(title, world, tmp_path):
     USES[title](lift(title), world, tmp_path)
+
+
+@pytest.mark.parametrize("script", ["tgmae.py", "toy.py", "captions.py", "train.py", "eval.py"])
+def test_leaves_stand_before_their_users(script):
+    """Read top to bottom, a file never asks for what stands further down."""
+    body = ast.parse((ROOT / script).read_text()).body
+    functions = [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    line = {node.name: node.lineno for node in functions}
+    for node in functions:
+        own = {arg.arg for arg in ast.walk(node) if isinstance(arg, ast.arg)}
+        own |= {x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        used = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} - own
+        assert not [name for name in used if line.get(name, 0) > node.lineno], node.name
