@@ -546,6 +546,11 @@ def from_pretrained(kind, model, **more):
         raise ValueError(f"--model {model}: {reason}. Way out: --model FOLDER, a downloaded one") from error
 
 
+def outcome(texts, who):
+    captions = [" ".join(text.split()) for text in texts if text.strip()]
+    return {"captions": captions} if captions else {"error": f"{who} wrote nothing"}
+
+
 class Captioner:
     """A transformers model, loaded when there is something to do."""
 
@@ -610,11 +615,6 @@ class Llm(Captioner):
     def __call__(self, keys, labels):
         asked = ([prompt.format(phrase(label)) for prompt in PROMPTS] for label in labels)
         return [outcome(sum(map(self.answers, prompts), []), "the LLM") for prompts in asked]
-
-
-def outcome(texts, who):
-    captions = [" ".join(text.split()) for text in texts if text.strip()]
-    return {"captions": captions} if captions else {"error": f"{who} wrote nothing"}
 
 
 def caption(args):
