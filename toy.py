@@ -639,7 +639,8 @@ def curve_plot(plt, log):
         for i, run in enumerate(runs):
             axes.plot(range(1, len(run) + 1), run, label=None if i else title, alpha=0.8, **style)
     axes.axhline(math.log(16), color="0.6", linewidth=0.8)
-    axes.text(1, math.log(16), " chance", color="0.4", va="bottom")
+    right = axes.get_yaxis_transform()
+    axes.text(1, math.log(16), "chance", color="0.4", transform=right, ha="right", va="bottom")
     axes.set(xlabel="epoch", ylabel="contrastive loss (VT)")
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
