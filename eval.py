@@ -42,6 +42,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import tgmae
+import toy
 from tgmae import MASK_RATIOS, Crop, TrainingClips, VideoError, rank_and_world
 
 # Fine-tuning and testing, a recipe a dataset: Table 9, and VideoMAE's FINETUNE.md for the rest.
@@ -292,20 +293,6 @@ def say(*lines):
         print(*lines, sep="\n", flush=True)
 
 
-def manifest_of(data):
-    """The path of --data; the toy world is made where it is not there yet."""
-    if data != "toy":
-        return Path(data)
-    import toy
-
-    rank, world = rank_and_world()
-    if rank == 0:
-        toy.build("data/toy")
-    if world > 1:
-        dist.barrier()
-    return Path("data/toy/manifest.jsonl")
-
-
 def labelled(manifest, split):
     """Records of a split, of which each must have a label: ValueError."""
     records = tgmae.read_manifest(manifest, split)
@@ -536,7 +523,7 @@ def choose_rate(x, y, num_classes, args):
 
 
 def linear(args):
-    train, test, classes, y, z = splits_of(args, manifest_of(args.data))
+    train, test, classes, y, z = splits_of(args, toy.manifest_of(args.data))
     rows, chosen, held_out = [], {}, []
     for name, model, _ in encoders(args):
         shown = args, model.config
@@ -662,7 +649,7 @@ def text_rows(found, records, args, saved):
 
 
 def retrieve(args):
-    manifest = manifest_of(args.data)
+    manifest = toy.manifest_of(args.data)
     query = tgmae.read_manifest(manifest, args.test_split)
     by_class = not args.text or any(record.get("label") for record in query)  # captions need no labels
     gallery, query, _, g, q = splits_of(args, manifest) if by_class else (None, query, None, None, None)
@@ -951,7 +938,7 @@ def tune(args, manifest, test):
 
 
 def finetune(args):
-    manifest = manifest_of(args.data)
+    manifest = toy.manifest_of(args.data)
     test = labelled(manifest, args.test_split)
     models, classes = (tune if args.epochs else head_of)(args, manifest, test)
     target = targets(test, classes, f"{manifest}, split {args.test_split!r}")
@@ -1021,7 +1008,7 @@ def clip_to_show(args, config):
     if args.video:
         record = {"path": args.video, "video": args.video, "start": args.start}
     else:
-        records = tgmae.read_manifest(manifest_of(args.data), args.test_split)
+        records = tgmae.read_manifest(toy.manifest_of(args.data), args.test_split)
         if not 0 <= args.number < len(records):
             last = len(records) - 1
             raise ValueError(f"--number {args.number}: split {args.test_split!r} has clips 0 to {last}")

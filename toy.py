@@ -34,6 +34,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -306,6 +307,19 @@ def build(out="data/toy", clips=800, seed=0):
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def manifest_of(data):
+    """For --data of the scripts: the path of a manifest, or "toy": the world in data/toy, which the first process
+    makes where it is not there yet."""
+    if data != "toy":
+        return Path(data)
+    rank, world = tgmae.rank_and_world()
+    if rank == 0:
+        build("data/toy")
+    if world > 1:
+        dist.barrier()
+    return Path("data/toy/manifest.jsonl")
 
 
 def read_truth(folder):

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import tgmae
+import toy
 from tgmae import MASK_RATIOS, PRESETS, TrainingClips
 
 TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1, "batch_size": 16, "blr": 0.016, "min_lr": 1e-4,
@@ -332,15 +333,7 @@ def find_maps(args, records):
 
 def load_data(args, rank, world):
     """-> training records, validation records or None, and where text comes from: see Clips."""
-    manifest = Path(args.data)
-    if args.data == "toy":
-        import toy
-
-        if rank == 0:
-            toy.build("data/toy")
-        if world > 1:
-            dist.barrier()
-        manifest = Path("data/toy/manifest.jsonl")
+    manifest = toy.manifest_of(args.data)
     records = tgmae.read_manifest(manifest, args.split)
     val = tgmae.read_manifest(manifest, args.val_split) if args.val_split else None
     needs_text = args.mask == "tgm" or args.vt
