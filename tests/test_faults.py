@@ -103,20 +103,7 @@ def command(request, world, checkpoint, workdir, manifest):
              "--save-steps", 4, "--no-amp"]  # fmt: skip
     if request.param == "train":
         clip = "--clip", f"local-dir:{world / 'clip'}"
-        return [
-            ROOT / "train.py",
-            *flags,
-            "--mask",
-            "tgm",
-            "--vt",
-            "--preset",
-            "toy",
-            "--stride",
-            4,
-            "--blr",
-            0.05,
-            *clip,
-        ]
+        return [ROOT / "train.py", *flags, "--mask", "tgm", "--vt", "--preset", "toy", "--stride", 4, "--blr", 0.05, *clip]
     return [ROOT / "eval.py", "finetune", checkpoint, *flags, "--test-split", "held", "--stride", 2, "--recipe", "other",
             "--views", "1x1", "--repeat", 2, "--lr", 0.1]  # fmt: skip
 
@@ -141,12 +128,12 @@ def test_killed_at_any_moment(command, workdir, kills):
     rng, hits = random.Random(kills), 0
     for kill in range(kills):
         process, before, began = start([*command, "--out", "parts"], workdir), steps("parts"), time.monotonic()
-        if kill % 2:
-            time.sleep(rng.uniform(0, until_first_step + 0.3))
-        else:
+        if kill % 2 == 0:
             wait_until(lambda: process.poll() is not None or steps("parts") != before)
             until_first_step = time.monotonic() - began
             time.sleep(rng.uniform(0, 0.3))
+        else:
+            time.sleep(rng.uniform(0, until_first_step + 0.3))
         hits += process.poll() is None
         process.kill()
         process.communicate(timeout=60)  # until the last loader, which has the other end of the pipe, is gone

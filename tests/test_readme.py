@@ -1,11 +1,19 @@
-"""Every command of the README: its flags parse, its files exist; the toy ones run elsewhere in the tests."""
+"""Every command of the README: its flags parse, and some test runs it. Every snippet runs."""
 
 import functools
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
+from test_captions import blip2  # noqa: F401, a fixture
+from test_faults import free_port
+from test_tgmae import hf_config
 
 import bench
 import captions
@@ -22,8 +30,31 @@ COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c i
 COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 9 and "torchrun train.py --mask tgm --vt" in COMMANDS
+RUN_BY = {  # what runs the toy world's commands, with flags that make some of them smaller
+    "torchrun train.py --mask tgm --vt": "conftest.py trained",
+    "torchrun eval.py finetune runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features_are_worth_something",
+    "python eval.py linear runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features_are_worth_something",
+    "python eval.py retrieve runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features_are_worth_something",
+    "python eval.py show runs/toy-tgm-vt/last.pt": "test_eval.py test_show_on_the_toy_world",
+    "python eval.py show runs/toy-tgm-vt/last.pt --number 5 --out docs/clip": "test_eval.py test_show_on_the_toy_world",
+    "python toy.py coverage": "test_toy.py test_the_mask_follows_the_words",
+    "python toy.py table2 --seeds 3 --report docs": "test_toy.py test_tables_and_plots",
+    "python toy.py figure4 --seeds 3 --report docs": "test_toy.py test_tables_and_plots",
+    "python toy.py ablate ratio --seeds 1 --report docs": "test_toy.py test_ablation_goes_on_where_it_stood",
+    "python captions.py maps data/toy/manifest.jsonl --clip local-dir:data/toy/clip --image-size 64 --patch-size 8 "
+    "--every 4": "test_captions.py test_masks_from_maps_cover_what_online_masks_cover",
+    "python tests/soak.py --minutes 30": "test_faults.py test_soak",
+}
+MEASURES_OR_TESTS = "pip install", "python tests/bench.py", "python -m pytest"  # run by CI, or by hand
+
+
+def test_every_command_has_its_test():
+    for command in map(" ".join, map(str.split, COMMANDS)):
+        by = RUN_BY.get(command, "test_readme.py test_commands_run")
+        file, test = by.split()
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), by
+        if command not in RUN_BY and not command.startswith(MEASURES_OR_TESTS):
+            assert any(command in " ".join(block.split()) for block in RUN_HERE), command
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
@@ -51,6 +82,58 @@ def test_command_parses(command):
             assert stop.value.code == 0
         else:
             parse(words[script + 1 :])
+
+
+RUN_HERE = [block for block in BLOCKS if re.search("k400.jsonl|videomae-base", block)]
+
+
+def test_commands_run(world, workdir, blip2):  # noqa: F811
+    """The README's commands for datasets, many processes, nodes, Slurm and published weights, by a shell: with two
+    processes for eight and one node for four, small models for those of the hub, a Slurm that runs what it is given."""
+    from transformers import VideoMAEForPreTraining
+
+    VideoMAEForPreTraining(hf_config(tgmae.PRESETS["toy"])).save_pretrained("videomae")
+    for folder in ("bin", "VIDEOS", "CSVS"):
+        os.mkdir(folder)
+    for split in ("train", "val"):
+        records = tgmae.read_manifest(world / "manifest.jsonl", split.replace("val", "test"))[:4]
+        rows = ["label,youtube_id,time_start,time_end,split,is_cc"]
+        for number, record in enumerate(records):
+            rows.append(f"{record['label']},{split}{number},0,2,{split.replace('val', 'validate')},0")
+            os.symlink(record["path"], f"VIDEOS/{split}{number}_000000_000002.mp4")
+        (workdir / "CSVS" / f"{split}.csv").write_text("\n".join(rows) + "\n")
+    python = f"exec {shlex.quote(sys.executable)}"
+    for name, does in {
+        "python": f'{python} "$@"', "torchrun": f'{python} -m torch.distributed.run "$@"',
+        "srun": 'exec "$@"', "scontrol": "echo 127.0.0.1",
+    }.items():  # fmt: skip
+        path = workdir / "bin" / name
+        path.write_text(f"#!/bin/sh\n{does}\n")
+        path.chmod(0o755)
+    for script in ("captions.py", "train.py", "eval.py"):
+        os.symlink(ROOT / script, script)
+    few = "--epochs 1 --warmup-epochs 0 --batch-size 2 --workers 1"
+    smaller = {
+        "--nproc_per_node 8": "--nproc_per_node 2", "--nnodes 4": "--nnodes 1", "HOST:29500": f"127.0.0.1:{free_port()}",
+        "$127.0.0.1": "127.0.0.1", "MCG-NJU/videomae-base": "videomae", "--source blip2": f"--source blip2 --model {blip2}",
+        "maps k400.jsonl": "maps k400.jsonl --clip local-dir:data/toy/clip --image-size 64 --patch-size 8 --every 4",
+        "train.py": f"train.py --preset toy {few} --no-resume", "eval.py finetune": f"eval.py finetune {few} --views 1x1",
+    }  # fmt: skip
+    env = os.environ | {
+        "PATH": f"{workdir / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[1-4]",
+    }
+    for block in RUN_HERE:
+        for here, there in smaller.items():
+            block = block.replace(here, there)
+        done = subprocess.run(["sh", "-ec", block], env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if "index" in block:  # what the other blocks begin with
+            shutil.copy("k400.jsonl", "ssv2.jsonl")
+            shutil.copytree("runs/k400-tgm-vt", "runs/toy-tgm-vt")
+    record = json.loads((workdir / "k400.jsonl").read_text().splitlines()[0])
+    assert len(record["captions"]) == 3 and (workdir / record["maps"]).exists()
 
 
 def test_headers_parse():

@@ -33,21 +33,8 @@ def fails(capsys, *argv):
     return stop.value.code
 
 
-FEW = (
-    "--epochs",
-    1,
-    "--warmup-epochs",
-    0.5,
-    "--batch-size",
-    4,
-    "--preset",
-    "toy",
-    "--stride",
-    4,
-    "--blr",
-    0.05,
-    "--no-flip",
-)
+FEW = ("--epochs", 1, "--warmup-epochs", 0.5, "--batch-size", 4, "--preset", "toy", "--stride", 4, "--blr", 0.05,
+       "--no-flip")  # fmt: skip
 
 
 @pytest.fixture
