@@ -245,12 +245,9 @@ def test_folder_and_check(tree, tmp_path, capsys):
     assert "bad.mp4: Invalid data" in (tmp_path / "f.index-problems.txt").read_text()
     assert not (tmp_path / "f.jsonl.work").exists()
     said = fails(
-        "index",
-        tree({"bad.mp4": "", "worse.mp4": "x"}, root="all bad"),
-        "--out",
-        tmp_path / "b.jsonl",
+        "index", tree({"bad.mp4": "", "worse.mp4": "x"}, root="all bad"), "--out", tmp_path / "b.jsonl",
         "--check",
-    )
+    )  # fmt: skip
     assert "all bad: none of 2 videos can be read" in said and not (tmp_path / "b.jsonl").exists()
 
 
@@ -634,18 +631,7 @@ def undisturbed(world, blip2, tmp_path_factory):
             folder / "some.jsonl", [{"video": r["path"], "label": r["label"]} for r in made]
         )
         return folder, (
-            (
-                "caption",
-                "some.jsonl",
-                "--source",
-                "blip2",
-                "--model",
-                blip2,
-                "--batch-size",
-                2,
-                "--workers",
-                1,
-            ),
+            (*"caption some.jsonl --source blip2 --batch-size 2 --workers 1 --model".split(), blip2),
             ("maps", "some.jsonl", *map_flags(world), "--workers", 1),
         )
 

@@ -200,19 +200,9 @@ def test_layer_decay_by_hand():
     table = {"encoder.patch_embed.proj.weight": 0.023757, "encoder.patch_embed.proj.bias": 0.023757,
              "fc_norm.weight": 1.0, "fc_norm.bias": 1.0, "head.weight": 1.0, "head.bias": 1.0}  # fmt: skip
     blocks = [
-        0.031676,
-        0.042235,
-        0.056314,
-        0.075085,
-        0.100113,
-        0.133484,
-        0.177979,
-        0.237305,
-        0.316406,
-        0.421875,
-        0.5625,
-        0.75,
-    ]
+        0.031676, 0.042235, 0.056314, 0.075085, 0.100113, 0.133484, 0.177979, 0.237305, 0.316406, 0.421875,
+        0.5625, 0.75,
+    ]  # fmt: skip
     names = "norm1.weight norm1.bias norm2.weight norm2.bias attn.qkv.weight attn.q_bias attn.v_bias attn.proj.weight "
     names += "attn.proj.bias mlp.fc1.weight mlp.fc1.bias mlp.fc2.weight mlp.fc2.bias"
     table |= {f"encoder.blocks.{i}.{name}": value for i, value in enumerate(blocks) for name in names.split()}
@@ -335,12 +325,8 @@ def test_recipes():
         assert (args.epochs, args.lr, args.views) == (epochs, lr, views)
         assert args.test_split == ("val" if name in ("k400", "ssv2", "epic55") else "test")
         assert (args.layer_decay, args.drop_path, args.mixup, args.cutmix, args.smoothing) == (
-            0.75,
-            0.1,
-            0.8,
-            1.0,
-            0.1,
-        )
+            0.75, 0.1, 0.8, 1.0, 0.1,
+        )  # fmt: skip
         assert args.flip == (name != "ssv2") and args.sampling == ("tsn" if name == "ssv2" else "dense")
         assert (args.warmup_epochs, args.repeat, args.erasing, args.weight_decay) == (5, 2, 0.25, 0.05)
 
@@ -505,15 +491,9 @@ def test_two_processes_are_one(command, checkpoint, clips, tmp_path):
     for processes in (1, 2):
         flags = ("--data", data, "--views", "2x1", "--batch-size", 4, "--workers", 0, *more)
         done = torchrun(
-            processes,
-            ROOT / "eval.py",
-            command,
-            source,
-            *flags,
-            "--json",
-            tmp_path / f"{processes}.json",
+            processes, ROOT / "eval.py", command, source, *flags, "--json", tmp_path / f"{processes}.json",
             cwd=tmp_path,
-        )
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert (
             done.stdout.count("\n| --- |") == 1
@@ -573,20 +553,9 @@ def test_finetune_resumes_exactly(checkpoint, clips, tmp_path, capsys, monkeypat
     )
     # Tested again as it is; another run is not resumed from it.
     again, _ = run(
-        capsys,
-        "finetune",
-        "parts/last.pt",
-        "--data",
-        data,
-        "--epochs",
-        0,
-        "--stride",
-        2,
-        "--views",
-        "1x1",
-        "--recipe",
-        "other",
-    )
+        capsys, "finetune", "parts/last.pt", "--data", data, "--epochs", 0, "--stride", 2, "--views", "1x1",
+        "--recipe", "other",
+    )  # fmt: skip
     assert again["rows"][0]["top-1"] == found["rows"][0]["top-1"]
     assert "of another run (lr 0.1 -> 0.2" in fails(*flags, "parts", "--lr", 0.2)
     assert "of another run (scratch False -> True" in fails(*flags, "parts", "--scratch")
@@ -638,22 +607,8 @@ def test_text_retrieval_from_maps(world, trained, workdir, clips, capsys):
     flags = ("retrieve", trained, "--data", data, "--recipe", "toy", "--no-random")
     online = run(capsys, *flags)[0]["rows"]
     clip = f"local-dir:{world / 'clip'}"
-    captions.main(
-        [
-            "maps",
-            str(data),
-            "--clip",
-            clip,
-            "--image-size",
-            "64",
-            "--patch-size",
-            "8",
-            "--every",
-            "8",
-            "--workers",
-            "0",
-        ]
-    )
+    sizes = "--image-size 64 --patch-size 8 --every 8 --workers 0"
+    captions.main(["maps", str(data), "--clip", clip, *sizes.split()])
     capsys.readouterr()
     tgmae_load, tgmae.load_clip = tgmae.load_clip, None
     try:

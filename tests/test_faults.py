@@ -103,7 +103,8 @@ def command(request, world, checkpoint, workdir, manifest):
              "--save-steps", 4, "--no-amp"]  # fmt: skip
     if request.param == "train":
         clip = "--clip", f"local-dir:{world / 'clip'}"
-        return [ROOT / "train.py", *flags, "--mask", "tgm", "--vt", "--preset", "toy", "--stride", 4, "--blr", 0.05, *clip]
+        return [ROOT / "train.py", *flags, "--mask", "tgm", "--vt", "--preset", "toy", "--stride", 4, "--blr", 0.05,
+                *clip]  # fmt: skip
     return [ROOT / "eval.py", "finetune", checkpoint, *flags, "--test-split", "held", "--stride", 2, "--recipe", "other",
             "--views", "1x1", "--repeat", 2, "--lr", 0.1]  # fmt: skip
 
@@ -127,7 +128,8 @@ def test_killed_at_any_moment(command, workdir, kills):
     assert torch.load("parts/last.pt", weights_only=True)["step"] == (6 if "finetune" in command else 12)
     rng, hits = random.Random(kills), 0
     for kill in range(kills):
-        process, before, began = start([*command, "--out", "parts"], workdir), steps("parts"), time.monotonic()
+        before, began = steps("parts"), time.monotonic()
+        process = start([*command, "--out", "parts"], workdir)
         if kill % 2 == 0:
             wait_until(lambda: process.poll() is not None or steps("parts") != before)
             until_first_step = time.monotonic() - began

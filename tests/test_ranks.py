@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 
 
 def torchrun(processes, *args, cwd=HERE):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run([*command, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    agent = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node".split(), processes]
+    return subprocess.run(list(map(str, [*agent, *args])), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -406,18 +406,9 @@ def test_presets_are_videomae():
 
 def test_drop_path_and_bf16_run():
     c = Config(
-        image_size=32,
-        patch_size=8,
-        num_frames=4,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        decoder_embed_dim=32,
-        decoder_depth=1,
-        decoder_num_heads=2,
-        drop_path=0.5,
-        text_dim=8,
-    )
+        image_size=32, patch_size=8, num_frames=4, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=32,
+        decoder_depth=1, decoder_num_heads=2, drop_path=0.5, text_dim=8,
+    )  # fmt: skip
     model, (video, mask) = TGMAE(c), random_inputs(c)
     assert not torch.equal(model.encode(video), model.encode(video))
     assert torch.equal(model.eval().encode(video), model.encode(video))

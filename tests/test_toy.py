@@ -221,19 +221,9 @@ def test_captions_of_the_class():
 def test_ablation_goes_on_where_it_stood(world, tmp_path, monkeypatch, capsys):
     small = small_world(world, tmp_path / "small")
     flags = [
-        "ablate",
-        "num-captions",
-        "--out",
-        small,
-        "--runs",
-        tmp_path / "runs",
-        "--seeds",
-        1,
-        "--epochs",
-        1,
-        "--jobs",
-        2,
-    ]
+        "ablate", "num-captions", "--out", small, "--runs", tmp_path / "runs", "--seeds", 1, "--epochs", 1,
+        "--jobs", 2,
+    ]  # fmt: skip
     flags = list(map(str, flags))
     toy.main(flags)
     table = capsys.readouterr().out.split("\n")

@@ -101,16 +101,9 @@ def test_the_other_flags(workdir, manifest, clip_flags, capsys):
         "lowest 19 of 64" in said and "2 negatives" in said and "bf16" in said and "temperature 0.1" in said
     )
     run(
-        *flags,
-        "--init",
-        "first/last.pt",
-        "--out",
-        "second",
-        "--no-resume",
-        "--no-amp",
-        "--no-mae",
+        *flags, "--init", "first/last.pt", "--out", "second", "--no-resume", "--no-amp", "--no-mae",
         "--no-compile",
-    )
+    )  # fmt: skip
     run("--data", data, "--mask", "tube", *FEW, "--no-vt", "--out", "third")  # captions, no --clip: no text
     assert "vt" not in log(workdir / "third")[0]
 
@@ -162,30 +155,13 @@ def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
 def test_processes_share_the_batch(workdir, manifest, clip_flags):
     """train.py itself on 1 process with 6 clips and on 3 with 2: the same losses."""
     flags = (
-        "--data",
-        manifest(12),
-        "--mask",
-        "tgm",
-        "--vt",
-        *clip_flags,
-        *FEW,
-        "--workers",
-        0,
-        "--epochs",
-        2,
-    )
+        "--data", manifest(12), "--mask", "tgm", "--vt", *clip_flags, *FEW, "--workers", 0, "--epochs", 2,
+    )  # fmt: skip
     for processes, batch in ((1, 6), (3, 2)):
         done = torchrun(
-            processes,
-            ROOT / "train.py",
-            *flags,
-            "--batch-size",
-            batch,
-            "--no-amp",
-            "--out",
-            f"run{processes}",
-            cwd=workdir,
-        )
+            processes, ROOT / "train.py", *flags, "--batch-size", batch, "--no-amp", "--out",
+            f"run{processes}", cwd=workdir,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
     one, three = log(workdir / "run1"), log(workdir / "run3")
     assert len(one) == len(three) == 4
