@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 
 def torchrun(processes, *args, cwd=HERE):
     agent = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node".split(), processes]
-    return subprocess.run(list(map(str, [*agent, *args])), cwd=cwd, capture_output=True, text=True, timeout=300)
+    command = list(map(str, [*agent, *args]))
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
