@@ -431,8 +431,10 @@ ABLATIONS = {
     "bottom-k": {"tgm, highest": Row("tgm"), "tgm, lowest": Row("tgm", flags=("--bottom-k",)), "tube": Row("tube")},
     "num-captions": {"3 captions": Row("tgm"), "1 caption": Row("tgm", flags=("--num-captions", 1))},
     "caption-source": {
-        "of frames": Row("tgm"), "class name": Row("tgm", captions="label"),
-        "of the class": Row("tgm", captions="llm"), "of frames and of the class": Row("tgm", captions="frames-llm"),
+        "of clips": Row("tgm"), "class name": Row("tgm", captions="label"),
+        "of the class": Row("tgm", captions="llm"), "of clips and of the class": Row("tgm", captions="frames-llm"),
+        "of stills": Row("tgm", captions="stills"), "of clips; tube, VT": Row("tube", "VT"),
+        "of stills; tube, VT": Row("tube", "VT", captions="stills"),
     },
 }  # fmt: skip
 FIGURE4 = {
@@ -441,7 +443,7 @@ FIGURE4 = {
 }  # fmt: skip
 STAGES = "train", "linear", "retrieve", "finetune"
 COLUMNS = {"linear": "linear probe", "finetune": "fine-tuned", "retrieve": "retrieval R@1"}
-CAPTION_SOURCES = {  # what stands for the paper's: BLIP-2, the oracle, GPT-3.5, BLIP-2 + GPT-3.5 (Figure 5)
+CAPTION_SOURCES = {  # what stands for the paper's: BLIP-2, the oracle, GPT-3.5, BLIP-2 + GPT-3.5 (Figure 5); and stills
     "frames": lambda record: record["captions"],
     "label": lambda record: [record["label"]],
     "llm": lambda record: [
@@ -449,6 +451,7 @@ CAPTION_SOURCES = {  # what stands for the paper's: BLIP-2, the oracle, GPT-3.5,
         for shape, direction in [record["label"].split()] for caption in CAPTIONS
     ],
     "frames-llm": lambda record: CAPTION_SOURCES["frames"](record) + CAPTION_SOURCES["llm"](record),
+    "stills": lambda record: [caption.rsplit(" ", 2)[0] for caption in record["captions"]],  # which show no direction
 }  # fmt: skip
 
 
