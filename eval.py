@@ -288,9 +288,9 @@ def encoders(args):
 # =================================================================================================
 
 
-def say(*lines):
+def say(line):
     if rank_and_world()[0] == 0:
-        print(*lines, sep="\n", flush=True)
+        print(line, flush=True)
 
 
 def labelled(manifest, split):
@@ -428,7 +428,8 @@ def each_clip(split, records, args, config, grid, compute):
         raise ValueError(f"none of the {len(records)} clips of split {split!r} can be read: {failed[0][1]}")
     order = sorted(range(len(done)), key=done.__getitem__)
     values = torch.cat([part for part in values if part is not None])[order]
-    say(*(f"failed  {why}; left out" for _, why in failed))
+    for _, why in failed:
+        say(f"failed  {why}; left out")
     if sum(short):
         say(f"note    {sum(short):,} of the {split} clips are shorter than a view: they repeat frames")
     failed = [(records[number]["video"], why) for number, why in failed]
