@@ -67,6 +67,8 @@ RECIPES = {
     "epic55": _PAPER | {"epochs": 50},
 }  # fmt: skip
 RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
+LATE = argparse.SUPPRESS  # a default that parse_args settles
 MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
 
 
@@ -97,49 +99,29 @@ def check_args(args):
         raise ValueError(f"--holdout {args.holdout}: must lie between 0 and 1")
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    yes_no, late = argparse.BooleanOptionalAction, argparse.SUPPRESS
-    of_recipe = {}  # command: its flags whose default is the recipe's
+def common_flags(name, add, either):
+    add("checkpoint", metavar="CHECKPOINT", help="a file, a folder, or a hub name")
+    add("--json", metavar="FILE", help="write the result there, too")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    add("--amp", action=YES_NO, default=LATE, help="bf16 autocast (where the hardware has it)")
+    add("--seed", type=int, default=0, help="of all that is random")
+    if name == "export":
+        return
+    add("--data", default="toy", help="toy, or a manifest (JSON lines, see captions.py)")
+    either("--test-split", "split of the manifest to test on")
+    add("--recipe", default=LATE, choices=RECIPES, help="defaults of a dataset (toy, or other)")
+    either("--stride", "frames from one frame of a clip to the next", type=int)
+    ways = "dense", "tsn"
+    either("--sampling", "every stride-th frame, or one of each 16th of the video", choices=ways)
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
+    if name == "show":
+        return
+    add("--split", default="train", help="split of the manifest to train on, or to retrieve from")
+    either("--views", "of each test clip, time x space", metavar="TxS")
+    either("--batch-size", "per process: videos a forward (finetune), views at a time (tests)", type=int)
 
-    def command(name, help):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=formatter)
-        add = sub.add_argument
-        add("checkpoint", metavar="CHECKPOINT", help="a file, a folder, or a hub name")
-        add("--json", metavar="FILE", help="write the result there, too")
-        add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-        add("--amp", action=yes_no, default=late, help="bf16 autocast (where the hardware has it)")
-        add("--seed", type=int, default=0, help="of all that is random")
 
-        def either(flag, help, **more):
-            key = flag[2:].replace("-", "_")
-            of_recipe.setdefault(name, []).append(key)
-            values = {which: recipe[key] for which, recipe in RECIPES.items()}
-            most = values["k400"]
-            others = "".join(f", {which}: {value}" for which, value in values.items() if value != most)
-            add(flag, default=late, help=f"{help} ({most}{others})", **more)
-
-        if name == "export":
-            return add, either
-        add("--data", default="toy", help="toy, or a manifest (JSON lines, see captions.py)")
-        either("--test-split", "split of the manifest to test on")
-        add("--recipe", default=late, choices=RECIPES, help="defaults of a dataset (toy, or other)")
-        either("--stride", "frames from one frame of a clip to the next", type=int)
-        either(
-            "--sampling", "every stride-th frame, or one of each 16th of the video", choices=("dense", "tsn")
-        )
-        add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
-        if name != "show":
-            add("--split", default="train", help="split of the manifest to train on, or to retrieve from")
-            either("--views", "of each test clip, time x space", metavar="TxS")
-            either(
-                "--batch-size", "per process: videos a forward (finetune), views at a time (tests)", type=int
-            )
-        return add, either
-
-    add, either = command("finetune", "Train all of the network on labels, then test it (4.2).")
+def finetune_flags(add, either):
     either("--lr", "learning rate per 256 videos of global batch", type=float)
     add("--min-lr", type=float, default=1e-6, help="first and last learning rate per 256 videos")
     either("--epochs", "passes over the data; 0 tests a fine-tuned checkpoint as it is", type=int)
@@ -154,44 +136,74 @@ def parse_args(argv=None):
     either("--randaug", "RandAugment's bin of 31, in each of 4 operations (0: none)", type=int)
     either("--crop-scale", "least area of a crop, as a share of the frame", type=float)
     either("--erasing", "chance to erase a box of a clip", type=float)
-    either("--flip", "mirror half the clips", action=yes_no)
+    either("--flip", "mirror half the clips", action=YES_NO)
     either("--repeat", "augmented clips from each decoded video", type=int)
     either("--holdout", "share of the training clips kept to choose best.pt by (0: no best.pt)", type=float)
-    add("--scratch", action=yes_no, default=False, help="begin with random weights, of CHECKPOINT's sizes")
+    add("--scratch", action=YES_NO, default=False, help="begin with random weights, of CHECKPOINT's sizes")
     add("--val-split", default=None, help="split to choose best.pt by, in place of --holdout")
-    add("--grad-checkpointing", action=yes_no, default=False, help="less memory for a third more time")
-    add("--out", default=late, help="run folder (CHECKPOINT's folder/finetune-DATA)")
+    add("--grad-checkpointing", action=YES_NO, default=False, help="less memory for a third more time")
+    add("--out", default=LATE, help="run folder (CHECKPOINT's folder/finetune-DATA)")
     tgmae.add_run_flags(add)
 
-    add, either = command("linear", "Train a linear classifier on frozen features, then test it (4.2).")
-    either("--random", "do the same with random weights, beside it", action=yes_no)
+
+def linear_flags(add, either):
+    either("--random", "do the same with random weights, beside it", action=YES_NO)
     add("--epochs", type=int, default=100, help="passes over the features")
     add("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
     add("--holdout", type=float, default=0.2, help="share of the training clips that chooses the rate")
     add("--train-views", default="1x1", metavar="TxS", help="views of each training clip, time x space")
 
-    add, either = command("retrieve", "Find clips of the same class, zero-shot; and captions (4.4).")
-    either("--random", "do the same with random weights, beside it", action=yes_no)
-    add("--text", action=yes_no, default=None, help="video-text retrieval (default: where CHECKPOINT can)")
+
+def retrieve_flags(add, either):
+    either("--random", "do the same with random weights, beside it", action=YES_NO)
+    add("--text", action=YES_NO, default=None, help="video-text retrieval (default: where CHECKPOINT can)")
     add("--clip", default=None, help="open_clip model of the captions (the one CHECKPOINT was trained with)")
     add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
 
-    add, either = command("show", "Draw masks, reconstruction and attention of a clip (4.7).")
+
+def show_flags(add, either):
     add("--video", default=None, help="a video file, in place of a clip of --data")
     add("--caption", default=None, help="what it shows (of a clip of --data: its middle caption)")
     add("--number", type=int, default=0, help="which clip of --data, without --video")
-    add(
-        "--start", type=float, default=None, help="seconds; the clip is taken from the middle of what follows"
-    )
+    add("--start", type=float, default=None, help="seconds; the clip is from the middle of what follows")
     add("--mask", default=None, choices=MASK_RATIOS, help="of the reconstruction (CHECKPOINT's own, or tube)")
     add("--mask-ratio", type=float, default=None, help=f"of that mask ({MASK_RATIOS})")
     add("--layers", type=int, nargs="+", default=None, help="whose attention, from 1 (first, middle, last)")
     add("--clip", default=None, help="open_clip model (CHECKPOINT's, or ViT-B-32-quickgelu)")
     add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
-    add("--out", default=late, help="pictures go to OUT.png and OUT.mp4 (CHECKPOINT's folder/show)")
+    add("--out", default=LATE, help="pictures go to OUT.png and OUT.mp4 (CHECKPOINT's folder/show)")
 
-    add, either = command("export", "Write safetensors, and a folder that transformers opens.")
-    add("--out", type=Path, default=late, help="folder (CHECKPOINT's name-huggingface)")
+
+def export_flags(add, either):
+    add("--out", type=Path, default=LATE, help="folder (CHECKPOINT's name-huggingface)")
+
+
+FLAGS = {
+    "finetune": ("Train all of the network on labels, then test it (4.2).", finetune_flags),
+    "linear": ("Train a linear classifier on frozen features, then test it (4.2).", linear_flags),
+    "retrieve": ("Find clips of the same class, zero-shot; and captions (4.4).", retrieve_flags),
+    "show": ("Draw masks, reconstruction and attention of a clip (4.7).", show_flags),
+    "export": ("Write safetensors, and a folder that transformers opens.", export_flags),
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_recipe = {name: [] for name in FLAGS}  # flags whose default is the recipe's
+    for name, (help, flags) in FLAGS.items():
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        add = commands.add_parser(name, help=help, description=help, formatter_class=formatter).add_argument
+
+        def either(flag, help, add=add, keys=of_recipe[name], **more):
+            keys.append(flag[2:].replace("-", "_"))
+            values = {which: recipe[keys[-1]] for which, recipe in RECIPES.items()}
+            most = values["k400"]
+            others = "".join(f", {which}: {value}" for which, value in values.items() if value != most)
+            add(flag, default=LATE, help=f"{help} ({most}{others})", **more)
+
+        common_flags(name, add, either)
+        flags(add, either)
 
     args = parser.parse_args(argv)
     given = vars(args)
@@ -833,6 +845,16 @@ def forward_backward(net, stream, run, accum, num_classes, videos):
     return sums
 
 
+def validate(run, epoch, model, val, classes):
+    """Top-1 on the held-out clips after an epoch, which goes into the log."""
+    found = test_scores(model, "held-out", val, run.args, (1, 1))
+    top = accuracy(found.values, targets(val, classes, "held-out clips")[found.kept])
+    if run.rank == 0:
+        line = {f"val {name}": value for name, value in top.items()}
+        tgmae.append_log(run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **line})
+    return top["top-1"]
+
+
 def fit(args, model, classes, train, val):
     """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in --out."""
     saved = tgmae.load_last(args)
@@ -891,14 +913,9 @@ def fit(args, model, classes, train, val):
                 "grad_norm": round(norm, 4), "bad": int(bad), "clips_per_s": round(clips / took, 2),
             }, blamed)  # fmt: skip
             if val and run.step % steps_per_epoch == 0:
-                found = test_scores(model, "held-out", val, args, (1, 1))
-                top = accuracy(found.values, targets(val, classes, "held-out clips")[found.kept])
-                better, best = top["top-1"] > best, max(best, top["top-1"])
-                if run.rank == 0:
-                    line = {f"val {name}": value for name, value in top.items()}
-                    tgmae.append_log(run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **line})
-                    if better:
-                        tgmae.save_checkpoint(run.out / "best.pt", step=run.step, **state())
+                before, best = best, max(best, validate(run, epoch, model, val, classes))
+                if best > before and run.rank == 0:
+                    tgmae.save_checkpoint(run.out / "best.pt", step=run.step, **state())
             run.save(lambda: state() | {"optimizer": optimizer.state_dict()})
     if world > 1:
         dist.barrier()  # before others read what process 0 writes
@@ -1287,9 +1304,8 @@ def main(argv=None):
         rank, world = tgmae.start_processes(args)
         if args.command in ("show", "export") and rank:
             return  # one process draws and writes
-        {"finetune": finetune, "linear": linear, "retrieve": retrieve, "show": show, "export": export}[
-            args.command
-        ](args)
+        run = {"finetune": finetune, "linear": linear, "retrieve": retrieve, "show": show, "export": export}
+        run[args.command](args)
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {tgmae.last_line(error)}")
     except torch.OutOfMemoryError as error:

@@ -79,12 +79,7 @@ def parse_args(argv=None):
     add("--temperature", type=float, default=0.07, help="of the contrastive loss")
     either("--clip", "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is at least watched")
     add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
-    add(
-        "--num-captions",
-        type=int,
-        default=0,
-        help="of a video's captions to draw from, evenly spread (0: all)",
-    )
+    add("--num-captions", type=int, default=0, help="captions to draw from, evenly spread (0: all)")
     add("--init", default=argparse.SUPPRESS, help="checkpoint to start from: ours, VideoMAE's, transformers'")
     add("--grad-checkpointing", action=yes_no, default=False, help="less memory for about a third more time")
     either("--epochs", "passes over the data", type=int)
@@ -268,13 +263,15 @@ def settings(args, data):
 
 
 def go_on(saved, model, optimizer, args, data):
-    """Loads a checkpoint of the same run; another one's is refused. Returns its step."""
+    """Loads a checkpoint of the same run; another one's is refused. -> its step, of how many processes it was."""
     config = asdict(model.config)
     now = settings(args, data) | config
     tgmae.refuse_another_run(args, saved["args"] | saved["config"], now, (*SAME, *config))
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"]
+    found = saved["step"], saved["args"]["world"]
+    saved.clear()  # gigabytes
+    return found
 
 
 @torch.no_grad()
@@ -475,13 +472,11 @@ def train(args, share, saved, model, clip, data, val):
     peak, last = (rate * share.videos * args.repeat / 256 for rate in (args.blr, args.min_lr))
     warmup = int(args.warmup_epochs * steps_per_epoch)
     optimizer = make_optimizer(model, args)
-    step = go_on(saved, model, optimizer, args, data) if saved else 0
+    step, before = go_on(saved, model, optimizer, args, data) if saved else (0, None)
     if rank == 0:
         describe(args, model, data, world, share, steps_per_epoch)
-    if saved:
-        before, total = saved["args"]["world"], args.epochs * steps_per_epoch
-        saved.clear()  # gigabytes
-        if rank == 0:
+        if before:
+            total = args.epochs * steps_per_epoch
             finished = ": finished, --no-resume starts over" if step == total else ""
             print(f"resume  at step {step} of {total}, so far of {before} process(es){finished}", flush=True)
     if args.compile:  # what stands between them depends on masks, which are on the CPU
