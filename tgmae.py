@@ -640,7 +640,7 @@ def normalize(video):
 
 
 def patchify(video, patch_size, tubelet_size):
-    """(B,C,T,H,W) -> (B,N,P), before equation (1). A cube's values are ordered (frame, row, column, channel), as in VideoMAE."""
+    """(B,C,T,H,W) -> (B,N,P), before equation (1). A cube's values: (frame, row, column, channel), as in VideoMAE."""
     B, C, T, H, W = video.shape
     if T % tubelet_size or H % patch_size or W % patch_size:
         raise ValueError(
@@ -1648,7 +1648,7 @@ class Run:
 
     def save(self, state):
         """Writes last.pt, state() and all, if that is due: at the end of an epoch, after --save-steps or
-        --save-minutes, when asked to stop; not between steps that were left out. Asked to stop, it raises SystemExit."""
+        --save-minutes, when asked to stop (then SystemExit); not between steps that were left out."""
         args, last = self.args, self.step == self.total
         due = self.step % self.steps_per_epoch == 0 or self.stopping
         due |= args.save_steps > 0 and self.step % args.save_steps == 0

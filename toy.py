@@ -8,8 +8,9 @@
 Each clip shows an ACTOR (shape x colour x direction) that its three captions name, and a DISTRACTOR
 that they do not, over a textured background that pans faster than either: what moves most is not
 what the caption names. Mostly the camera follows the actor, and the light tells the shape. The class,
-shape x direction of the actor (16), needs the video; distractors have shapes that no class uses. A tiny CLIP (open_clip's own class, opened with local-dir:) is trained
-on captioned crops. Everything follows from the seed; two CPU cores take about two minutes.
+shape x direction of the actor (16), needs the video; distractors have shapes that no class uses. A tiny
+CLIP (open_clip's own class, opened with local-dir:) is trained on captioned crops. Everything follows
+from the seed; two CPU cores take a minute.
 """
 
 import argparse

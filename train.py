@@ -164,7 +164,8 @@ class Clips(TrainingClips):
         return {
             "video": torch.stack(videos), "mask": torch.stack(masks) if masks else None,
             "captions": [record["captions"][i] for i in chosen], "text": text_map.text[chosen] if text_map else None,
-            "name": record["video"], "group": place, "seed": seed, "no_motion": any(w.category is tgmae.NoMotionVectors for w in caught),
+            "name": record["video"], "group": place, "seed": seed,
+            "no_motion": any(w.category is tgmae.NoMotionVectors for w in caught),
         }  # fmt: skip
 
     def draw_captions(self, record, count, generator):
@@ -252,7 +253,8 @@ def clip_together(model, args):
 
 # What a run that goes on must share with its checkpoint, beside the sizes of the model.
 SAME = (
-    "data", "clips", "split", "clip", "mask", "mask_ratio", "bottom_k", "mae", "vt", "vt_weight", "seed", "epochs", "repeat"
+    "data", "clips", "split", "clip", "mask", "mask_ratio", "bottom_k", "mae", "vt", "vt_weight", "seed", "epochs",
+    "repeat",
 )  # fmt: skip
 
 
