@@ -882,8 +882,7 @@ def main(argv=None):
         {"index": index, "caption": caption, "maps": maps}[args.command](args)
         barrier()
     except (ValueError, OSError) as error:
-        # From a loader process the message comes with a traceback in front of it.
-        sys.exit(f"captions.py: {str(error).splitlines()[-1].removeprefix('ValueError: ')}")
+        sys.exit(f"captions.py: {tgmae.last_line(error)}")
     except torch.OutOfMemoryError as error:
         sys.exit(
             f"captions.py: {tgmae.last_line(error)}; a smaller --batch-size, --model or --clip needs less"
