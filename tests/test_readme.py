@@ -136,6 +136,21 @@ def test_commands_run(world, workdir, blip2):  # noqa: F811
     assert len(record["captions"]) == 3 and (workdir / record["maps"]).exists()
 
 
+@pytest.mark.parametrize("name", ["table2", "figure4", *toy.ABLATIONS])
+def test_tables_are_those_of_the_logs(name):
+    """docs/NAME.jsonl -> docs/NAME.md, and the figures that the README gives."""
+    log = [json.loads(line) for line in (ROOT / "docs" / f"{name}.jsonl").read_text().splitlines()]
+    table = (toy.curve_table if name == "figure4" else toy.share_table)(name, log)
+    assert (ROOT / "docs" / f"{name}.md").read_text().split("\n")[: len(table)] == table
+    rows = {"table2": toy.TABLE2, "figure4": toy.FIGURE4} | toy.ABLATIONS
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {title}" for title in rows[name]]
+    assert f"docs/{name}.svg" in README or name in toy.ABLATIONS
+    for line in table[2:]:
+        title, *figures, _ = line.strip("| ").split(" | ")
+        if name != "figure4" and title != "tube":  # which are told in a sentence
+            assert f"| {' | '.join(figures)} |" in README, line
+
+
 def test_headers_parse():
     """The commands in the scripts' own headers, too."""
     scripts = ("train.py", train), ("toy.py", toy), ("captions.py", captions), ("eval.py", evaluation)
