@@ -140,8 +140,9 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
     barrier()  # all have read what was done before any adds to it
     todo = [keys for keys in units if not done >= set(keys)][rank::world]
     loader = DataLoader(
-        Loading(todo, load), batch_size=None, num_workers=min(workers, len(todo)), collate_fn=itself
-    )
+        Loading(todo, load), batch_size=None, num_workers=min(workers, len(todo)), collate_fn=itself,
+        worker_init_fn=tgmae.end_with_parent,
+    )  # fmt: skip
     every = 0.5 if sys.stderr.isatty() else 10  # seconds
     name = settings["command"] + (f", one of {world} processes" if world > 1 else "")
     bar = tqdm(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0, mininterval=every)

@@ -1445,13 +1445,18 @@ def share_step(forward, accum, videos=None):
     return Share(videos, mine // accum, accum)
 
 
-def init_loader(_=None):
-    """For loader processes. A scheduler sends SIGTERM to all processes, but a run needs its loaders until it has
-    saved. They end when it does: torch watches the parent a loader has at its start, so one whose run was killed
-    by then must end here."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def end_with_parent(_=None):
+    """For loader processes: torch watches the parent a loader has at its start, so one whose parent was killed by
+    then must end here."""
     if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
         os._exit(1)
+
+
+def init_loader(_=None):
+    """For a run's loader processes. A scheduler sends SIGTERM to all processes, but a run needs its loaders until it
+    has saved; they end when it does."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
 
 
 def training_batches(data, share, args, step, steps_per_epoch, collate):
