@@ -51,8 +51,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
-from torch.utils.data import DataLoader
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm

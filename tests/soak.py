@@ -85,9 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="how long")
     minutes = parser.parse_args().minutes
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # in a shell's background it is ignored, for children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would children
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder)
@@ -99,11 +97,11 @@ def main():
             began, seen, log = time.monotonic(), [], folder / "run" / "log.jsonl"
             print("minute  MiB  files  threads  processes  steps", flush=True)
             while (passed := (time.monotonic() - began) / 60) < minutes:
-                time.sleep(min(10, minutes * 60 / 20))
+                time.sleep(min(1, minutes * 60 / 120))
                 assert run.poll() is None, (folder / "said.txt").read_text()[-2000:]
                 steps = log.read_text().count("\n") if log.exists() else 0
                 seen.append((passed, *look(run.pid), steps))
-                if len(seen) % 6 == 0:
+                if len(seen) % 60 == 0:
                     print("{:6.1f} {:5.0f} {:5} {:7} {:8} {:9}".format(*seen[-1]), flush=True)
             processes = family(run.pid)
             os.killpg(run.pid, signal.SIGINT)
@@ -116,15 +114,14 @@ def main():
             f"{steps} steps, {bad} times a bad file was met, {listed} are listed; left after Ctrl-C: {left or 'none'}"
         )
     third = len(seen) // 3
-    middle, end = (
-        [statistics.median(column) for column in zip(*part)]
-        for part in (seen[third : 2 * third], seen[-third:])
-    )
-    for what, a, b, more in zip(
-        ("MiB", "files", "threads", "processes"), middle[1:], end[1:], (1.03, 1, 1, 1)
-    ):
-        print(f"{what:<10} {a:.0f} in the middle third, {b:.0f} in the last")
-        assert b <= a * more, what
+    middle, end = list(zip(*seen[third : 2 * third])), list(zip(*seen[-third:]))
+    for column, what in enumerate(("MiB", "files", "threads", "processes"), 1):
+        before, after = statistics.median(middle[column]), statistics.median(end[column])
+        print(f"{what:<10} {before:.0f} in the middle third, {after:.0f} in the last")
+        # A file that is being read, or a batch on its way, is open for a moment: counts must come back to what
+        # they were before, but are more at any one time.
+        grown = after > 1.03 * before if what == "MiB" else min(end[column]) > before
+        assert not grown, what
     assert not left and bad and listed
 
 
