@@ -179,6 +179,10 @@ class Video(NamedTuple):
     motion: bool
 
 
+_PYAV = int(av.__version__.split(".")[0])
+_ODD_TITLES = {"metadata_errors": "replace"} if _PYAV < 19 else {}  # that are no UTF-8; since 19 PyAV does it by itself
+
+
 @contextlib.contextmanager
 def _open_stream(path, motion):
     """Yields (container, best video stream); whatever libav finds wrong becomes a VideoError."""
@@ -186,7 +190,7 @@ def _open_stream(path, motion):
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device might never end
             raise VideoError(f"{path}: not a file")
         # file: whatever its name looks like, no protocol of libav's such as http.
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
+        with av.open(f"file:{path}", **_ODD_TITLES) as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise VideoError(f"{path}: no video stream that can be decoded")
@@ -360,7 +364,7 @@ def probe_video(path) -> VideoInfo:
 # PyAV scales in as many threads as there are cores (since 17), and keeps them for the next frame (since
 # 19), for which a loader process that is forked in between would wait for ever. So: one thread, and
 # scalers of our own.
-_ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+_ONE_THREAD = {"threads": 1} if _PYAV >= 17 else {}
 
 
 def _to_rgb(frame, size, scalers):
