@@ -36,7 +36,6 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 import tgmae
 from tgmae import VideoError, rank_and_world
@@ -50,12 +49,6 @@ SPLITS |= {"training": "train", "validation": "val", "validate": "val"}
 # Work that processes share and that survives a kill. Units of work are lists of keys; what became
 # of each key is a line in the journal.
 # =================================================================================================
-
-
-def start_processes():
-    """Joins torchrun's process group, if it is torchrun that started us."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=30))  # the slowest may need that much longer
 
 
 def barrier():
@@ -105,9 +98,8 @@ def journal_of(manifest):
 
 def write_text(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tgmae.replacing(
-        path, "w", encoding="utf-8", errors="surrogateescape"
-    ) as file:  # names that are no UTF-8
+    how = {"encoding": "utf-8", "errors": "surrogateescape"}  # names that are no UTF-8
+    with tgmae.replacing(path, "w", **how) as file:
         file.write(text)
 
 
@@ -143,9 +135,8 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
         Loading(todo, load), batch_size=None, num_workers=min(workers, len(todo)), collate_fn=itself,
         worker_init_fn=tgmae.end_with_parent,
     )  # fmt: skip
-    every = 0.5 if sys.stderr.isatty() else 10  # seconds
     name = settings["command"] + (f", one of {world} processes" if world > 1 else "")
-    bar = tqdm(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0, mininterval=every)
+    bar = tgmae.progress(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0)
     with bar, open(folder / f"{rank}.jsonl", "a", encoding="utf-8") as journal:
         journal.write("\n")  # ends a line that a kill cut short
         for keys, loaded in zip(todo, loader):
@@ -283,7 +274,7 @@ def finder(root):
     return find
 
 
-def human(text):
+def human_captions(text):
     if not text.strip():
         raise ValueError("an empty caption")
     return [text.strip()]
@@ -313,7 +304,7 @@ def index_ssv2(args, files, find):
             if part != "test":
                 label = entry["template"].replace("[", "").replace("]", "")
                 record |= {"label": label, "class_id": int(labels[label])}
-                record |= {"human_captions": human(entry["label"])}
+                record |= {"human_captions": human_captions(entry["label"])}
             yield str(entry["id"]), record
 
 
@@ -375,7 +366,7 @@ def index_epic55(args, files, find):
             "video": find(row["video_id"], participant),
             "label": f"{verbs[row['verb_class']]} {nouns[row['noun_class']]}",
             "split": "val" if int(participant.removeprefix("P")) >= 26 else "train",
-            "human_captions": human(row["narration"]), **spans,
+            "human_captions": human_captions(row["narration"]), **spans,
         }  # fmt: skip
 
 
@@ -446,9 +437,11 @@ def index(args):
         raise ValueError(f"{args.root}: no such folder")
     if args.out.exists() and not args.force:
         raise ValueError(f"{args.out}: exists, perhaps with captions; --force writes it anew")
+    barrier()  # all have looked before the first writes it
     rows = read_annotations(args)
     paths = list(dict.fromkeys(str(record["video"]) for *_, record in rows if record["video"]))
-    unreadable = {path: f"{path}: empty" for path in paths if os.path.getsize(path) == 0}
+    empty = (path for path in paths if not os.path.isfile(path) or not os.path.getsize(path))
+    unreadable = {path: f"{path}: empty, or a link to nothing" for path in empty}
     if args.check:
         settings = {"command": "index", "dataset": args.dataset, "root": str(args.root)}
         checked = share(
@@ -509,7 +502,7 @@ def sentence(label):
 
 def caption_label(record):
     """The oracle of the paper's Figure 5(b): the class name as a sentence."""
-    label = str(record.get("label", "")).strip()
+    label = str(record.get("label") or "").strip()
     if not label:
         return {"error": "no label"}
     if label.isdigit():
@@ -547,7 +540,7 @@ def from_pretrained(kind, model, **more):
         raise ValueError(f"--model {model}: {reason}. Way out: --model FOLDER, a downloaded one") from error
 
 
-def outcome(texts, who):
+def captions_or_error(texts, who):
     captions = [" ".join(text.split()) for text in texts if text.strip()]
     return {"captions": captions} if captions else {"error": f"{who} wrote nothing"}
 
@@ -582,7 +575,7 @@ class Blip2(Captioner):
         said = self.model.generate(pixel_values=pixels, max_new_tokens=self.args.max_new_tokens)
         said = self.processor.batch_decode(said, skip_special_tokens=True)
         each = len(said) // len(clips)
-        return [outcome(said[i * each : (i + 1) * each], "BLIP-2") for i in range(len(clips))]
+        return [captions_or_error(said[i * each : (i + 1) * each], "BLIP-2") for i in range(len(clips))]
 
 
 class Llm(Captioner):
@@ -615,7 +608,7 @@ class Llm(Captioner):
 
     def __call__(self, keys, labels):
         asked = ([prompt.format(phrase(label)) for prompt in PROMPTS] for label in labels)
-        return [outcome(sum(map(self.answers, prompts), []), "the LLM") for prompts in asked]
+        return [captions_or_error(sum(map(self.answers, prompts), []), "the LLM") for prompts in asked]
 
 
 def caption(args):
@@ -633,9 +626,10 @@ def caption(args):
         said = share(args.manifest, settings, units, load, Blip2(args), workers=args.workers)
     elif args.source == "llm":
         named = {key: caption_label(wanted[key]) for key in keys}
-        labels = sorted({wanted[key]["label"] for key in keys if "captions" in named[key]})
-        told = share(args.manifest, settings, [[x] for x in labels], itself, Llm(args), unit="class")
-        said = {key: told.get(wanted[key].get("label"), named[key]) for key in keys}
+        labels = {key: str(wanted[key].get("label")) for key in keys}
+        asked = sorted({labels[key] for key in keys if "captions" in named[key]})
+        by_label = share(args.manifest, settings, [[x] for x in asked], itself, Llm(args), unit="class")
+        said = {key: by_label.get(labels[key], named[key]) for key in keys}
     else:
         source = {"label": caption_label, "human": caption_human}[args.source]
         units = [keys] if keys else []  # a moment's work: one process does it all
@@ -690,7 +684,7 @@ def is_current(args, path, record, made_by, numbers):
     ):  # fmt: skip
         if old != new:
             change = f"{str(old)[:60]}, now {str(new)[:60]}"
-            raise ValueError(f"{path}: a map of another {what}: {change}; --force makes all anew")
+            raise ValueError(f"{path}: {what} {change}; --force makes all anew")
     return True
 
 
@@ -792,7 +786,8 @@ def maps(args):
     clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device)
     made_by = clip_id(args, clip[0])
     done = read_journal(journal_of(args.manifest))
-    left = [record for key, record in clips.items() if key not in done]
+    made_before = (key for key, path in paths.items() if path.exists() and not args.force)
+    left = [clips[key] for key in clips.keys() - done - set(made_before)]
     if rank == 0 and left:
         estimate(args, clip, made_by, left, world)
     names = "command every image_size patch_size force".split()
@@ -821,46 +816,52 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, help):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        return commands.add_parser(name, help=help, description=help, formatter_class=formatter).add_argument
+        parser = commands.add_parser(name, help=help, description=help)
+
+        def add(flag, help, **more):
+            default = " (default: %(default)s)" if more.get("default") is not None else ""
+            parser.add_argument(flag, help=help + default, **more)
+
+        return add
 
     def shared(add, force):
-        workers = min(8, os.cpu_count() or 1)
-        add("--workers", type=int, default=workers, help="processes that decode, per process")
-        add("--force", action="store_true", help=force)
+        add("--workers", "loader processes per process", type=int, default=min(8, os.cpu_count() or 1))
+        add("--force", force, action="store_true")
 
     add = command("index", "a dataset's videos and annotation files -> manifest")
-    add("dataset", nargs="?", default="folder", choices=DATASETS, help="whose annotation files to read")
-    add("root", type=Path, help="the folder with the videos")
-    add("--annotations", type=Path, help="the folder with the annotation files; list: or one file (ROOT)")
-    add("--fold", type=int, default=1, choices=(1, 2, 3), help="which split of ucf101 and hmdb51")
-    add("--classes", type=Path, help="list: file with the names of integer labels, a line each, from 0")
-    add("--out", type=Path, default=Path("data.jsonl"), help="the manifest to write")
-    add("--check", action="store_true", help="decode a frame of each video; leave out the unreadable")
+    add("dataset", "whose annotation files to read", nargs="?", default="folder", choices=DATASETS)
+    add("root", "the folder with the videos", type=Path)
+    add("--annotations", "folder of the annotation files (default: root); list: a file, or a folder of them", type=Path)
+    add("--fold", "which split of ucf101 and hmdb51", type=int, default=1, choices=(1, 2, 3))
+    add("--classes", "list: file with the names of integer labels, a line each, from 0", type=Path)
+    add("--out", "the manifest to write", type=Path, default=Path("data.jsonl"))
+    add("--check", "decode a frame of each video; leave out the unreadable", action="store_true")
     shared(add, "overwrite the manifest")
 
     add = command("caption", "captions for the clips of a manifest that have none")
-    add("manifest", type=Path, help="JSON lines, as `index` writes them; rewritten at the end")
-    add("--source", required=True, choices=("blip2", "label", "llm", "human"),
-        help="BLIP-2 on keyframes, the class name, an LLM that is told the class name, or human_captions")  # fmt: skip
-    add("--model", help=f"hub name or folder for transformers ({MODELS})")
-    add("--frames", type=int, default=3, help="blip2: keyframes, a caption each (1: the centre frame)")
-    add("--batch-size", type=int, default=8, help="blip2: clips per forward")
-    add("--per-prompt", type=int, default=3, help="llm: answers to each of the three prompts")
-    add("--max-new-tokens", type=int, default=60, help="longest caption, in the model's tokens")
-    add("--seed", type=int, default=0, help="llm: of the sampling")
-    add("--append", action="store_true", help="add to the captions that are there (the paper's BLIP + GPT)")
+    add("manifest", "JSON lines, as `index` writes them; rewritten at the end", type=Path)
+    sources = "BLIP-2 on keyframes, the class name, an LLM that is told the class name, or human_captions"
+    add("--source", sources, required=True, choices=("blip2", "label", "llm", "human"))
+    models = ", ".join(f"{source}: {model}" for source, model in MODELS.items())
+    add("--model", f"hub name or folder for transformers (default: {models})")
+    add("--frames", "blip2: keyframes, a caption each (1: the centre frame)", type=int, default=3)
+    add("--batch-size", "blip2: clips per forward", type=int, default=8)
+    add("--per-prompt", "llm: answers to each of the three prompts", type=int, default=3)
+    add("--max-new-tokens", "longest caption, in the model's tokens", type=int, default=60)
+    add("--seed", "llm: of the sampling", type=int, default=0)
+    add("--append", "add to the captions that are there (the paper's BLIP + GPT)", action="store_true")
     shared(add, "replace captions that are there")
 
     add = command("maps", "text maps of the clips that have captions: CLIP once, instead of at every step")
-    add("manifest", type=Path, help="JSON lines with captions; rewritten at the end, maps/ beside it")
-    add("--clip", default="ViT-B-32-quickgelu", help="open_clip model, hf-hub:NAME or local-dir:FOLDER")
-    add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
-    add("--every", type=int, default=8, help="frames from one mapped frame to the next")
-    add("--image-size", type=int, default=224, help="the frame's short side in pixels, as the model's")
-    add("--patch-size", type=int, default=16, help="pixels, as the model's patch_size")
+    add("manifest", "JSON lines with captions; rewritten at the end, maps/ beside it", type=Path)
+    add("--clip", "open_clip model, hf-hub:NAME or local-dir:FOLDER", default="ViT-B-32-quickgelu")
+    add("--clip-pretrained", "tag of open_clip, or a file of weights", default="openai")
+    add("--every", "frames from one mapped frame to the next", type=int, default=8)
+    add("--image-size", "the frame's short side in pixels, as the model's", type=int, default=224)
+    add("--patch-size", "pixels, as the model's patch_size", type=int, default=16)
     shared(add, "make maps anew that are there")
 
+    parser.set_defaults(device="auto", amp=None)  # which start_processes settles
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         least = 0 if name in ("workers", "seed") else 1
@@ -874,23 +875,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # names that are no UTF-8
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    args.device = next(name for name in there if there[name])
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    try:
-        start_processes()
+    with tgmae.one_line_errors("captions.py", "a smaller --batch-size, --model or --clip"):
+        # On the CPU: what they tell each other is little, and the slowest may need days longer.
+        tgmae.start_processes(args, "gloo", timedelta(days=30))
         {"index": index, "caption": caption, "maps": maps}[args.command](args)
         barrier()
-    except (ValueError, OSError) as error:
-        sys.exit(f"captions.py: {tgmae.last_line(error)}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"captions.py: {tgmae.last_line(error)}; a smaller --batch-size, --model or --clip needs less"
-        )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -37,13 +37,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import tgmae
 
 SIZE, FRAMES, FPS = 64, 24, 12
 TELLING = 0.9  # share of clips whose camera follows the actor, and of clips lit from their shape's corner
-EVERY = 0.5 if sys.stderr.isatty() else 10  # seconds between two lines of a progress bar
 ACTORS = ("circle", "square", "triangle", "cross")
 DISTRACTORS = ("ring", "star", "diamond")
 COLOURS = {
@@ -71,10 +69,8 @@ def _distance(shape, x, y, r):
         return d - r
     if shape == "square":
         return np.maximum(ax, ay) - 0.88 * r
-    if shape == "triangle":
-        return (
-            np.maximum(0.89 * ax - 0.45 * y, y) - 0.5 * r
-        )  # (x, y) = (0, 0) is its centroid, tip up at y = -r
+    if shape == "triangle":  # tip up at y = -r, its centroid at (0, 0)
+        return np.maximum(0.89 * ax - 0.45 * y, y) - 0.5 * r
     if shape == "cross":
         return np.minimum(np.maximum(ax - 0.38 * r, ay - r), np.maximum(ay - 0.38 * r, ax - r))
     if shape == "ring":
@@ -227,7 +223,7 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
     mean, std = (torch.tensor(CLIP_CONFIG["preprocess_cfg"][key]).view(3, 1, 1) for key in ("mean", "std"))
     optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    bar = tqdm(range(steps), desc="toy CLIP", unit="step", mininterval=EVERY)
+    bar = tgmae.progress(range(steps), desc="toy CLIP", unit="step")
     for _ in bar:
         images, captions, groups = _crops(rng, stills, batch)
         image, text = clip.encode_image((images - mean) / std), clip.encode_text(tokenizer(captions))
@@ -274,7 +270,7 @@ def _build(out, clips, seed):
     total = clips + clips // 4
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and x264 let go of the interpreter
         made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total))
-        for record, extra in tqdm(made, desc="toy world", unit="clip", total=total, mininterval=EVERY):
+        for record, extra in tgmae.progress(made, desc="toy world", unit="clip", total=total):
             records.append(record)
             if record["split"] == "train":
                 stills += extra
@@ -390,9 +386,9 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
     return table, aucs
 
 
-def print_coverage(folder):
-    table, aucs = coverage(folder)
-    print("| masker, ratio 0.25 | actor masked | distractor masked |\n| --- | --- | --- |")
+def print_coverage(folder, mask_ratio):
+    table, aucs = coverage(folder, mask_ratio)
+    print(f"| masker, ratio {mask_ratio:g} | actor masked | distractor masked |\n| --- | --- | --- |")
     for name, (actor, distractor) in table.items():
         print(f"| {name} | {actor:.1%} | {distractor:.1%} |")
     print(
@@ -420,11 +416,12 @@ class Row(NamedTuple):
         return re.sub("[^a-z0-9.]+", "-", words.lower())
 
 
+MASKS = "tube", "mgm", "tgm"
 LOSSES = {"MAE": [], "VT": ["--vt", "--no-mae"], "MAE + VT": ["--vt"]}
 UNTRAINED = Row("tube", "MAE", ("--epochs", 1, "--warmup-epochs", 0, "--blr", 0, "--min-lr", 0))
 TABLE2 = {"random weights": UNTRAINED} | {
     f"{mask}, {loss}": Row(mask, loss)
-    for mask in tgmae.MASK_RATIOS for loss in LOSSES if (mask, loss) != ("tgm", "VT")
+    for mask in MASKS for loss in LOSSES if (mask, loss) != ("tgm", "VT")
 }  # fmt: skip
 ABLATIONS = {
     "ratio": {
@@ -442,7 +439,7 @@ ABLATIONS = {
 }  # fmt: skip
 FIGURE4 = {
     f"{mask}, {title}": Row(mask, loss)
-    for mask in tgmae.MASK_RATIOS for title, loss in (("optimised", "MAE + VT"), ("watched", "MAE"))
+    for mask in MASKS for title, loss in (("optimised", "MAE + VT"), ("watched", "MAE"))
 }  # fmt: skip
 STAGES = "train", "linear", "retrieve", "finetune"
 COLUMNS = {"linear": "linear probe", "finetune": "fine-tuned", "retrieve": "retrieval R@1"}
@@ -463,7 +460,7 @@ class Experiments:
     after the other with two. Stages that have ended stay as they are: --runs/ROW-SEED/stages.jsonl."""
 
     def __init__(self, args):
-        self.args, self.running = args, set()
+        self.args, self.running, self.stopped = args, set(), False
         self.runs, self.gpu = args.runs.absolute(), torch.cuda.is_available()
         self.jobs = args.jobs or (1 if self.gpu else os.cpu_count())
         self.settings = {"epochs": args.epochs, **json.loads((args.out / "world.json").read_text())}
@@ -486,10 +483,12 @@ class Experiments:
         for path in self.args.out.absolute().iterdir():
             if path.name != "manifest.jsonl" and not (data / path.name).is_symlink():
                 (data / path.name).symlink_to(path)
-        records = map(json.loads, (self.args.out / "manifest.jsonl").read_text().splitlines())
-        lines = [json.dumps(record | {"captions": CAPTION_SOURCES[source](record)}) for record in records]
+        lines = []
+        for record in map(json.loads, (self.args.out / "manifest.jsonl").read_text().splitlines()):
+            record.pop("maps", None)  # of other captions: every row asks CLIP itself
+            lines.append(json.dumps(record | {"captions": CAPTION_SOURCES[source](record)}) + "\n")
         with tgmae.replacing(data / "manifest.jsonl", "w") as file:
-            file.write("\n".join(lines) + "\n")
+            file.write("".join(lines))
 
     def run(self, row, seed, stages):
         """The stages of a row that have not ended yet."""
@@ -500,7 +499,7 @@ class Experiments:
             "train": ["--mask", row.mask, *LOSSES[row.loss], *epochs, *row.flags, "--out", folder],
             "linear": ["--no-random"], "retrieve": ["--no-random"], "finetune": ["--out", folder / "finetune", *epochs],
         }  # fmt: skip
-        for stage in (stage for stage in stages if stage not in ended):
+        for stage in [stage for stage in stages if stage not in ended]:
             command = ["train.py"]
             if stage != "train":
                 command = ["eval.py", stage, folder / "last.pt", "--json", folder / f"{stage}.json"]
@@ -520,10 +519,12 @@ class Experiments:
                 env=os.environ | threads, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
             self.running.add(process)
+            if self.stopped:  # between two stages, while the others were told to stop
+                process.terminate()
             code = process.wait()
             self.running.discard(process)
         if code:
-            reason = tgmae.last_line(log.read_text())
+            reason = tgmae.last_line(log.read_text() or "no output")
             raise ValueError(f"{log}: {script} ended with exit code {code}: {reason}")
 
     def go(self, rows, stages, report):
@@ -535,13 +536,14 @@ class Experiments:
         done = sum(len(set(stages) & set(self.ended(row, seed))) for row, seed, _ in todo)
         if done:
             print(f"{done} of {total} stages are there already, made by the code as it was: {self.runs}")
-        self.bar = tqdm(total=total, initial=done, unit="stage", mininterval=EVERY, smoothing=0)
+        self.bar = tgmae.progress(total=total, initial=done, unit="stage", smoothing=0)
         with self.bar, ThreadPoolExecutor(self.jobs) as pool:
             try:
                 for job in as_completed([pool.submit(self.run, *what) for what in todo]):
                     job.result()
                     report()
             except BaseException:  # an interrupt, too: what runs saves and stops, what waits is given up
+                self.stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(self.running):
                     process.terminate()
@@ -611,7 +613,7 @@ def by_row(log, key):
 
 
 def mean_std(values, digits):
-    """Mean ± sample standard deviation, of one value itself."""
+    """Mean ± sample standard deviation; of a single value, the value."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
@@ -653,14 +655,14 @@ def curve_plot(plt, log):
     for title, runs in by_row(log, "vt").items():
         row = FIGURE4[title]
         style = {
-            "color": f"C{list(tgmae.MASK_RATIOS).index(row.mask)}",
+            "color": f"C{MASKS.index(row.mask)}",
             "linestyle": "-" if "VT" in row.loss else "--",
         }
         for i, run in enumerate(runs):
             axes.plot(range(1, len(run) + 1), run, label=None if i else title, alpha=0.8, **style)
-    axes.axhline(math.log(16), color="0.6", linewidth=0.8)
-    right = axes.get_yaxis_transform()
-    axes.text(1, math.log(16), "chance", color="0.4", transform=right, ha="right", va="bottom")
+    chance, right = math.log(16), axes.get_yaxis_transform()  # of the 16 captions in a batch of the toy preset
+    axes.axhline(chance, color="0.6", linewidth=0.8)
+    axes.text(1, chance, "chance", color="0.4", transform=right, ha="right", va="bottom")
     axes.set(xlabel="epoch", ylabel="contrastive loss (VT)")
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
@@ -677,6 +679,7 @@ def parse_args(argv=None):
     add("--out", type=Path, default=Path("data/toy"), help="folder of the world (default: data/toy)")
     add("--clips", type=int, default=800, help="training clips; a quarter as many test clips (default: 800)")
     add("--seed", type=int, default=0, help="of everything in the world (default: 0)")
+    add("--mask-ratio", type=float, default=0.25, help="of coverage (default: 0.25)")
     add("--seeds", type=int, default=3, help="runs of each row, with seeds 0, 1, ... (default: 3)")
     add("--runs", type=Path, default=Path("runs/toy"), help="folder of the rows' runs (default: runs/toy)")
     add("--report", type=Path, help="folder of table, plot and their log (default: that of --runs)")
@@ -697,18 +700,21 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
+    with tgmae.one_line_errors("toy.py", "fewer --jobs"):
         build(args.out, args.clips, args.seed)
-        if args.command == "coverage":
-            print_coverage(args.out)
+        if args.command == "build":
+            made = json.loads((args.out / "world.json").read_text())
+            print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")
+            if made != {"clips": args.clips, "seed": args.seed}:
+                raise ValueError(f"{args.out}: is there already; another --out, or remove it, for another world")
+        elif args.command == "coverage":
+            print_coverage(args.out, args.mask_ratio)
         elif args.command == "table2":
             compare(args, "table2", TABLE2, STAGES, share_table, share_plot)
         elif args.command == "ablate":
             compare(args, args.ablation, ABLATIONS[args.ablation], STAGES, share_table, share_plot)
         elif args.command == "figure4":
             compare(args, "figure4", FIGURE4, STAGES[:1], curve_table, curve_plot)
-    except (ValueError, OSError) as error:
-        sys.exit(f"toy.py: {error}")
 
 
 if __name__ == "__main__":

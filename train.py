@@ -42,9 +42,9 @@ REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, 
 
 
 def check_args(args):
-    for name in ("epochs", "batch_size", "accum", "repeat", "stride", "temperature"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    positive = "epochs", "batch_size", "accum", "repeat", "stride", "temperature"
+    not_negative = "num_captions", "blr", "min_lr", "weight_decay", "clip_grad", "workers", "seed", *tgmae.RUN_FLAGS
+    tgmae.check_flags(args, positive=positive, not_negative=not_negative)
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
     if not (args.mae or args.vt):
@@ -53,7 +53,6 @@ def check_args(args):
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
-    tgmae.check_run_flags(args)
 
 
 def parse_args(argv=None):
@@ -107,7 +106,6 @@ def parse_args(argv=None):
     late = {"mask_ratio": MASK_RATIOS[args.mask], "out": f"runs/{name}"}
     late |= dict.fromkeys(("val_split", "init", "amp"))
     args.clip_given = "clip" in given
-    args.watch = not args.vt and (args.data == "toy" or args.clip_given)
     for key, value in {**defaults, **late}.items():
         given.setdefault(key, value)
     check_args(args)
@@ -121,12 +119,12 @@ def parse_args(argv=None):
 
 class Clips(TrainingClips):
     """Samples for training: `repeat` clips of the same frames of a video, each with its own crop, mask (unless
-    CLIP has to see the clip first) and caption. text: None, "clip" (captions that CLIP will embed) or "maps"
-    (it has done so)."""
+    CLIP has to see the clip first) and caption. text_from: None, "clip" (which will embed the captions) or "maps"
+    (for which it has done so)."""
 
-    def __init__(self, records, config, args, *, text, replace_bad=True):
+    def __init__(self, records, config, args, *, text_from, replace_bad=True):
         super().__init__(records, args.seed, replace_bad=replace_bad)
-        self.config, self.args, self.text = config, args, text
+        self.config, self.args, self.text_from = config, args, text_from
 
     def load(self, place, seed):
         record, args, c = self.records[place], self.args, self.config
@@ -142,22 +140,22 @@ class Clips(TrainingClips):
             read = tgmae.read_clip(video, numbers, motion=motion)
         frames, motion = read if motion else (read, None)
         chosen = self.draw_captions(record, args.repeat, generator)
-        text_map = (
-            tgmae.read_map(record["map_path"], record["captions"], args.clip) if self.text == "maps" else None
-        )
+        text_map = None
+        if self.text_from == "maps":
+            text_map = tgmae.read_map(record["map_path"], record["captions"], args.clip)
         videos, masks = [], []
         for i in range(args.repeat):  # clips of the same frames
             crop = tgmae.multi_scale_crop(frames.shape[1:3], flip=args.flip, generator=generator)
             videos.append(tgmae.crop_frames(frames, crop, c.image_size))
-            if args.mask == "tgm" and not text_map:
-                continue  # in `prepare`, on the device, where CLIP is
-            if args.mask == "tgm":
+            if args.mask == "tube":
+                scores = tgmae.tube_scores(1, c.grid, generator=generator)
+            elif args.mask == "mgm":
+                scores = tgmae.motion_scores(tgmae.crop_motion(motion, crop, c.grid)[None], c.grid)
+            elif text_map:
                 firsts = numbers[:: c.tubelet_size]
                 scores = tgmae.map_scores(text_map, chosen[i], firsts, crop, frames.shape[1:3], c.grid)[None]
-            elif args.mask == "tube":
-                scores = tgmae.tube_scores(1, c.grid, generator=generator)
             else:
-                scores = tgmae.motion_scores(tgmae.crop_motion(motion, crop, c.grid)[None], c.grid)
+                continue  # in `prepare`, on the device, where CLIP is
             masks.append(
                 tgmae.topk_mask(scores, args.mask_ratio, bottom_k=args.bottom_k, generator=generator)[0]
             )
@@ -170,7 +168,7 @@ class Clips(TrainingClips):
 
     def draw_captions(self, record, count, generator):
         """Numbers of `count` captions, each drawn from --num-captions of them, evenly spread."""
-        if not self.text:
+        if not self.text_from:
             return []
         total = len(record["captions"])
         among = min(self.args.num_captions or total, total)
@@ -227,9 +225,9 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def freeze_unused(model, args, text):
+def freeze_unused(model, args, text_from):
     """What gets no gradient is frozen: DDP would wait for it, and stop at the second step."""
-    if not text:
+    if not text_from:
         model.predictor.requires_grad_(False)
     if not args.mae:
         for part in (model.decoder, model.encoder_to_decoder):
@@ -238,13 +236,11 @@ def freeze_unused(model, args, text):
 
 
 def clip_together(model, args):
-    """Parts whose gradient norms --clip-grad limits each by itself: a predictor that only watches must
-    not change what the others learn."""
-    if args.vt:
-        return [model]
-    others = torch.nn.ModuleList([part for name, part in model.named_children() if name != "predictor"])
-    others.register_parameter("mask_token", model.mask_token)
-    return [others, model.predictor]
+    """Parameters whose gradient norm --clip-grad limits together: those of a predictor that only watches by
+    themselves, since it must not change what the others learn."""
+    watching = [] if args.vt else list(model.predictor.parameters())
+    others = [p for name, p in model.named_parameters() if args.vt or not name.startswith("predictor.")]
+    return [others, watching]
 
 
 # =================================================================================================
@@ -252,16 +248,15 @@ def clip_together(model, args):
 # =================================================================================================
 
 # What a run that goes on must share with its checkpoint, beside the sizes of the model.
-SAME = (
-    "data", "clips", "split", "clip", "mask", "mask_ratio", "bottom_k", "mae", "vt", "vt_weight", "seed", "epochs",
-    "repeat",
-)  # fmt: skip
+SAME = """data clips split text_from clip clip_pretrained mask mask_ratio bottom_k mae vt vt_weight weight_decay seed
+epochs repeat""".split()
 
 
 def settings(args, data):
     """What args.json and checkpoints keep of a run."""
     world = tgmae.rank_and_world()[1]
-    return vars(args) | {"clips": len(data), "world": world, "torch": str(torch.__version__)}
+    own = {"clips": len(data), "text_from": data.text_from, "world": world, "torch": str(torch.__version__)}
+    return vars(args) | own
 
 
 def go_on(saved, model, optimizer, args, data):
@@ -277,29 +272,30 @@ def go_on(saved, model, optimizer, args, data):
 
 
 @torch.no_grad()
-def draw_samples(path, model, video, mask, captions):
-    """samples.png: for each clip its frames, the frames with the mask, and the reconstruction, in which
-    masked cubes have their own mean and std put back."""
+def draw_samples(path, model, video, mask, captions, mae):
+    """samples.png: for each clip its frames, the frames with the mask, and, if a decoder was trained, the
+    reconstruction, in which masked cubes have their own mean and std put back."""
     c = model.config
     model.eval()
-    videos = tgmae.reconstruct(video, mask, model(video, mask)["pred"].float(), c)
+    videos = tgmae.reconstruct(video, mask, model(video, mask)["pred"].float() if mae else None, c)
+    names = [name for name in ("clip", "masked", "reconstructed") if name in videos]
     every = max(1, c.num_frames // 8)  # at most 8 frames side by side
-    rows = [videos[name][:, :, ::every] for name in ("clip", "masked", "reconstructed")]
-    rows = torch.stack(rows, 1).mul(255).byte().cpu()  # (B, 3 rows, C, t, S, S)
+    rows = torch.stack([videos[name][:, :, ::every] for name in names], 1)  # (B, rows, C, t, S, S)
+    rows = rows.mul(255).byte().cpu()
     B, _, _, t, S, _ = rows.shape
     scale, margin = max(1, 96 // S), 16
     S = S * scale
-    sheet = Image.new("RGB", (90 + t * (S + 2), B * (3 * (S + 2) + margin)), "white")
+    height = len(names) * (S + 2) + margin  # of a clip
+    sheet = Image.new("RGB", (90 + t * (S + 2), B * height), "white")
     draw = ImageDraw.Draw(sheet)
     for b in range(B):
-        top = b * (3 * (S + 2) + margin)
-        draw.text((4, top + 2), captions[b] if captions else "", fill="black")
-        for row, name in enumerate(("clip", "masked", "reconstructed")):
-            y = top + margin + row * (S + 2)
-            draw.text((4, y + S // 2), name, fill="black")
+        draw.text((4, b * height + 2), captions[b] if captions else "", fill="black")
+        for row, name in enumerate(names):
+            top = b * height + margin + row * (S + 2)
+            draw.text((4, top + S // 2), name, fill="black")
             for i in range(t):
                 frame = Image.fromarray(rows[b, row, :, i].permute(1, 2, 0).numpy())
-                sheet.paste(frame.resize((S, S), Image.NEAREST), (90 + i * (S + 2), y))
+                sheet.paste(frame.resize((S, S), Image.NEAREST), (90 + i * (S + 2), top))
     sheet.save(path)
 
 
@@ -308,15 +304,15 @@ def draw_samples(path, model, video, mask, captions):
 # =================================================================================================
 
 
-def find_maps(args, records):
+def find_maps(args, manifest, records):
     """Whether the records have text maps. If so --clip becomes the CLIP that made them, and each map
     must be by that one. Some maps but not all, a file that is missing, or another --clip: ValueError."""
     if not any("map_path" in record for record in records):
         return False
     bare = next((record for record in records if "map_path" not in record), None)
-    again = f"python captions.py maps {args.data} makes them"
+    again = f"python captions.py maps {manifest} makes them"
     if bare:
-        raise ValueError(f"{args.data}: {bare['video']} has no text map, others have; {again}")
+        raise ValueError(f"{manifest}: {bare['video']} has no text map, others have; {again}")
     gone = next((record["map_path"] for record in records if not os.path.exists(record["map_path"])), None)
     if gone:
         raise ValueError(f"{gone}: no such text map; {again}")
@@ -335,19 +331,21 @@ def load_data(args, rank, world):
     manifest = toy.manifest_of(args.data)
     records = tgmae.read_manifest(manifest, args.split)
     val = tgmae.read_manifest(manifest, args.val_split) if args.val_split else None
-    needs_text = args.mask == "tgm" or args.vt
-    if needs_text:  # what captions.py could not read is left out, and said so; never in validation
+    # VT is watched where that costs no download that nobody asked for: on the toy world, or with --clip.
+    with_text = args.mask == "tgm" or args.vt or args.data == "toy" or args.clip_given
+    if with_text:  # what captions.py could not read is left out, and said so; never in validation
         failed = [record for record in records if "failed" in record]
         records = [record for record in records if "failed" not in record]
         if failed and rank == 0:
-            print(
-                f'{manifest}: {len(failed)} clips marked "failed" are left out, such as {failed[0]["video"]}'
-            )
+            print(f'{manifest}: {len(failed)} clips marked "failed" are left out, such as {failed[0]["video"]}')
+        held = next((record["video"] for record in val or () if "failed" in record), None)
+        if held:
+            raise ValueError(f'{manifest}: {held} of split {args.val_split!r} is marked "failed": take it out')
     everything = records + (val or [])
     silent = next((record for record in everything if not record.get("captions")), None)
-    if silent and needs_text:
+    if silent and with_text:
         raise ValueError(
-            f"{manifest}: {silent['video']} has no captions, which --mask tgm and --vt need; "
+            f"{manifest}: {silent['video']} has no captions, which --mask tgm, --vt and --clip need; "
             f"python captions.py caption {manifest} --source ... makes them"
         )
     for part, name in ((records, args.split), (val, args.val_split)):
@@ -357,27 +355,30 @@ def load_data(args, rank, world):
                 f"({world} processes x --batch-size {args.batch_size} x --accum {args.accum} / --repeat {args.repeat})"
             )
     videos = world * args.batch_size // args.repeat
-    if args.vt and videos < 2:
-        raise ValueError(f"--vt with a global batch of {videos} video: no negatives")
-    # VT is watched where that costs no download that nobody asked for: on the toy world, or with --clip.
-    if not needs_text and (silent or not args.watch):
+    if with_text and videos < 2:
+        what = "--vt" if args.vt else "VT, which is watched,"
+        raise ValueError(f"{what} with a global batch of {videos} video: no negatives")
+    if not with_text:
         return records, val, None
-    return records, val, "maps" if find_maps(args, everything) else "clip"
+    return records, val, "maps" if find_maps(args, manifest, everything) else "clip"
 
 
-def build_model(args, text, record):
-    """-> model on the device, and (clip, tokenizer) or None where there are text maps, or no text."""
-    clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device) if text == "clip" else None
+def build_model(args, text_from, record, *, init=True):
+    """-> model on the device, with the weights of --init unless init=False, and (clip, tokenizer), or None where
+    there are text maps, or no text."""
+    clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device) if text_from == "clip" else None
     config = replace(PRESETS[args.preset], temperature=args.temperature)
-    if text:
+    if text_from:
         maps = None if clip else tgmae.read_map(record["map_path"], record["captions"])
         text_dim = (tgmae.encode_text(*clip, ["a"]) if clip else maps.text).shape[1]
         config = replace(config, text_dim=text_dim)
     tgmae.topk_mask(torch.zeros(1, *config.grid), args.mask_ratio)  # refuses a ratio that masks none or all
     torch.manual_seed(args.seed)
     model = tgmae.TGMAE(config)
-    if args.init:
-        _, weights, _ = tgmae.load_checkpoint(args.init)
+    if args.init and init:
+        theirs, weights, _ = tgmae.load_checkpoint(args.init)
+        if theirs.text_dim != config.text_dim:  # its predictor was for another CLIP
+            weights = {name: value for name, value in weights.items() if not name.startswith("predictor.")}
         try:
             missing = model.load_state_dict(weights, strict=False).missing_keys
         except RuntimeError as error:
@@ -386,11 +387,13 @@ def build_model(args, text, record):
         if any(name.startswith("encoder.") for name in missing):
             raise ValueError(f"--init {args.init}: has no {missing[0]}")
     model.set_grad_checkpointing(args.grad_checkpointing)
-    freeze_unused(model, args, text)
+    freeze_unused(model, args, text_from)
     return model.to(args.device), clip
 
 
-def describe(args, model, data, world, share, steps_per_epoch):
+def describe(args, model, data, share, steps_per_epoch, step, processes_then):
+    """Prints what the run is, and, if it goes on from `step`, of how many processes it was."""
+    world = tgmae.rank_and_world()[1]
     c = model.config
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     t, h, w = c.grid
@@ -399,9 +402,9 @@ def describe(args, model, data, world, share, steps_per_epoch):
     mask += f" in each of {t} slices"
     if args.mask == "tgm":
         online = f"CLIP online ({args.clip}), {c.num_patches} image embeddings a clip"
-        mask += f"; similarity from {online if data.text == 'clip' else f'text maps ({args.clip})'}"
+        mask += f"; similarity from {online if data.text_from == 'clip' else f'text maps ({args.clip})'}"
     loss = " + ".join(["MAE"] * args.mae + [f"{args.vt_weight:g} VT"] * args.vt)
-    if data.text:
+    if data.text_from:
         loss += "" if args.vt else ", VT watched"
         loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
     left = clips - batch * args.accum
@@ -414,9 +417,13 @@ def describe(args, model, data, world, share, steps_per_epoch):
         f"mask    {mask}\nloss    {loss}\n"
         f"steps   {args.epochs} epochs x {steps_per_epoch} steps; global batch {clips} = {world} "
         f"process(es) x {args.batch_size} x {args.accum}{left_out}; learning rate {args.blr * clips / 256:.3g}\n"
-        f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {args.out}",
-        flush=True,
+        f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {args.out}"
     )  # fmt: skip
+    if processes_then:
+        total = args.epochs * steps_per_epoch
+        finished = ": finished, --no-resume starts over" if step == total else ""
+        print(f"resume  at step {step} of {total}, so far of {processes_then} process(es){finished}")
+    sys.stdout.flush()
 
 
 @torch.no_grad()
@@ -432,13 +439,13 @@ def validate(net, data, clip, args, rank, world):
     for batch in loader:
         video, mask, text = prepare(batch, clip, args, data.config)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-            out = net(video, mask, text, mae=args.mae)
+            out = net(video, mask, text, mae=args.mae, groups=batch["groups"].to(args.device))
         losses.append([out[name].item() for name in ("mae", "vt") if name in out])
     net.train()
     mean = torch.tensor(losses).mean(0).to(args.device)
     if world > 1:
         dist.all_reduce(mean)
-    names = ["val_mae"] * args.mae + ["val_vt"] * bool(data.text)
+    names = ["val_mae"] * args.mae + ["val_vt"] * bool(data.text_from)
     return dict(zip(names, (mean / world).tolist()))
 
 
@@ -450,18 +457,18 @@ def losses_and_gradients(net, batch, clip, args, config):
         out = net(video, mask, text, mae=args.mae, watch=not args.vt, groups=groups)
     zero = torch.zeros((), device=args.device)
     mae, vt = out.get("mae", zero), out.get("vt", zero)
-    # Watched, VT moves the predictor alone, which nothing else depends on: its weight is of no matter.
+    # VT that is only watched trains the predictor alone, so its weight changes nothing else.
     ((mae + args.vt_weight * vt) / args.accum).backward()
     counts = zero.new_tensor([len(batch["bad"]), batch["no_motion"]])
     return torch.cat([torch.stack([mae.detach().float(), vt.detach().float()]) / args.accum, counts])
 
 
-def log_line(args, text, world, sums, step, epoch, lr, norm, took, waited):
+def log_line(args, text_from, world, sums, step, epoch, lr, norm, took, waited):
     """What log.jsonl says of a step: losses (means over ranks), schedule, speed, and what went wrong."""
     mae, vt, bad, no_motion = sums.tolist()
     line = {"step": step, "epoch": epoch}
     line |= {"mae": round(mae / world, 6)} if args.mae else {}
-    line |= {"vt": round(vt / world, 6)} if text else {}
+    line |= {"vt": round(vt / world, 6)} if text_from else {}
     clips = args.batch_size * args.accum * world
     line |= {"lr": lr, "grad_norm": round(norm, 4), "clips_per_s": round(clips / took, 2)}
     return line | {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
@@ -474,20 +481,16 @@ def train(args, share, saved, model, clip, data, val):
     peak, last = (rate * share.videos * args.repeat / 256 for rate in (args.blr, args.min_lr))
     warmup = int(args.warmup_epochs * steps_per_epoch)
     optimizer = make_optimizer(model, args)
-    step, before = go_on(saved, model, optimizer, args, data) if saved else (0, None)
+    step, processes_then = go_on(saved, model, optimizer, args, data) if saved else (0, None)
     if rank == 0:
-        describe(args, model, data, world, share, steps_per_epoch)
-        if before:
-            total = args.epochs * steps_per_epoch
-            finished = ": finished, --no-resume starts over" if step == total else ""
-            print(f"resume  at step {step} of {total}, so far of {before} process(es){finished}", flush=True)
-    if args.compile:  # what stands between them depends on masks, which are on the CPU
+        describe(args, model, data, share, steps_per_epoch, step, processes_then)
+    if args.compile:  # each by itself: between them the mask's counts are read, which breaks a graph
         model.encoder.compile()
         model.decoder.compile()
     net = model
     if world > 1:  # no device_ids: inputs stay where they are; the predictor's buffers are equal anyway
         net = DistributedDataParallel(model, broadcast_buffers=False)
-    clipped = [[p for p in part.parameters() if p.requires_grad] for part in clip_together(model, args)]
+    clipped = clip_together(model, args)
 
     def state():
         return {
@@ -515,7 +518,7 @@ def train(args, share, saved, model, clip, data, val):
                 with contextlib.nullcontext() if world == 1 or micro == args.accum - 1 else net.no_sync():
                     sums = sums + losses_and_gradients(net, batch, clip, args, model.config)
             limit = args.clip_grad or math.inf
-            norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped if part]
+            norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped]
             sums, blamed = run.agree(sums, norms, videos)
             if blamed:  # BatchNorm has seen the bad numbers
                 for buffer, value in zip(model.predictor.buffers(), statistics):
@@ -524,7 +527,7 @@ def train(args, share, saved, model, clip, data, val):
                 optimizer.step()
             epoch, took = run.step // steps_per_epoch, time.perf_counter() - began
             run.log(
-                log_line(args, data.text, world, sums, run.step + 1, epoch, lr, norms[0], took, waited),
+                log_line(args, data.text_from, world, sums, run.step + 1, epoch, lr, norms[0], took, waited),
                 blamed,
             )
             if val and run.step % steps_per_epoch == 0:
@@ -540,7 +543,7 @@ def finish(args, model, clip, data):
     batch = collate([data[0, i * len(data) // 4] for i in range(min(4, len(data)))])
     video, mask, _ = prepare(batch, clip, args, model.config)
     with torch.compiler.set_stance("force_eager"):  # so few clips are not worth compiling for
-        draw_samples(out / "samples.png", model, video, mask, batch["captions"])
+        draw_samples(out / "samples.png", model, video, mask, batch["captions"], args.mae)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "lr" in line]
     skipped = [line["step"] for line in steps if "skipped" in line]
@@ -560,30 +563,20 @@ def finish(args, model, clip, data):
 
 
 def main(argv=None):
-    # A user's mistake is one line; anything else keeps its traceback.
-    try:
+    less = "a smaller --batch-size (with a larger --accum), --grad-checkpointing, --amp, a smaller --preset"
+    with tgmae.one_line_errors("train.py", less):
         args = parse_args(argv)
         rank, world = tgmae.start_processes(args)
         saved = tgmae.load_last(args)
         share = tgmae.share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
         args.batch_size, args.accum = share.forward * args.repeat, share.accum
-        records, val, text = load_data(args, rank, world)
-        model, clip = build_model(args, text, records[0])
-        data = Clips(records, model.config, args, text=text)
-        val = val and Clips(val, model.config, args, text=text, replace_bad=False)
+        records, val, text_from = load_data(args, rank, world)
+        model, clip = build_model(args, text_from, records[0], init=not saved)
+        data = Clips(records, model.config, args, text_from=text_from)
+        val = val and Clips(val, model.config, args, text_from=text_from, replace_bad=False)
         train(args, share, saved, model, clip, data, val)
         if rank == 0:
             finish(args, model, clip, val or data)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {tgmae.last_line(error)}")
-    except torch.OutOfMemoryError as error:
-        less = (
-            "a smaller --batch-size (with a larger --accum), --grad-checkpointing, --amp, a smaller --preset"
-        )
-        sys.exit(f"train.py: {tgmae.last_line(error)}; what needs less: {less}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

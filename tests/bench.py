@@ -355,7 +355,7 @@ def manifest_of(path, count, **record):
 def clips_of(path, count, *flags):
     manifest = manifest_of(path, count)
     args = train.parse_args(["--data", str(manifest), *map(str, flags)])
-    return train.Clips(tgmae.read_manifest(manifest), tgmae.PRESETS["base"], args, text=None)
+    return train.Clips(tgmae.read_manifest(manifest), tgmae.PRESETS["base"], args, text_from=None)
 
 
 def repeats(path, name, args):
@@ -420,7 +420,7 @@ def loading_step(data, mask, args, *flags):
     made = train.parse_args([*words.split(), "--device", args.device, *flags])
     records, _, text = train.load_data(made, *tgmae.start_processes(made))
     model, clip = train.build_model(made, text, records[0])
-    clips, optimizer = train.Clips(records, model.config, made, text=text), train.make_optimizer(model, made)
+    clips, optimizer = train.Clips(records, model.config, made, text_from=text), train.make_optimizer(model, made)
 
     def step():
         batch = train.collate([clips[0, i] for i in range(args.batch)])

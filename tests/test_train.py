@@ -175,7 +175,7 @@ def test_repeats_share_their_frames(workdir, manifest, monkeypatch):
     monkeypatch.setattr(tgmae, "read_clip", lambda *a, **k: calls.append(a) or read(*a, **k))
     for mask in ("tube", "mgm"):
         args = train.parse_args(["--data", str(manifest(4)), "--mask", mask, *map(str, FEW), "--repeat", "4"])
-        clips = train.Clips(tgmae.read_manifest(args.data), tgmae.PRESETS["toy"], args, text="clip")
+        clips = train.Clips(tgmae.read_manifest(args.data), tgmae.PRESETS["toy"], args, text_from="clip")
         calls.clear()
         sample = clips[0, 1]
         assert len(calls) == 1 and sample["video"].shape == (4, 3, 4, 64, 64) and len(sample["captions"]) == 4
@@ -235,7 +235,7 @@ def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, ca
     args = train.parse_args(["--data", str(data), "--mask", "tgm", *map(str, FEW)])
     records, _, text = train.load_data(args, 0, 1)
     assert text == "maps" and len(records) == 10
-    sample = train.Clips(records, tgmae.PRESETS["toy"], args, text=text)[0, 3]
+    sample = train.Clips(records, tgmae.PRESETS["toy"], args, text_from=text)[0, 3]
     made = tgmae.read_map(records[3]["map_path"], records[3]["captions"])
     which = records[3]["captions"].index(sample["captions"][0])
     assert torch.equal(sample["text"][0], made.text[which])
