@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py does, before torch loads
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network, nor asks whether there is one
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "slow: the long form of a test; run with --slow, in place of the short one"
     )
+    config.option.reportchars += "s"  # what is skipped is said, and why
     config.addinivalue_line("markers", "short: the short form of a test that has a long one")
 
 

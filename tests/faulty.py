@@ -3,7 +3,8 @@
 FAULT  half:N     SIGKILL in the middle of writing the N-th checkpoint
        whole:N    SIGKILL when it is written, under its other name
        renamed:N  SIGKILL when it has its own name
-       nan:NAME   the frames of that video are not finite"""
+       nan:NAME   the frames of that video are not finite
+       term:N     SIGTERM to all processes of the run, as a scheduler sends it, after N steps"""
 
 import io
 import math
@@ -60,7 +61,23 @@ def poisons(name):
     tgmae.TrainingClips.__getitem__ = loads
 
 
+def asked_to_stop_at(step):
+    log = tgmae.Run.log
+
+    def logs(run, *rest):
+        log(run, *rest)
+        if run.step == step:
+            os.killpg(0, signal.SIGTERM)
+
+    tgmae.Run.log = logs
+
+
 if __name__ == "__main__":
     (kind, _, value), sys.argv = sys.argv[1].partition(":"), sys.argv[2:]
-    poisons(value) if kind == "nan" else dies_at(kind, int(value))
+    if kind == "nan":
+        poisons(value)
+    elif kind == "term":
+        asked_to_stop_at(int(value))
+    else:
+        dies_at(kind, int(value))
     runpy.run_path(sys.argv[0], run_name="__main__")

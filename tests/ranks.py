@@ -73,6 +73,10 @@ def main(out):
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0], (mae, vt, has_text, losses)
+    # Others may hold the gradient that gather is given: it must stay as it is.
+    x, other = torch.ones(2, 3, requires_grad=True), torch.zeros(2 * world, 3, requires_grad=True)
+    ((tgmae.gather(x) + other) ** 2).sum().backward()
+    assert torch.equal(other.grad, torch.full_like(other, 2)) and torch.equal(x.grad, torch.full_like(x, 2 * world))
     dist.destroy_process_group()
 
 

@@ -94,12 +94,16 @@ def main():
         with open(folder / "said.txt", "w") as said:
             run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words.split()], cwd=folder, stdout=said,
                                    stderr=said, start_new_session=True)  # fmt: skip
-            began, seen, log = time.monotonic(), [], folder / "run" / "log.jsonl"
+            seen, log = [], folder / "run" / "log.jsonl"
+            while not log.exists():  # its start is not what is watched
+                assert run.poll() is None, (folder / "said.txt").read_text()[-2000:]
+                time.sleep(0.1)
+            began = time.monotonic()
             print("minute  MiB  files  threads  processes  steps", flush=True)
             while (passed := (time.monotonic() - began) / 60) < minutes:
                 time.sleep(min(1, minutes * 60 / 120))
                 assert run.poll() is None, (folder / "said.txt").read_text()[-2000:]
-                steps = log.read_text().count("\n") if log.exists() else 0
+                steps = log.read_text().count("\n")
                 seen.append((passed, *look(run.pid), steps))
                 if len(seen) % 60 == 0:
                     print("{:6.1f} {:5.0f} {:5} {:7} {:8} {:9}".format(*seen[-1]), flush=True)

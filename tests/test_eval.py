@@ -267,12 +267,24 @@ def test_mixing():
         # Video i holds the number i, so its mean is the shares' mean class.
         torch.testing.assert_close(clips.mean((1, 2, 3, 4)), shares @ torch.arange(5.0))
     assert ev.mix(video, target, 5, finetune_args("--mixup", "0", "--cutmix", "0"))[1] is target
-    logits, share = torch.randn(4, 5), torch.tensor([0.3, 0.7, 0, 0, 0]).expand(4, 5)
-    smooth = 0.3 * (F.one_hot(torch.tensor(0), 5) * 0.9 + 0.02) + 0.7 * (
-        F.one_hot(torch.tensor(1), 5) * 0.9 + 0.02
-    )
-    expected = -(smooth * logits.log_softmax(-1)).sum(-1).mean()
-    torch.testing.assert_close(F.cross_entropy(logits, share, label_smoothing=0.1), expected)
+
+
+def test_the_loss_is_smoothed():
+    args = finetune_args("--mixup", "0", "--cutmix", "0", "--device", "cpu", "--no-amp")
+    logits, target = torch.randn(2, 5, requires_grad=True), torch.tensor([0, 3])
+    batch = {"video": torch.zeros(2, 1), "target": target, "names": [], "bad": []}
+    run = argparse.Namespace(args=args, step=0, rank=0, world=1, note_bad=lambda bad: None)
+    loss, _ = ev.forward_backward(lambda video: logits, iter([batch]), run, 1, 5, [])
+    smooth = F.one_hot(target, 5) * 0.9 + 0.02
+    torch.testing.assert_close(loss, -(smooth * logits.log_softmax(-1)).sum(-1).mean().detach())
+
+
+def test_repeats_of_a_video_are_not_mixed_with_each_other():
+    samples = [{"video": torch.full((2, 3, 4, 8, 8), float(i)), "target": torch.tensor(i), "name": "", "bad": []} for i in range(4)]
+    batch = ev.collate(samples)
+    assert batch["target"].tolist() == [0, 1, 2, 3] * 2 and batch["video"].mean((1, 2, 3, 4)).tolist() == [0, 1, 2, 3] * 2
+    _, shares = ev.mix(batch["video"], batch["target"], 4, finetune_args("--cutmix", "0"))
+    assert ((shares > 0).sum(1) == 2).all()
 
 
 def test_samples_follow_from_the_seed(clips):
@@ -287,6 +299,16 @@ def test_samples_follow_from_the_seed(clips):
     assert not torch.equal(first["video"], data[1, 3]["video"])
     both = ev.collate([first, data[0, 2]])
     assert both["video"].shape == (4, 3, 4, 64, 64) and both["target"].tolist() == [3, 2, 3, 2]
+
+
+def test_the_last_frame_is_the_last(clips, monkeypatch):
+    """TSN's jitter just below 1 asks for no frame beyond the end."""
+    records, asked, read = tgmae.read_manifest(clips(), "train"), [], tgmae.read_clip
+    monkeypatch.setattr(tgmae, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames))
+    monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, 1 - 2**-24))
+    config = tgmae.Config(**{**SMALL, "num_frames": 16})
+    ev.Augmented(records, torch.zeros(8), config, finetune_args("--sampling", "tsn", "--randaug", "0", "--erasing", "0"))[0, 0]
+    assert asked[0][-1] == 23
 
 
 def test_training_frames(clips, monkeypatch):
@@ -642,6 +664,20 @@ def test_captions_need_no_labels(world, with_text, clips, tmp_path, capsys, monk
     assert "has no captions" in fails("retrieve", by_map, "--data", silent, "--text")
 
 
+def test_the_clip_that_a_run_was_trained_with(monkeypatch):
+    """Its model and its weights; --clip and --clip-pretrained come before them."""
+    monkeypatch.setattr(tgmae, "load_clip", lambda *which: which)
+    trained = {"args": {"clip": "ViT-B-16", "clip_pretrained": "laion", "text_from": "clip"}}
+    by_maps = {"args": {"clip": "ViT-B-16/laion 012", "clip_pretrained": "openai", "text_from": "maps"}}
+    for saved, flags, default, found in (
+        (trained, (), None, ("ViT-B-16", "laion")), (trained, ("--clip", "a b"), None, ("a b", "openai")),
+        (trained, ("--clip-pretrained", "x"), None, ("ViT-B-16", "x")), (by_maps, (), "toy", ("toy", "openai")),
+        (by_maps, ("--clip", "y", "--clip-pretrained", "z"), None, ("y", "z")), ({}, (), "toy", ("toy", "openai")),
+    ):  # fmt: skip
+        args = ev.parse_args(["retrieve", "x.pt", *flags, "--device", "cpu"])
+        assert ev.load_clip(args, saved, default) == (found[0], (*found, "cpu"))
+
+
 def test_show_a_clip_of_a_manifest(world, with_text, clips, tmp_path, capsys, monkeypatch):
     """The checkpoint's own CLIP, mask and ratio; or those that are asked for."""
     monkeypatch.chdir(tmp_path)
@@ -650,6 +686,11 @@ def test_show_a_clip_of_a_manifest(world, with_text, clips, tmp_path, capsys, mo
     assert "reconstruction (tgm 0.5)" in said and (tmp_path / "show.png").exists()
     _, said = run(capsys, "show", source, "--data", clips(), "--mask", "tube", "--mask-ratio", 0.75)
     assert "reconstruction (tube 0.75)" in said
+    video = tgmae.read_manifest(clips())[0]["path"]
+    caption = "--caption", "a red circle moving left", "--clip", f"local-dir:{world / 'clip'}"
+    found, said = run(capsys, "show", source, "--video", video, *caption, "--mask", "tgm")
+    assert "a red circle moving left" in said and "reconstruction (tgm 0.5)" in said
+    assert [row["shows"].split()[0] for row in found["rows"][:5]] == ["clip", "similarity", "tube", "mgm", "tgm"]
 
 
 def test_a_head_without_names(clips, tmp_path, capsys, monkeypatch):
@@ -741,6 +782,11 @@ def test_bad_input(checkpoint, clips, tmp_path, monkeypatch, capsys):
         "linear", checkpoint, "--data", data, "--test-split", "nowhere"
     )
     assert "--views 5: must be like 5x3" in fails("linear", checkpoint, "--data", data, "--views", "5")
+    assert "--seed -1: must not be negative" in fails("linear", checkpoint, "--data", data, "--seed", "-1")
+    for flag, value in (("randaug", 40), ("crop-scale", 2.0), ("smoothing", 2.0), ("mixup", -1.0)):
+        said = fails("finetune", checkpoint, "--data", data, f"--{flag}", value)
+        assert f"--{flag} {value}: must lie in 0 to" in said
+    assert "--holdout 0.99: leaves 0 of 8" in fails("finetune", checkpoint, "--data", data, "--holdout", "0.99")
     assert "--holdout 0" in fails("linear", checkpoint, "--data", data, "--holdout", "0")
     assert "is not fine-tuned" in fails("finetune", checkpoint, "--data", data, "--epochs", "0")
     assert "fewer than a step takes" in fails("finetune", checkpoint, "--data", data, "--batch-size", "9")

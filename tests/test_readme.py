@@ -26,6 +26,7 @@ README = (ROOT / "README.md").read_text()
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
 BLOCKS = [text for language, text in FENCED if not language]
 SNIPPETS = [text for language, text in FENCED if language == "python"]
+(DIFF,) = [text for language, text in FENCED if language == "diff"]
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&")]
 COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)
 
@@ -37,12 +38,16 @@ RUN_BY = {  # what runs the toy world's commands, with flags that make some of t
     "python eval.py retrieve runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features_are_worth_something",
     "python eval.py show runs/toy-tgm-vt/last.pt": "test_eval.py test_show_on_the_toy_world",
     "python eval.py show runs/toy-tgm-vt/last.pt --number 5 --out docs/clip": "test_eval.py test_show_on_the_toy_world",
+    "python eval.py show runs/toy-tgm-vt/last.pt --number 5": "test_eval.py test_show_on_the_toy_world",
+    "python eval.py show MCG-NJU/videomae-base --video FILE --caption TEXT": "test_eval.py test_show_a_clip_of_a_manifest",
     "python toy.py coverage": "test_toy.py test_the_mask_follows_the_words",
+    "python toy.py coverage --mask-ratio 0.6": "test_toy.py test_the_mask_follows_the_words",
     "python toy.py table2 --seeds 3 --report docs": "test_toy.py test_tables_and_plots",
-    "python toy.py figure4 --seeds 3 --report docs": "test_toy.py test_tables_and_plots",
+    "python toy.py figure4 --seeds 3 --report docs": "test_toy.py test_stopping_stops_what_runs",
     "python toy.py ablate ratio --seeds 2 --report docs": "test_toy.py test_ablation_goes_on_where_it_stood",
     "python captions.py maps data/toy/manifest.jsonl --clip local-dir:data/toy/clip --image-size 64 --patch-size 8 "
     "--every 4": "test_captions.py test_masks_from_maps_cover_what_online_masks_cover",
+    "python train.py --mask random": "test_readme.py test_a_masker_of_ones_own_trains",
     "python tests/soak.py --minutes 30": "test_faults.py test_soak",
 }
 MEASURES_OR_TESTS = "pip install", "python tests/bench.py", "python -m pytest"  # run by CI, or by hand
@@ -62,7 +67,7 @@ def test_command_parses(command):
     words = shlex.split(command)
     if words[0] in ("#SBATCH", "srun") or "=$(" in words[0]:
         words = words[1:] if words[0] == "srun" else []
-    if not words:
+    if not words or "random" in words:  # which there is once the README's own diff is applied
         return
     if words[0] == "pip":
         assert words == ["pip", "install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").exists()
@@ -117,7 +122,7 @@ def test_commands_run(world, workdir, blip2):  # noqa: F811
         "--nproc_per_node 8": "--nproc_per_node 2", "--nnodes 4": "--nnodes 1", "HOST:29500": f"127.0.0.1:{free_port()}",
         "$127.0.0.1": "127.0.0.1", "MCG-NJU/videomae-base": "videomae", "--source blip2": f"--source blip2 --model {blip2}",
         "maps k400.jsonl": "maps k400.jsonl --clip local-dir:data/toy/clip --image-size 64 --patch-size 8 --every 4",
-        "train.py": f"train.py --preset toy {few} --no-resume", "eval.py finetune": f"eval.py finetune {few} --views 1x1",
+        "--batch-size 16": "", "train.py": f"train.py --preset toy {few} --no-resume", "eval.py finetune": f"eval.py finetune {few} --views 1x1",
     }  # fmt: skip
     env = os.environ | {
         "PATH": f"{workdir / 'bin'}:{os.environ['PATH']}",
@@ -147,7 +152,9 @@ def test_tables_are_those_of_the_logs(name):
     assert f"docs/{name}.svg" in README or name in toy.ABLATIONS
     for line in table[2:]:
         title, *figures, _ = line.strip("| ").split(" | ")
-        if name != "figure4" and title != "tube":  # which are told in a sentence
+        if name == "table2":
+            assert f"| {title} | {' | '.join(figures)} |" in README
+        elif name != "figure4" and title != "tube":  # which are told in a sentence
             assert f"| {' | '.join(figures)} |" in README, line
 
 
@@ -181,5 +188,24 @@ def test_snippet_runs(snippet, world, monkeypatch):
     if "loss" in found:
         assert found["loss"].isfinite()
     assert found["mask"].float().mean() == pytest.approx({0: 0.597, 1: 0.9, 2: 0.75}[snippet], abs=1e-3)
-    if "random_mask" in found:  # not the same number in each slice
+    if "random_scores" in found:  # not the same number in each slice
         assert len(set(found["mask"].view(2, 8, 196).sum(-1).flatten().tolist())) > 3
+
+
+def test_a_masker_of_ones_own_trains(workdir):
+    """The README's snippet and diff, applied to copies of the scripts."""
+    for name in ("tgmae.py", "toy.py", "train.py"):
+        shutil.copy(ROOT / name, name)
+    own = re.search(r"def random_scores.*?\n\n\n", SNIPPETS[1], re.S).group()
+    for part in DIFF.split("--- ")[1:]:
+        name, lines = re.match(r"[\w.]+", part).group(), part.splitlines()[1:]
+        before, after = ("".join(line[1:] + "\n" for line in lines if line[0] != sign) for sign in "+-")
+        text = (workdir / name).read_text()
+        if name == "tgmae.py":
+            text, before, after = text.replace("def tube_scores", own + "def tube_scores"), before.strip(), after.strip()
+        assert text.count(before) == 1, before
+        (workdir / name).write_text(text.replace(before, after))
+    flags = "--mask random --epochs 1 --warmup-epochs 0 --batch-size 128 --workers 1 --out run"
+    done = subprocess.run([sys.executable, "train.py", *flags.split()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "random" in done.stdout, done.stderr
+    assert len((workdir / "run/log.jsonl").read_text().splitlines()) == 6

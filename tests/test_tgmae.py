@@ -305,6 +305,33 @@ def test_visible_cubes_do_not_enter_the_loss(config):
     assert torch.equal(model.encode(other, mask), model.encode(video, mask))
 
 
+def test_vt_is_of_the_visible_tokens_mean(config):
+    """By itself, and as one process of a gather that brings nothing: mean, predictor, InfoNCE."""
+    model = TGMAE(replace(config, temperature=0.2)).eval()
+    video, mask = random_inputs(config, batch=5)
+    text = torch.randn(5, config.text_dim)
+    visible = torch.stack([model.encode(v[None], m[None])[0] for v, m in zip(video, mask)])  # one by one
+    expected = tgmae.info_nce(model.predictor(visible.mean(1)), text, 0.2)
+    torch.testing.assert_close(model(video, mask, text)["vt"], expected)
+    torch.testing.assert_close(model(video, mask, text, watch=True, mae=False)["vt"], expected)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_reconstruction_of_the_target_is_the_clip(config, norm_pix_loss):
+    config = replace(config, norm_pix_loss=norm_pix_loss)
+    pixels = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
+    video, mask = tgmae.normalize(pixels), random_inputs(config)[1]
+    target, _, _ = tgmae.reconstruction_target(video, mask, config)
+    made = tgmae.reconstruct(video, mask, target, config)
+    torch.testing.assert_close(made["clip"], pixels / 255)
+    torch.testing.assert_close(made["reconstructed"], made["clip"], atol=1e-5, rtol=0)
+    cubes, hidden = (tgmae.patchify(made[name], 8, 2) for name in ("clip", "masked"))
+    assert (hidden[mask] == 0.5).all() and torch.equal(hidden[~mask], cubes[~mask])
+    predicted = tgmae.patchify(made["predicted"], 8, 2)[mask].view(2, -1, config.patch_dim)
+    torch.testing.assert_close(predicted, (0.5 + target / 6).clamp(0, 1) if norm_pix_loss else target)
+    assert made.keys() - tgmae.reconstruct(video, mask, None, config).keys() == {"reconstructed", "predicted"}
+
+
 def test_overfits_two_clips(config):
     model = TGMAE(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -349,7 +376,10 @@ def test_gradients(config, mae, watch):
             assert name.startswith("predictor.") or torch.equal(p.grad, q.grad), name
 
 
-def test_grad_checkpointing_changes_nothing(config):
+def test_grad_checkpointing_changes_nothing(config, monkeypatch):
+    """But how often a block runs: each of 2 + 1 goes through torch's checkpoint."""
+    calls, checkpoint = [], tgmae.checkpoint
+    monkeypatch.setattr(tgmae, "checkpoint", lambda block, *a, **k: calls.append(block) or checkpoint(block, *a, **k))
     model = TGMAE(config)
     video, mask = random_inputs(config)
     grads = []
@@ -357,7 +387,8 @@ def test_grad_checkpointing_changes_nothing(config):
         model.set_grad_checkpointing(on)
         model.zero_grad()
         model(video, mask)["mae"].backward()
-        grads.append([p.grad.clone() for p in model.encoder.parameters()])
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert len(calls) == 3 * on
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
 
 
