@@ -1214,7 +1214,7 @@ def from_videomae(state_dict):
         for name, value in old.items():
             ours = bare and name.startswith(("patch_embed.", "blocks.", "norm."))
             new["encoder." + name if ours else name] = value
-    else:
+    if "encoder.patch_embed.proj.weight" not in new:
         raise ValueError(f"not VideoMAE's weights: names like {', '.join(list(old)[:3])}")
     weight = new["encoder.patch_embed.proj.weight"]  # (D,C,frame,row,column) -> (D,P)
     new["encoder.patch_embed.proj.weight"] = weight.permute(0, 2, 3, 4, 1).flatten(1)

@@ -34,6 +34,7 @@ def read(path):
 
 def reader(names, results):
     """Reads files until None comes; for each, what became of it, how long it took, and the memory at its height."""
+    torch.set_num_threads(1)  # as in a loader: those of the process that was forked are not here, to be waited for
     av.logging.set_level(av.logging.PANIC)
     while (path := names.get()) is not None:
         began = time.perf_counter()
@@ -246,13 +247,7 @@ def test_the_best_stream_is_read(tmp_path):
 def test_other_codecs_and_wrong_extensions(tmp_path, codec):
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no {codec}")
-    options = (
-        {"x265-params": "log-level=none"}
-        if codec == "libx265"
-        else {"cpu-used": "8"}
-        if "aom" in codec
-        else {}
-    )
+    options = {"libx265": {"x265-params": "log-level=none"}, "libaom-av1": {"cpu-used": "8"}}.get(codec, {})
     toy.write_video(tmp_path / "clip.mkv", texture(12, 160, (2, 0)), codec=codec, options=options)
     whole = decode_all(tmp_path / "clip.mkv")
     os.rename(tmp_path / "clip.mkv", tmp_path / "clip.avi")

@@ -525,7 +525,8 @@ def test_checkpoints_of_other_things_are_told(workdir, manifest):
         ({"model": weights, "config": sizes | {"depth": "two"}}, "makes no model"),
         ({"model": weights, "config": sizes | {"num_heads": 5}}, "not divisible by num_heads=5"),
         ({"model": dict.fromkeys(weights, "a"), "config": sizes}, "does not fit"),
-        ({"videomae.embeddings.x": torch.ones(1)}, "the folder with their config.json is needed"),
+        ({"videomae.embeddings.x": torch.ones(1)}, "not VideoMAE's weights"),
+        ({"videomae.embeddings.patch_embeddings.projection.weight": torch.ones(1, 1, 1, 1, 1)}, "config.json is needed"),
     )):  # fmt: skip
         torch.save(saved, f"{i}.pt")
         with pytest.raises(SystemExit) as stop:
