@@ -633,9 +633,7 @@ def caption(args):
     else:
         source = {"label": caption_label, "human": caption_human}[args.source]
         units = [keys] if keys else []  # a moment's work: one process does it all
-        said = share(
-            args.manifest, settings, units, itself, lambda keys, _: [source(wanted[k]) for k in keys]
-        )
+        said = share(args.manifest, settings, units, itself, lambda keys, _: [source(wanted[k]) for k in keys])
 
     def update(key, record, outcome):
         before = record.get("captions", []) if args.append else []

@@ -85,8 +85,8 @@ def check_finetune(args):
     tgmae.check_flags(args, not_negative=("lr", "min_lr", "weight_decay", "epochs", *tgmae.RUN_FLAGS))
     if args.epochs and not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
-    most = dict(smoothing=1, erasing=1, crop_scale=1, layer_decay=1, randaug=30, mixup=math.inf, cutmix=math.inf)
-    for name, most in most.items():
+    limits = dict(smoothing=1, erasing=1, crop_scale=1, layer_decay=1, randaug=30, mixup=math.inf, cutmix=math.inf)
+    for name, most in limits.items():
         if not 0 <= getattr(args, name) <= most:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in 0 to {most}")
 
@@ -553,9 +553,7 @@ def linear(args):
         scores = view_scores(head, tested.values.to(args.device)).cpu()
         rows.append({"encoder": name, **accuracy(scores, test_target[tested.kept])})
         chosen[name] = {"rate": rate, "held-out top-1": {f"{key:g}": top for key, top in tops.items()}}
-        held_out.append(
-            f"{name}: {', '.join(f'{r:g} {top:.1%}' for r, top in tops.items())}, chosen {rate:g}"
-        )
+        held_out.append(f"{name}: {', '.join(f'{r:g} {top:.1%}' for r, top in tops.items())}, chosen {rate:g}")
     rows.append(chance_row("encoder", len(classes)))
     notes = [
         "Top-k: share of test clips whose class is among the k that the linear classifier finds likeliest. The "
@@ -595,10 +593,7 @@ def recall_by_chance(query_labels, gallery_labels, ks=(1, 5, 10)):
     def hit(relevant, k):  # one less the chance that none of k drawn is among the relevant ones
         return 1 - math.comb(G - relevant, min(k, G)) / math.comb(G, min(k, G))
 
-    return {
-        f"R@{k}": sum(n * hit(count[label], k) for label, n in queries.items()) / len(query_labels)
-        for k in ks
-    }
+    return {f"R@{k}": sum(n * hit(count[label], k) for label, n in queries.items()) / len(query_labels) for k in ks}
 
 
 def middle(captions):
@@ -808,9 +803,7 @@ def make_optimizer(model, args):
 def test_scores(model, split, records, args, grid):
     """-> Computed with values (n,K): softmax of each view, mean over views."""
     model.eval()
-    found = compute_clips(
-        split, records, args, model.config, grid, lambda video: model(video).float().softmax(-1)
-    )
+    found = compute_clips(split, records, args, model.config, grid, lambda video: model(video).float().softmax(-1))
     return found._replace(values=found.values.mean(1))
 
 
@@ -1230,17 +1223,14 @@ def export(args):
         "tgmae.safetensors": "eval.py, and train.py --init: all weights, in tgmae.py's names",
     }
     rows = [
-        {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": by}
-        for name, by in opens.items()
+        {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": by} for name, by in opens.items()
     ]
     notes = [
         f"Opened again in transformers, the encoder's output for two clips of noise differs by {apart:.1e} at most "
         "(0: the same; there is no chance to compare with)."
     ]
     if isinstance(model, Classifier) and model.fc_norm.eps != 1e-5:
-        notes.append(
-            f"transformers' fc_norm has eps 1e-5, ours {model.fc_norm.eps:g}: logits differ by little."
-        )
+        notes.append(f"transformers' fc_norm has eps 1e-5, ours {model.fc_norm.eps:g}: logits differ by little.")
     report(args, rows, notes, {}, difference=apart)
 
 

@@ -101,9 +101,7 @@ class Config:
             ("decoder_embed_dim", "decoder_num_heads"),
         ):
             if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{whole}={getattr(self, whole)} is not divisible by {part}={getattr(self, part)}"
-                )
+                raise ValueError(f"{whole}={getattr(self, whole)} is not divisible by {part}={getattr(self, part)}")
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -509,9 +507,7 @@ def read_map(path, captions, clip=None) -> TextMap:
             )  # fmt: skip
             made_of = file["captions"].tolist()
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path}: not a whole text map ({error or type(error).__name__}); {again}"
-        ) from error
+        raise ValueError(f"{path}: not a whole text map ({error or type(error).__name__}); {again}") from error
     if made_of != captions:
         raise ValueError(f"{path}: a text map of other captions ({made_of}, now {captions}); {again}")
     if clip not in (None, saved.clip):
@@ -542,9 +538,7 @@ def read_manifest(path, split=None):
             raise ValueError(f"{path}:{number}: maps must be a path, or absent: {record['maps']!r}")
         captions = record.get("captions", [])
         if not isinstance(captions, list) or not all(isinstance(c, str) and c.strip() for c in captions):
-            raise ValueError(
-                f"{path}:{number}: captions must be a list of non-empty texts, or absent: {captions!r}"
-            )
+            raise ValueError(f"{path}:{number}: captions must be a list of non-empty texts, or absent: {captions!r}")
         if split is None or record.get("split", split) == split:
             paths = {"path": str(path.parent / record["video"])}
             paths |= {"map_path": str(path.parent / record["maps"])} if record.get("maps") else {}
@@ -624,9 +618,8 @@ def crop_map(similarity, crop, size, grid):
     y = 2 * (crop.top + (torch.arange(h) + 0.5) * crop.height / h) / size[0] - 1
     x = 2 * (crop.left + (torch.arange(w) + 0.5) * crop.width / w) / size[1] - 1
     centres = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)  # (h,w,2): x and y in -1..1
-    cropped = F.grid_sample(
-        similarity[None].float(), centres[None], padding_mode="border", align_corners=False
-    )[0]  # (t,h,w)
+    cropped = F.grid_sample(similarity[None].float(), centres[None], padding_mode="border", align_corners=False)
+    cropped = cropped[0]  # (t,h,w)
     return cropped.flip(-1) if crop.flip else cropped
 
 
@@ -639,9 +632,7 @@ def map_scores(text_map, caption, frames, crop, size, grid):
 
 def normalize(video):
     """(B,3,T,H,W) uint8 -> float32 with ImageNet's mean and std taken out."""
-    mean, std = (
-        video.new_tensor(v, dtype=torch.float32).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = (video.new_tensor(v, dtype=torch.float32).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (video.float() / 255 - mean) / std
 
 
@@ -718,9 +709,7 @@ def topk_mask(scores, mask_ratio, *, bottom_k=False, generator=None):
     B, t, h, w = scores.shape
     k = int(mask_ratio * h * w)
     if not 0 < k < h * w:
-        raise ValueError(
-            f"mask_ratio={mask_ratio} masks {k} of {h * w} patches in a slice: must mask 1 to {h * w - 1}"
-        )
+        raise ValueError(f"mask_ratio={mask_ratio} masks {k} of {h * w} patches in a slice: must mask 1 to {h * w - 1}")
     scores = scores.flatten(2)  # (B,t,h*w)
     # Shuffled first: whichever of two equal scores the sort puts first, it is a random one.
     device = scores.device if generator is None else generator.device
@@ -1103,9 +1092,7 @@ class TGMAE(nn.Module):
         c = self.config
         shape = (c.in_chans, c.num_frames, c.image_size, c.image_size)
         if video.ndim != 5 or video.shape[1:] != shape:
-            raise ValueError(
-                f"video has shape {tuple(video.shape)}, the model takes (B, {', '.join(map(str, shape))})"
-            )
+            raise ValueError(f"video has shape {tuple(video.shape)}, the model takes (B, {', '.join(map(str, shape))})")
         if mask is not None and mask.shape != (len(video), c.num_patches):
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}, this video has ({len(video)}, {c.num_patches}) cubes"
@@ -1165,8 +1152,7 @@ def reconstruct(video, mask, pred, config):
         volumes["reconstructed"] = cubes.scatter(1, ids_mask, pixels)
         volumes["predicted"] = cubes.scatter(1, ids_mask, 0.5 + pred / 6 if c.norm_pix_loss else pixels)
     return {
-        name: unpatchify(volume, c.grid, c.patch_size, c.tubelet_size).clamp(0, 1)
-        for name, volume in volumes.items()
+        name: unpatchify(volume, c.grid, c.patch_size, c.tubelet_size).clamp(0, 1) for name, volume in volumes.items()
     }
 
 
@@ -1230,9 +1216,7 @@ def to_huggingface(model):
         if name.startswith("predictor."):
             continue
         if name == "encoder.patch_embed.proj.weight":  # (D,P) -> (D,C,frame,row,column)
-            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans).permute(
-                0, 4, 1, 2, 3
-            )
+            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans).permute(0, 4, 1, 2, 3)
         for ours, theirs in _HUGGINGFACE:
             name = name.replace(ours, theirs) if ours != "head." or name.startswith(ours) else name
         if five:
@@ -1291,9 +1275,7 @@ def _load_huggingface(source):
             raise ValueError(f"{source}: a {kind}, not a VideoMAE")
         model = getattr(transformers, kind).from_pretrained(source)
     except pickle.UnpicklingError as error:  # of older files, read without running what they bring
-        raise ValueError(
-            f"{source}: holds more than weights: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{source}: holds more than weights: {str(error).strip().splitlines()[0]}") from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -1550,8 +1532,7 @@ def refuse_another_run(args, then, now, keys):
     changed = [f"{key} {then.get(key)} -> {now[key]}" for key in keys if then.get(key) != now[key]]
     if changed:
         raise ValueError(
-            f"{args.out}/last.pt is of another run ({', '.join(changed)}): "
-            "another --out, or --no-resume to start over"
+            f"{args.out}/last.pt is of another run ({', '.join(changed)}): another --out, or --no-resume to start over"
         )
 
 
@@ -1668,9 +1649,7 @@ class Run:
         self.step += 1
         self.skipped = self.skipped + 1 if blamed else 0
         line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-        self.bar.set_postfix(
-            {key: line[key] for key in ("mae", "vt", "loss", "wait") if key in line}, refresh=False
-        )
+        self.bar.set_postfix({key: line[key] for key in ("mae", "vt", "loss", "wait") if key in line}, refresh=False)
         self.bar.update()
         if self.rank == 0:
             append_log(self.out / "log.jsonl", line | ({"skipped": blamed} if blamed else {}))

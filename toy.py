@@ -135,9 +135,7 @@ def make_clip(rng, label):
         dx, dy = x - way[:, 0, None, None], y - way[:, 1, None, None]
         alpha = np.clip(0.5 - _distance(shape_, dx, dy, r), 0, 1)[..., None]
         shade = 1.05 - 0.5 * (np.hypot(dx + 3, dy + 3) / r)[..., None]  # lit from the upper left
-        frames = frames * (1 - alpha) + alpha * np.clip(
-            np.array(COLOURS[colour_], np.float32) * shade, 0, 255
-        )
+        frames = frames * (1 - alpha) + alpha * np.clip(np.array(COLOURS[colour_], np.float32) * shade, 0, 255)
         masks = [mask & (alpha[..., 0] < 0.5) for mask in masks] + [alpha[..., 0] >= 0.5]
     actor = {"shape": shape, "colour": str(colour), "direction": direction}
     return frames.round().clip(0, 255).astype(np.uint8), masks[1], masks[0], actor, distractor
@@ -190,9 +188,7 @@ def _crops(rng, stills, count):
         seen = [max(mask[box].mean(), mask[box].sum() / 300) for mask in (actor_mask, distractor_mask)]
         words = (actor, distractor)[int(seen[1] > seen[0])] if max(seen) > 0.25 else None
         image = torch.from_numpy(np.ascontiguousarray(frame[box])).permute(2, 0, 1)[None].float() / 255
-        images.append(
-            F.interpolate(image, (16, 16), mode="bicubic", align_corners=False, antialias=side > 16)
-        )
+        images.append(F.interpolate(image, (16, 16), mode="bicubic", align_corners=False, antialias=side > 16))
         captions.append(str(rng.choice(captions_of(words) if words else NOTHING)))
         groups.append(names.index((words["shape"], words["colour"]) if words else None))
     return torch.cat(images).clamp(0, 1), captions, torch.tensor(groups)
@@ -322,10 +318,7 @@ def manifest_of(data):
 def read_truth(folder):
     """{video: (actor, distractor) masks (F,64,64) bool} of the test split."""
     with np.load(Path(folder) / "truth.npz", allow_pickle=False) as truth:
-        return {
-            video: np.unpackbits(truth[video]).reshape(2, FRAMES, SIZE, SIZE).astype(bool)
-            for video in truth.files
-        }
+        return {video: np.unpackbits(truth[video]).reshape(2, FRAMES, SIZE, SIZE).astype(bool) for video in truth.files}
 
 
 # =================================================================================================
@@ -391,9 +384,7 @@ def print_coverage(folder, mask_ratio):
     print(f"| masker, ratio {mask_ratio:g} | actor masked | distractor masked |\n| --- | --- | --- |")
     for name, (actor, distractor) in table.items():
         print(f"| {name} | {actor:.1%} | {distractor:.1%} |")
-    print(
-        f"ROC AUC of the similarity, actor against distractor {aucs[0]:.4f}, against background {aucs[1]:.4f}"
-    )
+    print(f"ROC AUC of the similarity, actor against distractor {aucs[0]:.4f}, against background {aucs[1]:.4f}")
 
 
 # =================================================================================================
@@ -581,9 +572,7 @@ def save_plot(path, plot, log):
 def compare(args, name, rows, stages, table, plot):
     """Runs the rows ({title: Row}); leaves NAME.jsonl (a line a row and seed), NAME.md and NAME.svg."""
     experiments, folder = Experiments(args), args.report or args.runs
-    device = (
-        torch.cuda.get_device_name() if experiments.gpu else f"{os.cpu_count()} {platform.machine()} cores"
-    )
+    device = torch.cuda.get_device_name() if experiments.gpu else f"{os.cpu_count()} {platform.machine()} cores"
     how = f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, Python {platform.python_version()}, "
     how += f"torch {torch.__version__}, {date.today()}."
 
@@ -692,9 +681,7 @@ def parse_args(argv=None):
         parser.error(f"--seeds {args.seeds}: at least 1")
     if (args.command == "ablate") != bool(args.ablation):
         several = ", ".join(ABLATIONS)
-        parser.error(
-            f"{args.command} {args.ablation or ''}: ablate takes one of {several}, other commands none"
-        )
+        parser.error(f"{args.command} {args.ablation or ''}: ablate takes one of {several}, other commands none")
     return args
 
 

@@ -156,9 +156,7 @@ class Clips(TrainingClips):
                 scores = tgmae.map_scores(text_map, chosen[i], firsts, crop, frames.shape[1:3], c.grid)[None]
             else:
                 continue  # in `prepare`, on the device, where CLIP is
-            masks.append(
-                tgmae.topk_mask(scores, args.mask_ratio, bottom_k=args.bottom_k, generator=generator)[0]
-            )
+            masks.append(tgmae.topk_mask(scores, args.mask_ratio, bottom_k=args.bottom_k, generator=generator)[0])
         return {
             "video": torch.stack(videos), "mask": torch.stack(masks) if masks else None,
             "captions": [record["captions"][i] for i in chosen], "text": text_map.text[chosen] if text_map else None,
@@ -319,9 +317,7 @@ def find_maps(args, manifest, records):
     first = tgmae.read_map(records[0]["map_path"], records[0]["captions"])
     wanted = tgmae.clip_name(args.clip, args.clip_pretrained)
     if args.clip_given and not first.clip.startswith(wanted + " "):
-        raise ValueError(
-            f"--clip: {wanted} is not the CLIP of the text maps, {first.clip}; {again}, with --force"
-        )
+        raise ValueError(f"--clip: {wanted} is not the CLIP of the text maps, {first.clip}; {again}, with --force")
     args.clip = first.clip
     return True
 
@@ -552,9 +548,7 @@ def finish(args, model, clip, data):
     means = ", ".join(f"{name} {sum(line[name] for line in last) / len(last):.3f}" for name in names)
     print(f"done    {means} (mean of the last {len(last)} steps); {out}/samples.png, {out}/last.pt")
     if skipped:
-        print(
-            f"numbers {len(skipped)} step(s) were not finite and left out, such as {skipped[0]}: {out}/log.jsonl"
-        )
+        print(f"numbers {len(skipped)} step(s) were not finite and left out, such as {skipped[0]}: {out}/log.jsonl")
     bad, no_motion = (sum(line[name] for line in steps) for name in ("bad", "no_motion"))
     if bad:
         print(f"bad     {bad} times a video could not be read, another took its place: {out}/bad_videos.txt")

@@ -220,9 +220,7 @@ def bench_step(folder, args):
                 report(f"{name}: checkpointing takes", times_as_long=ratio(t, "checkpointing", "ours"))
     if tgmae.bf16_is_fast(args.device):
         gain = {
-            f"at {r}": medians(t)["ours"] / medians(times[r, True])["ours"]
-            for (r, amp), t in times.items()
-            if not amp
+            f"at {r}": medians(t)["ours"] / medians(times[r, True])["ours"] for (r, amp), t in times.items() if not amp
         }
         report("step: bf16 over fp32", "1.45 on a CPU", **gain)
     ways = {}
@@ -364,9 +362,7 @@ def repeats(path, name, args):
     for n in (1, 4):
         data = clips_of(path, 8, "--repeat", n, "--batch-size", n)
         ways[n] = lambda data=data: [data[0, i] for i in range(8)]
-    report(
-        f"{name}: --repeat 4", "2, 2.5 at 720p", times_the_clips=4 * ratio(timed(ways, args.repeats), 1, 4)
-    )
+    report(f"{name}: --repeat 4", "2, 2.5 at 720p", times_the_clips=4 * ratio(timed(ways, args.repeats), 1, 4))
 
 
 def growth(folder, args):
@@ -414,9 +410,7 @@ def untrained_clip(folder, name):
 def loading_step(data, mask, args, *flags):
     """-> function that loads a batch (in this process, so that nothing hides behind something else) and
     takes a training step with it, everything at mask ratio 0.6, MAE + VT."""
-    words = (
-        f"--data {data} --mask {mask} --mask-ratio 0.6 --vt --batch-size {args.batch} --preset {args.preset}"
-    )
+    words = f"--data {data} --mask {mask} --mask-ratio 0.6 --vt --batch-size {args.batch} --preset {args.preset}"
     made = train.parse_args([*words.split(), "--device", args.device, *flags])
     records, _, text = train.load_data(made, *tgmae.start_processes(made))
     model, clip = train.build_model(made, text, records[0])
@@ -459,9 +453,7 @@ def bench_maps(folder, args):
         slow = medians(timed({"online": loading_step(data, "tgm", args, *online)}, 1))
     s = medians(times) | slow
     report("maps: s a step, with loading", **s)
-    report(
-        "maps: times tube's", "maps 1.05", maps=ratio(times, "maps", "tube"), online=s["online"] / s["tube"]
-    )
+    report("maps: times tube's", "maps 1.05", maps=ratio(times, "maps", "tube"), online=s["online"] / s["tube"])
 
 
 def bench_end(folder, args):
@@ -469,7 +461,9 @@ def bench_end(folder, args):
     toy.write_video(folder / "clip.mp4", footage(300, 256, 340), fps=30, options={"crf": "23"})
     data = manifest_of(folder / "clip.mp4", args.batch * (args.repeats + 3))
     for mask in ("tube", "mgm"):
-        words = f"--data {data} --mask {mask} --preset {args.preset} --batch-size {args.batch} --epochs 1 --warmup-epochs 0"
+        words = (
+            f"--data {data} --mask {mask} --preset {args.preset} --batch-size {args.batch} --epochs 1 --warmup-epochs 0"
+        )
         train.main([*words.split(), "--device", args.device, "--out", str(folder / mask)])
         lines = [json.loads(line) for line in (folder / mask / "log.jsonl").read_text().splitlines()][2:-1]
         numbers = {name: statistics.median(line[name] for line in lines) for name in ("clips_per_s", "wait")}
@@ -483,9 +477,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--device", default="cuda" if CUDA else "cpu", choices=("cpu", "cuda"), help="of steps and maps"
     )
-    parser.add_argument(
-        "--preset", default="base", choices=tgmae.PRESETS, help="of the model that is trained"
-    )
+    parser.add_argument("--preset", default="base", choices=tgmae.PRESETS, help="of the model that is trained")
     parser.add_argument("--batch", type=int, default=64 if CUDA else 2, help="clips a step")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
     parser.add_argument("--clips", type=int, default=500, help="to read while memory is watched")
@@ -498,9 +490,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    machine = (
-        torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    )
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     report("machine", device=machine, cores=len(os.sched_getaffinity(0)), python=platform.python_version(),
            torch=torch.__version__, av=av.__version__)  # fmt: skip
     parts = {"step": bench_step, "load": bench_load, "maps": bench_maps, "end": bench_end}

@@ -28,9 +28,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "slow: the long form of a test; run with --slow, in place of the short one"
-    )
+    config.addinivalue_line("markers", "slow: the long form of a test; run with --slow, in place of the short one")
     config.option.reportchars += "s"  # what is skipped is said, and why
     config.addinivalue_line("markers", "short: the short form of a test that has a long one")
 

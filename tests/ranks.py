@@ -43,9 +43,7 @@ def main(out):
         if vt:
             results["vt"] = result["vt"].detach()
             results["running"] = model.predictor[1].running_var.clone()
-        results |= {
-            f"{name} {vt}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-        }
+        results |= {f"{name} {vt}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     if rank == 0:
         torch.save(results, out)
 

@@ -36,9 +36,7 @@ def make_data(folder, good=60, bad=20):
     for i in range(good + bad):
         codec, options = codecs[i % 4]
         path = folder / f"{i}.mkv"
-        toy.write_video(
-            path, toy.make_clip(np.random.default_rng(i), i % 16)[0], codec=codec, options=options
-        )
+        toy.write_video(path, toy.make_clip(np.random.default_rng(i), i % 16)[0], codec=codec, options=options)
         if i >= good:
             data = path.read_bytes()
             path.write_bytes(b"" if i % 5 == 0 else bytes(damaged(data, KINDS[i % len(KINDS)], rng)))
@@ -71,9 +69,7 @@ def look(pid):
     for one in processes:
         try:
             rollup = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-            memory += sum(
-                int(line.split()[1]) for line in rollup if line.startswith(("Pss_Anon:", "Pss_Shmem:"))
-            )
+            memory += sum(int(line.split()[1]) for line in rollup if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
             files += len(os.listdir(f"/proc/{one}/fd"))
             threads += len(os.listdir(f"/proc/{one}/task"))
         except (FileNotFoundError, ProcessLookupError):
@@ -89,7 +85,9 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder)
-        words = "--data mix.jsonl --mask mgm --preset toy --stride 4 --batch-size 8 --epochs 1000000 --out run --workers 2 "
+        words = (
+            "--data mix.jsonl --mask mgm --preset toy --stride 4 --batch-size 8 --epochs 1000000 --out run --workers 2 "
+        )
         words += "--warmup-epochs 0 --save-minutes 0.2 --keep 2"
         with open(folder / "said.txt", "w") as said:
             run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words.split()], cwd=folder, stdout=said,

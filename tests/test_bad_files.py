@@ -122,16 +122,12 @@ def test_damaged_files(footage, tmp_path, count, capsys):
     assert end - half < 64, (half, end)
     with capsys.disabled():
         slowest = max(seconds for _, seconds, _ in found)
-        print(
-            f"\n{count} damaged files: {sum(outcomes)} read, slowest {slowest:.2f} s, memory {found[-1][2]} MiB"
-        )
+        print(f"\n{count} damaged files: {sum(outcomes)} read, slowest {slowest:.2f} s, memory {found[-1][2]} MiB")
 
 
 def test_damaged_files_are_read_rightly(footage, tmp_path):
     """What is read of a damaged file is what a plain decode of the same bytes gives."""
-    sources = sorted(
-        p for p in footage.rglob("*") if p.suffix in (".mp4", ".mkv", ".mov") and "10bits" not in p.name
-    )
+    sources = sorted(p for p in footage.rglob("*") if p.suffix in (".mp4", ".mkv", ".mov") and "10bits" not in p.name)
     rng, alike = np.random.default_rng(1), []
     av.logging.set_level(av.logging.PANIC)
     for i in range(90):

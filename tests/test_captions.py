@@ -138,9 +138,7 @@ def test_ucf101(tree, tmp_path):
         {"video": "data/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "label": "ApplyEyeMakeup", "class_id": 0, "split": "train"},
         {"video": "data/v_YoYo_g01_c01.mp4", "label": "YoYo", "class_id": 1, "split": "test"},
     ]  # fmt: skip
-    said = fails(
-        "index", "ucf101", root, "--annotations", root / "lists", "--fold", 2, "--out", tmp_path / "v.jsonl"
-    )
+    said = fails("index", "ucf101", root, "--annotations", root / "lists", "--fold", 2, "--out", tmp_path / "v.jsonl")
     assert "trainlist02.txt:1: class 1, but classInd.txt says that YoYo is 2" in said
 
 
@@ -156,9 +154,7 @@ def test_hmdb51(tree, tmp_path):
         {"video": f"data/clap/{names[0]}", "label": "clap", "split": "train"},
         {"video": f"data/clap/{names[1]}", "label": "clap", "split": "test"},
     ]
-    run(
-        "index", "hmdb51", root, "--annotations", root / "splits", "--fold", 2, "--out", tmp_path / "h2.jsonl"
-    )
+    run("index", "hmdb51", root, "--annotations", root / "splits", "--fold", 2, "--out", tmp_path / "h2.jsonl")
     assert [record["split"] for record in records(tmp_path / "h2.jsonl")] == ["test"]
 
 
@@ -380,17 +376,13 @@ def test_blip2(manifest, blip2, tmp_path, capsys, monkeypatch):
     assert len({text for record in said[1:5] for text in record["captions"]}) > 1
     middle = [record["captions"][1] for record in said[1:5]]
     run("caption", data, "--source", "blip2", "--model", blip2, "--frames", 1, "--force", "--workers", 0)
-    assert [record["captions"] for record in records(data)[1:5]] == [
-        [text] for text in middle
-    ]  # the centre frame
+    assert [record["captions"] for record in records(data)[1:5]] == [[text] for text in middle]  # the centre frame
 
 
 def test_llm(manifest, llm, capsys, monkeypatch):
     asked = []
     answers = captions.Llm.answers
-    monkeypatch.setattr(
-        captions.Llm, "answers", lambda self, prompt: asked.append(prompt) or answers(self, prompt)
-    )
+    monkeypatch.setattr(captions.Llm, "answers", lambda self, prompt: asked.append(prompt) or answers(self, prompt))
     data = manifest(20)
     captions.write_manifest(data, [record | {"captions": []} for record in records(data)])
     flags = "caption", data, "--source", "llm", "--model", llm, "--per-prompt", 2, "--max-new-tokens", 5
@@ -413,9 +405,7 @@ def test_chat_template_is_used(llm, tmp_path, manifest):
 
     tokenizer = AutoTokenizer.from_pretrained(llm)
     tokenizer.chat_template = "{% for m in messages %}word1 {{ m.content }} word2{% endfor %}"
-    args = captions.parse_args(
-        ["caption", "x", "--source", "llm", "--model", str(llm), "--max-new-tokens", "5"]
-    )
+    args = captions.parse_args(["caption", "x", "--source", "llm", "--model", str(llm), "--max-new-tokens", "5"])
     args.device = "cpu"
     teller = captions.Llm(args)
     plain = teller.answers("word7")
@@ -480,14 +470,10 @@ def test_map_equals_online_scores(world, manifest, tmp_path, monkeypatch):
                 online = tgmae.text_scores(clip[0], video, text, 8, 1)[0]
                 cropped = tgmae.crop_map(found.similarity[number], crop, found.size, online.shape)
                 torch.testing.assert_close(cropped, online, atol=1e-3, rtol=0)
-                mirrored = tgmae.crop_map(
-                    found.similarity[number], crop._replace(flip=True), found.size, online.shape
-                )
+                mirrored = tgmae.crop_map(found.similarity[number], crop._replace(flip=True), found.size, online.shape)
                 assert torch.equal(mirrored, cropped.flip(-1))  # CLIP saw the patches as they were
     with np.load(record["map_path"], allow_pickle=False) as file:
-        assert file["captions"].tolist() == record["captions"] and all(
-            file[k].dtype != object for k in file.files
-        )
+        assert file["captions"].tolist() == record["captions"] and all(file[k].dtype != object for k in file.files)
 
 
 def test_crop_map_between_cells():
@@ -525,9 +511,7 @@ def test_masks_from_maps_cover_what_online_masks_cover(world, tmp_path):
         texts.append(found.text[i % 3])
         from_map.append(tgmae.map_scores(found, i % 3, numbers[::2], crop, found.size, config.grid))
         actor = np.repeat(truth[original["video"]][0, numbers, :, :, None], 3, axis=-1)
-        areas.append(
-            tgmae.crop_frames(torch.from_numpy(actor.astype(np.uint8) * 255), crop, config.image_size)
-        )
+        areas.append(tgmae.crop_frames(torch.from_numpy(actor.astype(np.uint8) * 255), crop, config.image_size))
     clip = tgmae.load_clip(f"local-dir:{world / 'clip'}")[0]
     online = tgmae.text_scores(clip, tgmae.normalize(torch.stack(videos)), torch.stack(texts), 8, 2)
     area = tgmae.patchify(torch.stack(areas).float(), 8, 2).mean(-1)  # (B,N)
@@ -624,9 +608,7 @@ def undisturbed(world, blip2, tmp_path_factory):
     def fresh(name):
         folder = tmp_path_factory.mktemp(name)
         made = tgmae.read_manifest(world / "manifest.jsonl", "train")[:24]
-        captions.write_manifest(
-            folder / "some.jsonl", [{"video": r["path"], "label": r["label"]} for r in made]
-        )
+        captions.write_manifest(folder / "some.jsonl", [{"video": r["path"], "label": r["label"]} for r in made])
         return folder, (
             (*"caption some.jsonl --source blip2 --batch-size 2 --workers 1 --model".split(), blip2),
             ("maps", "some.jsonl", *map_flags(world), "--workers", 1),
@@ -657,9 +639,7 @@ def test_killed_at_random_and_run_again(undisturbed):
         kills = 0
         while kills < 5:
             words = [sys.executable, str(ROOT / "captions.py"), *map(str, command)]
-            process = subprocess.Popen(
-                words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             # From the moment that the journal is open: before, there is nothing to lose.
             journal = folder / "some.jsonl.work/0.jsonl"
             before = sum(1 for _ in open(journal)) if journal.exists() else 0
@@ -729,9 +709,7 @@ def test_the_manifest_may_be_edited_meanwhile(world, manifest, monkeypatch):
     estimate = captions.estimate
 
     def edits(*args):
-        captions.write_manifest(
-            data, [records(data)[1], records(data)[0] | {"mine": 1}, {"video": "new.mp4"}]
-        )
+        captions.write_manifest(data, [records(data)[1], records(data)[0] | {"mine": 1}, {"video": "new.mp4"}])
         estimate(*args)
 
     monkeypatch.setattr(captions, "estimate", edits)
@@ -744,9 +722,7 @@ def test_the_manifest_may_be_edited_meanwhile(world, manifest, monkeypatch):
 
 def test_names_that_are_no_utf8(tmp_path, clip_file):
     (tmp_path / "v").mkdir()
-    name = (
-        os.fsencode(tmp_path / "v") + b"/caf\xe9 \xe2\x80\xa8x.mp4"
-    )  # Latin-1, and a Unicode line separator
+    name = os.fsencode(tmp_path / "v") + b"/caf\xe9 \xe2\x80\xa8x.mp4"  # Latin-1, and a Unicode line separator
     try:
         os.link(clip_file, name)
     except OSError:

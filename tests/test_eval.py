@@ -21,9 +21,7 @@ import tgmae
 
 def run(capsys, *argv, workers=0):
     """Runs a command in this process -> what it wrote to --json, what it said."""
-    ev.main(
-        [*map(str, argv), "--json", "out.json", *(() if argv[0] == "export" else ("--workers", str(workers)))]
-    )
+    ev.main([*map(str, argv), "--json", "out.json", *(() if argv[0] == "export" else ("--workers", str(workers)))])
     return json.loads(open("out.json").read()), capsys.readouterr().out
 
 
@@ -48,9 +46,7 @@ def checkpoint(tmp_path):
         if value.is_floating_point():
             value.add_(0.02 * torch.randn_like(value))
     path = tmp_path / "small.pt"
-    torch.save(
-        {"config": asdict(config), "model": model.state_dict(), "args": {"clip": "x", "mask": "tube"}}, path
-    )
+    torch.save({"config": asdict(config), "model": model.state_dict(), "args": {"clip": "x", "mask": "tube"}}, path)
     return path
 
 
@@ -80,9 +76,7 @@ def clips(world, tmp_path):
 
 
 def test_dense_views_by_hand():
-    frames = ev.view_frames(
-        0, 300, 16, 4, "dense", 5
-    )  # 75 strided frames, starts 59 * v / 4 of them, rounded down
+    frames = ev.view_frames(0, 300, 16, 4, "dense", 5)  # 75 strided frames, starts 59 * v / 4 of them, rounded down
     assert [view[0] for view in frames] == [0, 4 * 14, 4 * 29, 4 * 44, 4 * 59]
     assert all(np.diff(view).tolist() == [4] * 15 for view in frames) and frames[4][-1] == 296
     assert ev.view_frames(0, 300, 16, 4, "dense", 1)[0][0] == 4 * 29
@@ -143,9 +137,7 @@ def test_recall_is_a_loop():
     a, b = torch.randint(0, 9, (37,)), torch.randint(0, 9, (61,))
     expected = dict.fromkeys(("R@1", "R@5", "R@10"), 0)
     for q, label in zip(queries.tolist(), a.tolist()):
-        cosines = [
-            sum(x * y for x, y in zip(q, g)) / math.hypot(*q) / math.hypot(*g) for g in gallery.tolist()
-        ]
+        cosines = [sum(x * y for x, y in zip(q, g)) / math.hypot(*q) / math.hypot(*g) for g in gallery.tolist()]
         order = sorted(range(61), key=lambda i: -cosines[i])
         for k in (1, 5, 10):
             expected[f"R@{k}"] += any(b[i] == label for i in order[:k]) / 37
@@ -204,9 +196,7 @@ def test_optimizer_groups():
     model = ev.Classifier(tgmae.Config(**SMALL), 3)
     optimizer = ev.make_optimizer(model, argparse.Namespace(layer_decay=0.5, weight_decay=0.05))
     name_of = {id(p): name for name, p in model.named_parameters()}
-    seen = {
-        name_of[id(p)]: (g["scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
-    }
+    seen = {name_of[id(p)]: (g["scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert seen.keys() == set(name_of.values())
     for name, (scale, decay) in seen.items():
         assert scale == ev.layer_scales(model, 0.5)[name]
@@ -280,9 +270,14 @@ def test_the_loss_is_smoothed():
 
 
 def test_repeats_of_a_video_are_not_mixed_with_each_other():
-    samples = [{"video": torch.full((2, 3, 4, 8, 8), float(i)), "target": torch.tensor(i), "name": "", "bad": []} for i in range(4)]
+    samples = [
+        {"video": torch.full((2, 3, 4, 8, 8), float(i)), "target": torch.tensor(i), "name": "", "bad": []}
+        for i in range(4)
+    ]
     batch = ev.collate(samples)
-    assert batch["target"].tolist() == [0, 1, 2, 3] * 2 and batch["video"].mean((1, 2, 3, 4)).tolist() == [0, 1, 2, 3] * 2
+    assert (
+        batch["target"].tolist() == [0, 1, 2, 3] * 2 and batch["video"].mean((1, 2, 3, 4)).tolist() == [0, 1, 2, 3] * 2
+    )
     _, shares = ev.mix(batch["video"], batch["target"], 4, finetune_args("--cutmix", "0"))
     assert ((shares > 0).sum(1) == 2).all()
 
@@ -293,9 +288,7 @@ def test_samples_follow_from_the_seed(clips):
     data = ev.Augmented(records, torch.arange(8) % 4, tgmae.Config(**SMALL), args)
     first, again = data[0, 3], data[0, 3]
     assert first["video"].shape == (2, 3, 4, 64, 64) and first["target"] == 3
-    assert torch.equal(first["video"], again["video"]) and not torch.equal(
-        first["video"][0], first["video"][1]
-    )
+    assert torch.equal(first["video"], again["video"]) and not torch.equal(first["video"][0], first["video"][1])
     assert not torch.equal(first["video"], data[1, 3]["video"])
     both = ev.collate([first, data[0, 2]])
     assert both["video"].shape == (4, 3, 4, 64, 64) and both["target"].tolist() == [3, 2, 3, 2]
@@ -307,7 +300,9 @@ def test_the_last_frame_is_the_last(clips, monkeypatch):
     monkeypatch.setattr(tgmae, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames))
     monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, 1 - 2**-24))
     config = tgmae.Config(**{**SMALL, "num_frames": 16})
-    ev.Augmented(records, torch.zeros(8), config, finetune_args("--sampling", "tsn", "--randaug", "0", "--erasing", "0"))[0, 0]
+    ev.Augmented(
+        records, torch.zeros(8), config, finetune_args("--sampling", "tsn", "--randaug", "0", "--erasing", "0")
+    )[0, 0]
     assert asked[0][-1] == 23
 
 
@@ -379,17 +374,11 @@ def test_export_gives_the_same_features(checkpoint, tmp_path, capsys, monkeypatc
     full = transformers.VideoMAEForPreTraining.from_pretrained("folder").eval()
     with torch.no_grad():
         expected = model.encode(video)
-        torch.testing.assert_close(
-            bare(video.transpose(1, 2)).last_hidden_state, expected, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(bare(video.transpose(1, 2)).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
         pred = full(video.transpose(1, 2), bool_masked_pos=mask).logits
         torch.testing.assert_close(pred, model(video, mask)["pred"], atol=1e-4, rtol=1e-4)
         # And every other form of the same weights: the folder, the safetensors, the official layout.
-        conv = (
-            model.state_dict()["encoder.patch_embed.proj.weight"]
-            .view(48, 2, 16, 16, 3)
-            .permute(0, 4, 1, 2, 3)
-        )
+        conv = model.state_dict()["encoder.patch_embed.proj.weight"].view(48, 2, 16, 16, 3).permute(0, 4, 1, 2, 3)
         official = {k: v for k, v in model.state_dict().items() if not k.startswith("predictor")}
         official["encoder.patch_embed.proj.weight"] = conv
         flags = argparse.Namespace(input_size=64, num_frames=4)
@@ -489,9 +478,7 @@ def test_two_processes_are_one(command, checkpoint, clips, tmp_path):
     lines = [json.loads(line) for line in data.read_text().splitlines()]
     lines[3]["video"] = lines[13]["video"] = "broken.mp4"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    more = {"linear": ("--epochs", 5, "--random"), "retrieve": ("--random",), "finetune": ("--epochs", 0)}[
-        command
-    ]
+    more = {"linear": ("--epochs", 5, "--random"), "retrieve": ("--random",), "finetune": ("--epochs", 0)}[command]
     source = checkpoint
     if command == "finetune":
         source, model = tmp_path / "tuned.pt", ev.Classifier(tgmae.Config(**SMALL), 4)
@@ -508,18 +495,12 @@ def test_two_processes_are_one(command, checkpoint, clips, tmp_path):
             cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert (
-            done.stdout.count("\n| --- |") == 1
-            and "6 of 7 clips" in done.stdout
-            and "broken.mp4" in done.stdout
-        )
+        assert done.stdout.count("\n| --- |") == 1 and "6 of 7 clips" in done.stdout and "broken.mp4" in done.stdout
         results.append(json.loads((tmp_path / f"{processes}.json").read_text()))
     for part in ("rows", "clips", "rates"):
         assert results[0].get(part) == results[1].get(part)
     failed = results[0]["clips"]["test"]["failed"]
-    assert [video for video, _ in failed] == ["broken.mp4"] and results[0]["clips"]["test"][
-        "clips"
-    ] == "6 of 7 clips"
+    assert [video for video, _ in failed] == ["broken.mp4"] and results[0]["clips"]["test"]["clips"] == "6 of 7 clips"
 
 
 SHORT = ("--epochs", 3, "--warmup-epochs", 1, "--batch-size", 4, "--recipe", "other", "--stride", 2, "--views", "1x1",
@@ -560,9 +541,7 @@ def test_finetune_resumes_exactly(checkpoint, clips, tmp_path, capsys, monkeypat
     # Warm-up from the least rate, then down to it, each times the global batch of 4 videos / 256.
     rates = [line["lr"] for line in logs[0] if "lr" in line]
     assert (
-        rates[0] == pytest.approx(1e-6 * 4 / 256)
-        and rates[1] == pytest.approx(0.1 * 4 / 256)
-        and rates[2] > rates[3]
+        rates[0] == pytest.approx(1e-6 * 4 / 256) and rates[1] == pytest.approx(0.1 * 4 / 256) and rates[2] > rates[3]
     )
     # Tested again as it is; another run is not resumed from it.
     again, _ = run(
@@ -604,9 +583,7 @@ def test_finetune_under_torchrun(checkpoint, clips, tmp_path):
     assert "8 videos = 2 process(es) x 2 x 2, 2 clips of each" in done.stdout and "split test" in done.stdout
     assert (tmp_path / "tuned" / "bad_videos.txt").read_text().startswith("broken.mp4\t")
     log = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
-    assert sum(line.get("bad", 0) for line in log) >= 1 and all(
-        math.isfinite(line.get("loss", 0)) for line in log
-    )
+    assert sum(line.get("bad", 0) for line in log) >= 1 and all(math.isfinite(line.get("loss", 0)) for line in log)
 
 
 def test_text_retrieval_from_maps(world, trained, workdir, clips, capsys):
@@ -656,9 +633,7 @@ def test_captions_need_no_labels(world, with_text, clips, tmp_path, capsys, monk
     found, _ = run(capsys, "retrieve", with_text(clip), "--data", clips(), "--no-text", "--views", "1x1")
     assert len(found["rows"]) == 2
     by_map = with_text("local-dir:clip 0123abcd")
-    assert "trained on text maps of CLIP local-dir:clip 0123abcd" in fails(
-        "retrieve", by_map, "--data", clips()
-    )
+    assert "trained on text maps of CLIP local-dir:clip 0123abcd" in fails("retrieve", by_map, "--data", clips())
     assert len(run(capsys, "retrieve", by_map, "--data", clips(), "--clip", clip)[0]["rows"]) == 6
     silent = clips(name="silent.jsonl", edit=lambda r: {k: v for k, v in r.items() if k != "captions"})
     assert "has no captions" in fails("retrieve", by_map, "--data", silent, "--text")
@@ -703,9 +678,7 @@ def test_a_head_without_names(clips, tmp_path, capsys, monkeypatch):
     torch.save(state, "bare.pt")
     ev.main(["export", "bare.pt", "--out", "folder"])
     flags = ("--data", clips(8, 8), "--epochs", 0, "--views", "1x1")
-    named, bare, folder = (
-        run(capsys, "finetune", f, *flags)[0]["rows"] for f in ("named.pt", "bare.pt", "folder")
-    )
+    named, bare, folder = (run(capsys, "finetune", f, *flags)[0]["rows"] for f in ("named.pt", "bare.pt", "folder"))
     assert named[0]["top-1"] == bare[0]["top-1"] == folder[0]["top-1"] > 0
     three = clips(3, 3, name="three.jsonl")
     assert "a head of 4 classes" in fails("finetune", "bare.pt", "--data", three, "--epochs", 0)
@@ -736,9 +709,7 @@ def test_show_on_footage(footage, checkpoint, tmp_path, monkeypatch, capsys):
     ev.main(["export", str(checkpoint), "--out", "folder"])
     transformers.VideoMAEModel.from_pretrained("folder").save_pretrained("encoder")
     hevc = next(
-        path
-        for path in (footage / "odd").iterdir()
-        if "hevc" in path.name.lower() or "h265" in path.name.lower()
+        path for path in (footage / "odd").iterdir() if "hevc" in path.name.lower() or "h265" in path.name.lower()
     )
     found, said = run(capsys, "show", "encoder", "--video", hevc)
     assert "has no decoder" in said and "frame differences" in said and len(found["rows"]) == 5
@@ -772,15 +743,11 @@ def test_bad_input(checkpoint, clips, tmp_path, monkeypatch, capsys):
         split = "'test' " if command == "finetune" else "'train' "
         said = fails(command, checkpoint, "--data", bare)
         assert "bare.jsonl: " in said and f"clips of split {split}have no label, such as" in said
-    other = clips(
-        name="other.jsonl", edit=lambda r: r | ({"label": "unseen"} if r["split"] == "test" else {})
-    )
+    other = clips(name="other.jsonl", edit=lambda r: r | ({"label": "unseen"} if r["split"] == "test" else {}))
     for command in ("linear", "retrieve", "finetune"):
         said = fails(command, checkpoint, "--data", other)
         assert "other.jsonl, split 'test': none of its classes is known, such as 'unseen'" in said
-    assert "no clips of split 'nowhere'" in fails(
-        "linear", checkpoint, "--data", data, "--test-split", "nowhere"
-    )
+    assert "no clips of split 'nowhere'" in fails("linear", checkpoint, "--data", data, "--test-split", "nowhere")
     assert "--views 5: must be like 5x3" in fails("linear", checkpoint, "--data", data, "--views", "5")
     assert "--seed -1: must not be negative" in fails("linear", checkpoint, "--data", data, "--seed", "-1")
     for flag, value in (("randaug", 40), ("crop-scale", 2.0), ("smoothing", 2.0), ("mixup", -1.0)):
@@ -791,9 +758,7 @@ def test_bad_input(checkpoint, clips, tmp_path, monkeypatch, capsys):
     assert "is not fine-tuned" in fails("finetune", checkpoint, "--data", data, "--epochs", "0")
     assert "fewer than a step takes" in fails("finetune", checkpoint, "--data", data, "--batch-size", "9")
     assert "nowhere: neither a checkpoint nor a folder" in fails("linear", "nowhere", "--data", data)
-    assert "--number 5: split 'test' has clips 0 to 4" in fails(
-        "show", checkpoint, "--data", data, "--number", 5
-    )
+    assert "--number 5: split 'test' has clips 0 to 4" in fails("show", checkpoint, "--data", data, "--number", 5)
     silent = clips(name="silent.jsonl", edit=lambda r: {"video": r["video"], "split": r["split"]})
     assert "--layers 3: the encoder has 1 to 2" in fails("show", checkpoint, "--data", silent, "--layers", 3)
     assert "no such folder" in fails("linear", checkpoint, "--data", data, "--json", "no/out.json")
@@ -824,7 +789,4 @@ def test_what_is_said_and_goes_on(checkpoint, clips, tmp_path, monkeypatch, caps
     found, said = run(capsys, "retrieve", checkpoint, "--data", data, "--stride", 8, "--views", "2x1")
     assert "1 clips are of 1 classes that training lacks, such as 'unseen': misses" in said
     assert found["rows"][0]["R@10"] == pytest.approx(0.8)  # 8 in the gallery: all are found but that one
-    assert (
-        "5 of the test clips are shorter than a view" in said
-        and found["clips"]["test"]["shorter than a view"] == 5
-    )
+    assert "5 of the test clips are shorter than a view" in said and found["clips"]["test"]["shorter than a view"] == 5

@@ -74,8 +74,7 @@ def assert_same_run(one, other):
     moments = a["optimizer"]["state"], b["optimizer"]["state"]
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
     logs = [
-        [{k: v for k, v in line.items() if k not in ("clips_per_s", "wait")} for line in log(f)]
-        for f in (one, other)
+        [{k: v for k, v in line.items() if k not in ("clips_per_s", "wait")} for line in log(f)] for f in (one, other)
     ]
     assert logs[0] == logs[1]
 
@@ -93,8 +92,7 @@ def command(request, world, checkpoint, workdir, manifest):
     """A run of 48 steps with a held-out part, but for its --out."""
     records = tgmae.read_manifest(world / "manifest.jsonl", "train")
     held = [
-        {"video": r["path"], "captions": r["captions"], "label": r["label"], "split": "held"}
-        for r in records[20:24]
+        {"video": r["path"], "captions": r["captions"], "label": r["label"], "split": "held"} for r in records[20:24]
     ]
     data = manifest(12, extra=held)
     lines = [{"split": "train", **json.loads(line)} for line in data.read_text().splitlines()]
@@ -196,9 +194,7 @@ def test_save_often_and_keep(workdir, manifest):
              "--workers", "0"]  # fmt: skip
     written, save = [], tgmae.save_checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            tgmae, "save_checkpoint", lambda path, **s: written.append(s["step"]) or save(path, **s)
-        )
+        patch.setattr(tgmae, "save_checkpoint", lambda path, **s: written.append(s["step"]) or save(path, **s))
         train.main([*flags, "--epochs", "2", "--out", "a", "--save-steps", "4", "--keep", "2"])
         assert written == [4, 6, 8, 12]
         kept = sorted(path.name for path in Path("a").glob("*.pt"))
@@ -335,9 +331,7 @@ def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
 
 def test_machines_that_do_not_share_the_folder(monkeypatch, workdir):
     monkeypatch.setattr(tgmae, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(
-        tgmae.dist, "all_gather_object", lambda steps, mine: steps.__setitem__(slice(2), [120, mine])
-    )
+    monkeypatch.setattr(tgmae.dist, "all_gather_object", lambda steps, mine: steps.__setitem__(slice(2), [120, mine]))
     args = train.parse_args(["--data", "x.jsonl", "--out", "run"])
     with pytest.raises(ValueError, match="run/last.pt: holds step 0 here, 120 for process 0"):
         tgmae.load_last(args)
@@ -354,18 +348,11 @@ def test_bad_numbers_on_one_of_two_processes(workdir, manifest):
     """Both leave the step out; the log names the videos of the process that had them."""
     data = manifest(12)
     bad = json.loads(data.read_text().splitlines()[3])["video"]
-    done = torchrun(
-        2, FAULTY, f"nan:{bad}", ROOT / "train.py", "--data", data, *FEW, "--out", "run", cwd=workdir
-    )
+    done = torchrun(2, FAULTY, f"nan:{bad}", ROOT / "train.py", "--data", data, *FEW, "--out", "run", cwd=workdir)
     assert done.returncode == 0, done.stderr
     lines = log("run")
     (skipped,) = [line for line in lines if "skipped" in line]
-    assert (
-        len(lines) == 3
-        and skipped["mae"] is None
-        and bad in skipped["skipped"]
-        and len(skipped["skipped"]) == 2
-    )
+    assert len(lines) == 3 and skipped["mae"] is None and bad in skipped["skipped"] and len(skipped["skipped"]) == 2
     assert all(value.isfinite().all() for value in torch.load("run/last.pt")["model"].values())
     assert "1 step(s) were not finite and left out" in done.stdout
 
@@ -389,12 +376,7 @@ def test_bad_numbers_leave_the_statistics_alone(workdir, world, manifest, monkey
     torch.manual_seed(0)
     train.main(["--data", str(data), *FEW, "--vt", "--clip", f"local-dir:{world / 'clip'}", "--out", "run"])
     first, second = log("run")
-    assert (
-        first["mae"] is None
-        and first["vt"] is None
-        and len(first["skipped"]) == 2
-        and "skipped" not in second
-    )
+    assert first["mae"] is None and first["vt"] is None and len(first["skipped"]) == 2 and "skipped" not in second
     saved = torch.load("run/last.pt", weights_only=True)
     assert saved["model"]["predictor.1.num_batches_tracked"] == 1
     assert all(value.isfinite().all() for value in saved["model"].values())
@@ -411,9 +393,7 @@ def test_many_bad_numbers_in_a_row_stop_the_run(workdir, manifest, monkeypatch):
         return (video * math.nan if len(count) > 7 else video), mask, text
 
     monkeypatch.setattr(train, "prepare", poisoned)
-    with pytest.raises(
-        SystemExit, match="step 17: 10 in a row without a finite loss and gradient.*of step 6"
-    ):
+    with pytest.raises(SystemExit, match="step 17: 10 in a row without a finite loss and gradient.*of step 6"):
         train.main(["--data", str(manifest(12)), *FEW, "--epochs", "5", "--out", "run"])
     assert torch.load("run/last.pt", weights_only=True)["step"] == 6
     assert [line["step"] for line in log("run") if "skipped" in line] == list(range(8, 18))
@@ -444,23 +424,17 @@ def test_a_full_disk(workdir, manifest, monkeypatch):
         tgmae.save_checkpoint(Path("run/last.pt"), **state)
     assert Path("run/last.pt").read_bytes() == before and not Path("run/last.pt.partial").is_symlink()
     monkeypatch.setattr(tgmae, "append_log", lambda path, line: tgmae._append("/dev/full", "1"))
-    with pytest.raises(
-        SystemExit, match="train.py: .*cannot be written: No space left on device: '/dev/full'"
-    ):
+    with pytest.raises(SystemExit, match="train.py: .*cannot be written: No space left on device: '/dev/full'"):
         train.main([*flags, "--no-resume"])
     assert Path("run/last.pt").read_bytes() == before
 
 
 def test_out_of_memory_says_what_lowers_it(workdir, manifest, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of ..."
-        )
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of ...")
 
     monkeypatch.setattr(train, "losses_and_gradients", full)
-    with pytest.raises(
-        SystemExit, match="9 GiB; what needs less: a smaller --batch-size .*--grad-checkpointing"
-    ):
+    with pytest.raises(SystemExit, match="9 GiB; what needs less: a smaller --batch-size .*--grad-checkpointing"):
         train.main(["--data", str(manifest(4)), *FEW, "--out", "run"])
 
 

@@ -163,9 +163,7 @@ def test_headers_parse():
     scripts = ("train.py", train), ("toy.py", toy), ("captions.py", captions), ("eval.py", evaluation)
     for script, module in scripts:
         found = [
-            line.split("#")[0]
-            for line in module.__doc__.splitlines()
-            if script in line and line.startswith("    ")
+            line.split("#")[0] for line in module.__doc__.splitlines() if script in line and line.startswith("    ")
         ]
         assert found
         for line in found:
@@ -202,7 +200,8 @@ def test_a_masker_of_ones_own_trains(workdir):
         before, after = ("".join(line[1:] + "\n" for line in lines if line[0] != sign) for sign in "+-")
         text = (workdir / name).read_text()
         if name == "tgmae.py":
-            text, before, after = text.replace("def tube_scores", own + "def tube_scores"), before.strip(), after.strip()
+            text = text.replace("def tube_scores", own + "def tube_scores")
+            before, after = before.strip(), after.strip()
         assert text.count(before) == 1, before
         (workdir / name).write_text(text.replace(before, after))
     flags = "--mask random --epochs 1 --warmup-epochs 0 --batch-size 128 --workers 1 --out run"

@@ -29,10 +29,7 @@ def promised(banner):
     """What a banner names -> (imports, {section: names})."""
     text = banner.replace("\n# ", " ")
     imports = re.search(r"Needs: (.*?)\.(?= [A-Z]|$)", text.strip()).group(1).split(", ")
-    named = {
-        section: re.findall(r"\b\w+\b", names)
-        for section, names in re.findall(r"From ([\w ]+): (.*?)\.", text)
-    }
+    named = {section: re.findall(r"\b\w+\b", names) for section, names in re.findall(r"From ([\w ]+): (.*?)\.", text)}
     return imports, named
 
 
@@ -43,18 +40,14 @@ def defined(body):
             names.add(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             names |= {
-                part.id
-                for part in ast.walk(node)
-                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+                part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
             }
     return names
 
 
 def globals_of(code):
     """Names that a section looks up outside of its functions, wherever that is."""
-    found = {
-        step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
+    found = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return found.union(*(globals_of(part) for part in code.co_consts if hasattr(part, "co_code")))
 
 

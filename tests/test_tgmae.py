@@ -79,15 +79,11 @@ def test_official_names(config):
     tuned = {k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")}
     tuned |= {"fc_norm.weight": torch.ones(48), "head.weight": torch.ones(5, 48)}
     back = tgmae.from_videomae(tuned)
-    assert (
-        all(torch.equal(back[k], ours[k]) for k in ours if k.startswith("encoder.")) and "head.weight" in back
-    )
+    assert all(torch.equal(back[k], ours[k]) for k in ours if k.startswith("encoder.")) and "head.weight" in back
     video = torch.randn(1, 3, 4, 32, 32)  # and the product with the cubes is the convolution
     bias = ours["encoder.patch_embed.proj.bias"]
     expected = F.conv3d(video, conv, bias, stride=(2, 8, 8)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(
-        model.encoder.patch_embed(tgmae.patchify(video, 8, 2)), expected, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(model.encoder.patch_embed(tgmae.patchify(video, 8, 2)), expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="not VideoMAE's weights: names like a.b"):
         tgmae.from_videomae({"a.b": torch.ones(1)})
 
@@ -150,9 +146,7 @@ def test_attention_is_multihead_attention():
     randomise(ours)
     with torch.no_grad():
         theirs.in_proj_weight.copy_(ours.qkv.weight)
-        theirs.in_proj_bias.copy_(
-            torch.cat([ours.q_bias, torch.randn(48).double(), ours.v_bias])
-        )  # k's cancels
+        theirs.in_proj_bias.copy_(torch.cat([ours.q_bias, torch.randn(48).double(), ours.v_bias]))  # k's cancels
         theirs.out_proj.weight.copy_(ours.proj.weight)
         theirs.out_proj.bias.copy_(ours.proj.bias)
     x = torch.randn(2, 11, 48).double()
@@ -175,9 +169,8 @@ def test_patchify_written_out():
 def test_target_written_out(config):
     video, mask = random_inputs(config)
     target, mean, std = tgmae.reconstruction_target(video, mask, config)
-    pixels = video * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1) + torch.tensor(
-        [0.485, 0.456, 0.406]
-    ).view(3, 1, 1, 1)
+    scale, shift = (torch.tensor(v).view(3, 1, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
+    pixels = video * scale + shift
     cubes = tgmae.patchify(pixels, 8, 2)
     row = mask[1].nonzero()[3, 0]
     cube = cubes[1, row].view(-1, 3).double().numpy()
@@ -226,9 +219,7 @@ def test_motion_scores_by_area():
     pixels = motion[0].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, 8:44, 4:28]
     expected = F.avg_pool2d(pixels[:, None], (12, 8))[:, 0]
     torch.testing.assert_close(tgmae.crop_motion(motion[0], crop, (2, 3, 3)), expected)
-    torch.testing.assert_close(
-        tgmae.crop_motion(motion[0], crop._replace(flip=True), (2, 3, 3)), expected.flip(-1)
-    )
+    torch.testing.assert_close(tgmae.crop_motion(motion[0], crop._replace(flip=True), (2, 3, 3)), expected.flip(-1))
 
 
 def test_multi_scale_crop():
@@ -336,12 +327,7 @@ def test_overfits_two_clips(config):
     model = TGMAE(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     video, mask = random_inputs(config)
-    video = (
-        F.interpolate(video.flatten(1, 2), 8)
-        .repeat_interleave(4, -1)
-        .repeat_interleave(4, -2)
-        .unflatten(1, (3, 4))
-    )
+    video = F.interpolate(video.flatten(1, 2), 8).repeat_interleave(4, -1).repeat_interleave(4, -2).unflatten(1, (3, 4))
     losses = []
     for _ in range(250):
         loss = model(video, mask)["mae"]
@@ -407,18 +393,10 @@ def test_bad_shapes_say_which(config):
         model(video, mask.float())
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        dict(image_size=30),
-        dict(num_frames=3),
-        dict(num_heads=5),
-        dict(decoder_num_heads=7),
-        dict(depth=0),
-        dict(drop_path=1.0),
-        dict(temperature=-1),
-    ],
-)
+@pytest.mark.parametrize("bad", [
+    dict(image_size=30), dict(num_frames=3), dict(num_heads=5), dict(decoder_num_heads=7), dict(depth=0),
+    dict(drop_path=1.0), dict(temperature=-1),
+])  # fmt: skip
 def test_bad_config_prints_the_value(bad):
     ((name, value),) = bad.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):

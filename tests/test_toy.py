@@ -161,9 +161,7 @@ def test_index_and_label_captions(tmp_path, capsys):
     ]
     lines = out.read_text().splitlines()
     out.write_text(
-        lines[0].replace("Apply lipstick.", "Mine.").replace('"split"', '"unknown": 7, "split"')
-        + "\n"
-        + lines[1]
+        lines[0].replace("Apply lipstick.", "Mine.").replace('"split"', '"unknown": 7, "split"') + "\n" + lines[1]
     )
     run_captions("caption", out, "--source", "label")  # what is there stays
     first = json.loads(out.read_text().splitlines()[0])
@@ -175,11 +173,7 @@ def test_index_and_label_captions(tmp_path, capsys):
 def test_index_names_are_labels(footage, tmp_path):
     run_captions("index", "folder", footage / "asl", "--out", tmp_path / "asl.jsonl")
     records = tgmae.read_manifest(tmp_path / "asl.jsonl", "train")
-    assert (
-        len(records) == 20
-        and records[0]["label"] == "again"
-        and tgmae.probe_video(records[0]["path"]).frames == 77
-    )
+    assert len(records) == 20 and records[0]["label"] == "again" and tgmae.probe_video(records[0]["path"]).frames == 77
 
 
 def test_bad_manifests_name_the_line(tmp_path):
@@ -269,17 +263,11 @@ def test_ablation_goes_on_where_it_stood(world, tmp_path, monkeypatch, capsys):
     log = [json.loads(line) for line in (tmp_path / "runs/num-captions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in log] == ["3 captions", "1 caption"]
     for line, words in zip(log, table[2:]):
-        assert (
-            0 <= line["linear"] <= 1
-            and words.endswith("| 1 |")
-            and f"| {100 * line['linear']:.1f} |" in words
-        )
+        assert 0 <= line["linear"] <= 1 and words.endswith("| 1 |") and f"| {100 * line['linear']:.1f} |" in words
     for folder, captions_ in (("tgm-mae-vt-frames-seed0", 0), ("tgm-mae-vt-num-captions-1-frames-seed0", 1)):
         folder = tmp_path / "runs" / folder
         args = json.loads((folder / "args.json").read_text())
-        assert (
-            args["num_captions"] == captions_ and args["epochs"] == 1 and args["vt"] and args["mask"] == "tgm"
-        )
+        assert args["num_captions"] == captions_ and args["epochs"] == 1 and args["vt"] and args["mask"] == "tgm"
     lines = (folder / "stages.jsonl").read_text().splitlines()
     assert [json.loads(line)["stage"] for line in lines] == list(toy.STAGES)
     (folder / "stages.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before its end
@@ -325,14 +313,11 @@ def test_tables_and_plots(world, tmp_path, capsys):
         seeds = range(2 if title == "mgm, VT" else 3)
         cells = [
             f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
-            for values in (
-                [made[title, seed, name] for seed in seeds] for name in ("linear", "finetune", "retrieve")
-            )
+            for values in ([made[title, seed, name] for seed in seeds] for name in ("linear", "finetune", "retrieve"))
         ]
         assert f"| {title} | {' | '.join(cells)} | {len(seeds)} |" in said
     ends = [
-        [statistics.fmean(made["tgm, MAE", seed, "vt"][part]) for seed in range(3)]
-        for part in (slice(4), slice(8, 12))
+        [statistics.fmean(made["tgm, MAE", seed, "vt"][part]) for seed in range(3)] for part in (slice(4), slice(8, 12))
     ]
     cells = [f"{np.mean(end):.2f} ± {np.std(end, ddof=1):.2f}" for end in ends]
     assert f"| tgm, watched | {' | '.join(cells)} | 3 |" in said

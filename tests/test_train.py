@@ -49,9 +49,7 @@ def test_every_mask_and_loss(mask, losses, workdir, manifest, clip_flags, capsys
     run("--data", manifest(8), "--mask", mask, *losses, *clip_flags, *FEW, "--out", "run")
     lines = log(workdir / "run")
     assert [line["step"] for line in lines] == [1, 2]
-    assert all(math.isfinite(line["vt"]) for line in lines) and ("mae" in lines[0]) == (
-        "--no-mae" not in losses
-    )
+    assert all(math.isfinite(line["vt"]) for line in lines) and ("mae" in lines[0]) == ("--no-mae" not in losses)
     saved = torch.load("run/last.pt", weights_only=True)
     assert saved["step"] == 2 and saved["config"]["text_dim"] == 64
     sheet = Image.open("run/samples.png")
@@ -77,19 +75,10 @@ def test_the_toy_run_learns(trained, monkeypatch, capsys):
 
 
 def test_the_other_flags(workdir, manifest, clip_flags, capsys):
-    data = manifest(
-        12,
-        extra=[
-            {**r, "video": r["path"], "split": "held"}
-            for r in tgmae.read_manifest("data/toy/manifest.jsonl", "test")[:4]
-        ],
-    )
-    data.write_text(
-        "".join(
-            json.dumps({"split": "train", **json.loads(line)}) + "\n"
-            for line in data.read_text().splitlines()
-        )
-    )
+    test = tgmae.read_manifest("data/toy/manifest.jsonl", "test")[:4]
+    data = manifest(12, extra=[{**record, "video": record["path"], "split": "held"} for record in test])
+    lines = [{"split": "train", **json.loads(line)} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = ("--data", data, "--mask", "tgm", "--vt", *clip_flags, *FEW)
     run(*flags, "--val-split", "held", "--accum", 2, "--repeat", 2, "--bottom-k", "--mask-ratio", 0.3, "--vt-weight", 0.5,
         "--temperature", 0.1, "--num-captions", 1, "--grad-checkpointing", "--clip-grad", 0.1, "--flip", "--min-lr", 1e-6,
@@ -97,9 +86,7 @@ def test_the_other_flags(workdir, manifest, clip_flags, capsys):
     lines = log(workdir / "first")
     assert [line["step"] for line in lines] == [1, 2, 3, 3] and {"val_mae", "val_vt"} <= lines[-1].keys()
     said = capsys.readouterr().out
-    assert (
-        "lowest 19 of 64" in said and "2 negatives" in said and "bf16" in said and "temperature 0.1" in said
-    )
+    assert "lowest 19 of 64" in said and "2 negatives" in said and "bf16" in said and "temperature 0.1" in said
     run(
         *flags, "--init", "first/last.pt", "--out", "second", "--no-resume", "--no-amp", "--no-mae",
         "--no-compile",
@@ -213,7 +200,9 @@ def test_accumulation_and_weights(step_of):
 
 def test_repeats_are_no_negatives(step_of, monkeypatch):
     seen, info_nce = [], tgmae.info_nce
-    monkeypatch.setattr(tgmae, "info_nce", lambda *a, groups: seen.append(groups.tolist()) or info_nce(*a, groups=groups))
+    monkeypatch.setattr(
+        tgmae, "info_nce", lambda *a, groups: seen.append(groups.tolist()) or info_nce(*a, groups=groups)
+    )
     _, _, gradients = step_of("--mask", "tube", "--vt", "--repeat", "2")
     gradients(1, torch.randn(16, 64))
     assert seen == [[i // 2 for i in range(16)]]
@@ -237,7 +226,8 @@ def test_optimizer_and_schedule(workdir, manifest):
     assert decay.keys() == set(names.values()) and optimizer.defaults["betas"] == (0.9, 0.95)
     bare = {name for name, p in model.named_parameters() if p.ndim == 1} | {"mask_token"}
     assert {name for name, value in decay.items() if value == 0} == bare and set(decay.values()) == {0, 0.05}
-    run("--data", manifest(16), "--mask", "tube", *FEW, "--epochs", 2, "--warmup-epochs", 1, "--min-lr", 0.01, "--out", "run")
+    rates_of = "--epochs", 2, "--warmup-epochs", 1, "--min-lr", 0.01
+    run("--data", manifest(16), "--mask", "tube", *FEW, *rates_of, "--out", "run")
     rates, peak, last = [line["lr"] for line in log(workdir / "run")], 0.05 * 4 / 256, 0.01 * 4 / 256
     cosine = [last + (peak - last) * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
     assert rates == pytest.approx([0, peak / 3, 2 * peak / 3, peak, *cosine])
@@ -365,9 +355,7 @@ def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, ca
     def stops(reason, change, *flags):
         bad = [change(dict(line)) if i == 1 else line for i, line in enumerate(lines)]
         (workdir / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
-        said = fails(
-            "--data", "bad.jsonl", "--mask", "tgm", *FEW, *flags, "--out", "bad", "--no-resume"
-        )
+        said = fails("--data", "bad.jsonl", "--mask", "tgm", *FEW, *flags, "--out", "bad", "--no-resume")
         assert reason in said, said
 
     # Tube masking asks for no text: neither maps nor failures matter to it.
@@ -377,9 +365,7 @@ def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, ca
     stops("a text map of other captions", lambda line: line | {"captions": ["a blue star"]})
     stops("has no text map, others have", lambda line: line.pop("maps") and line)
     stops("nowhere.npz: no such text map", lambda line: line | {"maps": "nowhere.npz"})
-    stops(
-        "--clip: ViT-B-32/openai is not the CLIP of the text maps, local-dir:clip", dict, "--clip", "ViT-B-32"
-    )
+    stops("--clip: ViT-B-32/openai is not the CLIP of the text maps, local-dir:clip", dict, "--clip", "ViT-B-32")
     half = workdir / "half.npz"
     half.write_bytes((workdir / lines[1]["maps"]).read_bytes()[:900])
     stops("half.npz: not a whole text map", lambda line: line | {"maps": "half.npz"})
@@ -419,14 +405,11 @@ def test_only_bad_videos_stop_the_run(workdir, workers):
 
 def test_motion_fallback_is_counted(workdir, capsys):
     for i in range(4):
-        toy.write_video(
-            workdir / f"{i}.mkv", toy.make_clip(np.random.default_rng(i), i)[0], options={"g": "1"}
-        )
+        toy.write_video(workdir / f"{i}.mkv", toy.make_clip(np.random.default_rng(i), i)[0], options={"g": "1"})
     (workdir / "intra.jsonl").write_text("".join(f'{{"video": "{i}.mkv"}}\n' for i in range(4)))
     run("--data", "intra.jsonl", "--mask", "mgm", *FEW, "--out", "run")
     assert (
-        log(workdir / "run")[0]["no_motion"] == 4
-        and "4 times a video had no motion vectors" in capsys.readouterr().out
+        log(workdir / "run")[0]["no_motion"] == 4 and "4 times a video had no motion vectors" in capsys.readouterr().out
     )
 
 
@@ -434,7 +417,8 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags):
     data = manifest(8)
     bare = workdir / "bare.jsonl"
     bare.write_text('{"video": "clip.mp4"}\n')
-    held = manifest(8, extra=[{"video": "a.mp4", "captions": ["a"], "split": "held", "failed": "why"}], name="held.jsonl")
+    marked = {"video": "a.mp4", "captions": ["a"], "split": "held", "failed": "why"}
+    held = manifest(8, extra=[marked], name="held.jsonl")
     for flags, reason in (
         (("--data", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
         (("--data", bare, "--mask", "tgm"), "bare.jsonl: clip.mp4 has no captions"),
@@ -523,9 +507,7 @@ def test_real_footage(workdir, footage):
     two = (workdir / "asl.jsonl").read_text().splitlines()[:2]
     (workdir / "two.jsonl").write_text("\n".join(two))
     weights = "--clip-pretrained", "clip.pt"
-    run(
-        "--data", "two.jsonl", *small, "--batch-size", 2, "--mask", "tgm", "--vt", *weights, "--out", "online"
-    )
+    run("--data", "two.jsonl", *small, "--batch-size", 2, "--mask", "tgm", "--vt", *weights, "--out", "online")
     captions.main(["maps", "asl.jsonl", *weights, "--image-size", "32", "--every", "64"])
     run("--data", "asl.jsonl", *small, "--mask", "tgm", "--vt", "--out", "maps")
     for out, steps in (("online", 1), ("maps", 4)):

@@ -13,9 +13,7 @@ from tgmae import VideoError
 def decode_all(path):
     """Every frame in order, the simplest way there is."""
     with av.open(str(path)) as container:
-        return [
-            frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.best("video"))
-        ]
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.best("video"))]
 
 
 def texture(frames, size, step, seed=0):
@@ -105,13 +103,9 @@ def test_motion_has_the_length_that_was_drawn(tmp_path):
     toy.write_video(path, texture(10, 128, (5, 3)), options={"refs": "1", "bf": "0", "g": "250", "crf": "10"})
     _, motion = tgmae.read_clip(path, range(10), motion=True)
     assert motion.shape == (10, 16, 16) and motion.dtype == torch.float32
-    inside = motion[
-        4, 6:10, 7:11
-    ]  # rows 48..80, columns 56..88; the square is at rows 36..84, columns 44..92
+    inside = motion[4, 6:10, 7:11]  # rows 48..80, columns 56..88; the square is at rows 36..84, columns 44..92
     assert inside == pytest.approx(np.hypot(5, 3), abs=0.01)
-    assert (
-        motion[4, :3].max() == 0 and motion[4, :, :4].max() == 0
-    )  # above and left the background stands still
+    assert motion[4, :3].max() == 0 and motion[4, :, :4].max() == 0  # above and left the background stands still
     # The key frame has no vectors: it borrows from the nearest of the frames that has, which is the next.
     assert torch.equal(motion[0], motion[1]) and motion[0].max() > 4
     _, some = tgmae.read_clip(path, [4, 4, 9], motion=True)
