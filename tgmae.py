@@ -24,6 +24,7 @@ A mask is (B,N) bool and True means MASKED, everywhere.
 """
 
 import argparse
+import atexit
 import contextlib
 import gc
 import importlib.metadata
@@ -1348,10 +1349,18 @@ def load_checkpoint(source):
 # =================================================================================================
 # Runs: what the scripts share, and the method does not need: processes, schedule, the place of a video
 # that cannot be read, log, checkpoints, steps with bad numbers, stopping and going on.
-# Needs: argparse, contextlib, itertools, json, math, multiprocessing as mp, os, signal, sys, time, timedelta, Path,
-# NamedTuple, numpy as np, torch, torch.distributed as dist, DataLoader, tqdm.
+# Needs: argparse, atexit, contextlib, itertools, json, math, multiprocessing as mp, os, signal, sys, time, timedelta,
+# Path, NamedTuple, numpy as np, torch, torch.distributed as dist, DataLoader, tqdm.
 # From Reading: VideoError. From CLIP: bf16_is_fast. From Weights in and out: load_file.
 # =================================================================================================
+
+
+def end_loaders():
+    """At exit: multiprocessing asks loaders that are left to end, by SIGTERM, which init_loader ignores, and waits."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+    for child in mp.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def start_processes(args, backend=None, timeout=timedelta(minutes=30)):
@@ -1368,6 +1377,7 @@ def start_processes(args, backend=None, timeout=timedelta(minutes=30)):
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     if args.amp is None:
         args.amp = bf16_is_fast(args.device)
+    atexit.register(end_loaders)
     if "RANK" not in os.environ:
         return 0, 1
     dist.init_process_group(backend or ("nccl" if args.device == "cuda" else "gloo"), timeout=timeout)

@@ -4,7 +4,8 @@ FAULT  half:N     SIGKILL in the middle of writing the N-th checkpoint
        whole:N    SIGKILL when it is written, under its other name
        renamed:N  SIGKILL when it has its own name
        nan:NAME   the frames of that video are not finite
-       term:N     SIGTERM to all processes of the run, as a scheduler sends it, after N steps"""
+       term:N     SIGTERM to all processes of the run, as a scheduler sends it, after N steps
+       raise:N    an error that nobody expects after N steps"""
 
 import io
 import math
@@ -61,13 +62,17 @@ def poisons(name):
     tgmae.TrainingClips.__getitem__ = loads
 
 
-def asked_to_stop_at(step):
+def unexpected():
+    raise RuntimeError("nobody expects this")
+
+
+def after_step(step, happens):
     log = tgmae.Run.log
 
     def logs(run, *rest):
         log(run, *rest)
         if run.step == step:
-            os.killpg(0, signal.SIGTERM)
+            happens()
 
     tgmae.Run.log = logs
 
@@ -77,7 +82,9 @@ if __name__ == "__main__":
     if kind == "nan":
         poisons(value)
     elif kind == "term":
-        asked_to_stop_at(int(value))
+        after_step(int(value), lambda: os.killpg(0, signal.SIGTERM))
+    elif kind == "raise":
+        after_step(int(value), unexpected)
     else:
         dies_at(kind, int(value))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -171,6 +171,14 @@ def test_ctrl_c_leaves_no_process(command, workdir):
     wait_until(lambda: not of_group(process.pid), seconds=20)
 
 
+def test_an_unexpected_error_ends_the_run(command, workdir):
+    """With its traceback, and with its loaders, which do not listen to SIGTERM."""
+    process = start([FAULTY, "raise:8", *command, "--out", "run", "--workers", 2], workdir)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and said.strip().endswith("RuntimeError: nobody expects this"), said
+    assert not of_group(process.pid)
+
+
 @pytest.mark.parametrize("run_is_killed", [False, True])
 def test_a_loader_whose_run_was_killed_before_it_watched(workdir, run_is_killed):
     def loader():
