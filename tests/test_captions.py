@@ -522,7 +522,7 @@ def test_masks_from_maps_cover_what_online_masks_cover(world, tmp_path):
         print(
             f"ratio {ratio}: actor covered online {covered[0]:.1%}, from maps {covered[1]:.1%}; {agree:.1%} of cubes agree"
         )
-        assert covered[1] > covered[0] - 0.03 and covered[0] > ratio + 0.3 and agree > 0.7
+        assert covered[1] > covered[0] - 0.02 and covered[0] > ratio + 0.3 and agree > 0.7
 
 
 def test_wide_frames_keep_whole_patches(world, tmp_path):

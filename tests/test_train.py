@@ -203,9 +203,15 @@ def test_repeats_are_no_negatives(step_of, monkeypatch):
     monkeypatch.setattr(
         tgmae, "info_nce", lambda *a, groups: seen.append(groups.tolist()) or info_nce(*a, groups=groups)
     )
-    _, _, gradients = step_of("--mask", "tube", "--vt", "--repeat", "2")
+    args, model, gradients = step_of("--mask", "tube", "--vt", "--repeat", "2", "--workers", "0")
     gradients(1, torch.randn(16, 64))
     assert seen == [[i // 2 for i in range(16)]]
+    seen.clear()  # nor are they in held-out losses, of batches of 2 videos
+    prepare = train.prepare
+    monkeypatch.setattr(train, "prepare", lambda *a: (*prepare(*a)[:2], torch.randn(4, 64)))
+    clips = train.Clips(tgmae.read_manifest(args.data), model.config, args, text_from="clip")
+    train.validate(model, clips, None, args, 0, 1)
+    assert seen == [[i, i, i + 1, i + 1] for i in (0, 2, 4, 6)]
 
 
 def test_a_watching_predictor_is_clipped_by_itself(step_of):
