@@ -1,16 +1,17 @@
-"""Makes a dataset's videos into what train.py trains on at full speed: manifest, captions, text maps.
+"""Makes a dataset's videos into what train.py trains on at full speed: manifest, captions, text
+maps.
 
-    python captions.py index k400 VIDEOS --annotations CSVS --out k400.jsonl     # which clips there are
-    torchrun --nproc_per_node 8 captions.py caption k400.jsonl --source blip2    # what they show (3.2)
-    torchrun --nproc_per_node 8 captions.py maps k400.jsonl                      # where they show it (3.3)
+    python captions.py index k400 VIDEOS --annotations CSVS --out k400.jsonl    # which clips
+    torchrun --nproc_per_node 8 captions.py caption k400.jsonl --source blip2   # what they show, 3.2
+    torchrun --nproc_per_node 8 captions.py maps k400.jsonl                     # and where, 3.3
 
 A manifest is JSON lines, one clip each, `video` and `maps` relative to the manifest's folder:
-    {"video": "a.mp4", "label": "abseiling", "split": "train", "captions": ["..."], "maps": "maps/a.npz"}
+    {"video": "a.mp4", "label": "abseiling", "split": "train", "captions": ["..."],
+     "maps": "maps/a.npz"}
 
-Any command can be killed and run again: it goes on where it stopped. What is done is kept in a journal,
-MANIFEST.work/, until all is; only then is the manifest rewritten, at once. A video that cannot be read
-is reported, marked "failed" in the manifest, and tried again the next time.
-"""
+Any command can be killed and run again: it goes on where it stopped. What is done is kept in a
+journal, MANIFEST.work/, until all is; only then is the manifest rewritten, at once. A video that
+cannot be read is reported, marked "failed" in the manifest, and tried again the next time."""
 
 import argparse
 import csv
@@ -27,7 +28,8 @@ from collections import Counter, defaultdict
 from datetime import timedelta
 from pathlib import Path
 
-# Loader processes share the cores with us: threads without work must sleep, not spin. Read when torch loads.
+# Loader processes share the cores with us: threads without work must sleep, not spin. Read when
+# torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -57,7 +59,8 @@ def barrier():
 
 
 class Loading(Dataset):
-    """Unit -> [(what load(key) returned, None) or (None, why the video failed) for each of its keys]."""
+    """Unit -> [(what load(key) returned, None) or (None, why the video failed) for each of its
+    keys]."""
 
     def __init__(self, units, load):
         self.units, self.load = units, load
@@ -104,11 +107,16 @@ def write_text(path, text):
 
 
 def open_journal(folder, settings):
-    """Makes the folder, or goes on in it, unless it holds outcomes under other settings: ValueError."""
+    """Makes the folder, or goes on in it, unless it holds outcomes under other settings:
+    ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     then = json.loads(path.read_text()) if path.exists() and read_journal(folder) else settings
-    changed = [f"{name} {then.get(name)} -> {new}" for name, new in settings.items() if then.get(name) != new]
+    changed = [
+        f"{name} {then.get(name)} -> {new}"
+        for name, new in settings.items()
+        if then.get(name) != new
+    ]
     if changed:
         raise ValueError(
             f"{folder} is of an unfinished command with other settings ({', '.join(changed)}): "
@@ -118,11 +126,13 @@ def open_journal(folder, settings):
 
 
 def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
-    """Does the units of work that the journal does not have yet, shared between torchrun's processes.
+    """Does the units of work that the journal does not have yet, shared between torchrun's
+    processes.
 
-    `load` (key -> anything; VideoError: that key failed) runs in loader processes, ahead of `compute`
-    (keys, what was loaded -> a dict for each, its outcome). -> {key: outcome} of all units; the outcome
-    of a failure is {"error": ...}. An unfinished journal of other `settings` is a ValueError."""
+    `load` (key -> anything; VideoError: that key failed) runs in loader processes, ahead of
+    `compute` (keys, what was loaded -> a dict for each, its outcome). -> {key: outcome} of all
+    units; the outcome of a failure is {"error": ...}. An unfinished journal of other `settings` is
+    a ValueError."""
     rank, world = rank_and_world()
     folder = journal_of(manifest)
     if rank == 0:
@@ -132,15 +142,20 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
     barrier()  # all have read what was done before any adds to it
     todo = [keys for keys in units if not done >= set(keys)][rank::world]
     loader = DataLoader(
-        Loading(todo, load), batch_size=None, num_workers=min(workers, len(todo)), collate_fn=itself,
+        Loading(todo, load),
+        batch_size=None,
+        num_workers=min(workers, len(todo)),
+        collate_fn=itself,
         worker_init_fn=tgmae.end_with_parent,
-    )  # fmt: skip
+    )
     name = settings["command"] + (f", one of {world} processes" if world > 1 else "")
     bar = tgmae.progress(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0)
     with bar, open(folder / f"{rank}.jsonl", "a", encoding="utf-8") as journal:
         journal.write("\n")  # ends a line that a kill cut short
         for keys, loaded in zip(todo, loader):
-            lines = [{"key": key, "error": why} for key, (_, why) in zip(keys, loaded) if why is not None]
+            lines = [
+                {"key": key, "error": why} for key, (_, why) in zip(keys, loaded) if why is not None
+            ]
             good = {key: value for key, (value, why) in zip(keys, loaded) if why is None}
             if good:
                 outcomes = compute(list(good), list(good.values()))
@@ -157,7 +172,9 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
 
 def write_manifest(path, records):
     added = ("path", "map_path")  # by read_manifest
-    lines = ({key: value for key, value in record.items() if key not in added} for record in records)
+    lines = (
+        {key: value for key, value in record.items() if key not in added} for record in records
+    )
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -181,9 +198,9 @@ def report(manifest, command, problems):
 
 
 def conclude(manifest, command, outcomes, update):
-    """On rank 0: puts the outcomes into the manifest, by update(key, record, outcome), or marks as failed;
-    closes the journal. The manifest is read again: hours may have passed, and others may have added to it.
-    ValueError if all failed."""
+    """On rank 0: puts the outcomes into the manifest, by update(key, record, outcome), or marks as
+    failed; closes the journal. The manifest is read again: hours may have passed, and others may
+    have added to it. ValueError if all failed."""
     if rank_and_world()[0]:
         return
     records, failures, done = tgmae.read_manifest(manifest), [], 0
@@ -213,7 +230,8 @@ def conclude(manifest, command, outcomes, update):
 
 
 class Annotations:
-    """Reads annotation files; `where` is what was read last, for whoever has to complain about it."""
+    """Reads annotation files; `where` is what was read last, for whoever has to complain about
+    it."""
 
     def __init__(self, folder):
         self.folder, self.where = folder, str(folder)
@@ -251,12 +269,15 @@ class Annotations:
 def videos_under(root):
     for folder, folders, names in os.walk(root, followlinks=True):
         folders.sort()
-        yield from (Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in VIDEOS)
+        yield from (
+            Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in VIDEOS
+        )
 
 
 def finder(root):
-    """-> find(stem, *hints): the video under root with that name, whatever its folder and suffix; of
-    several, the one whose folders have the most of the hints (label, split), and .mp4 before others."""
+    """-> find(stem, *hints): the video under root with that name, whatever its folder and suffix;
+    of several, the one whose folders have the most of the hints (label, split), and .mp4 before
+    others."""
 
     def plain(text):
         return text.lower().replace(" ", "_")
@@ -281,7 +302,8 @@ def human_captions(text):
 
 
 def index_k400(args, files, find):
-    """train.csv, validate.csv (or val.csv), test.csv; videos <id>_<start>_<end>, or <id>, trimmed as well."""
+    """train.csv, validate.csv (or val.csv), test.csv; videos <id>_<start>_<end>, or <id>, trimmed
+    as well."""
     files.path("train.csv", "validate.csv", "val.csv", "test.csv")  # one of them there must be
     parts = ("train.csv",), ("validate.csv", "val.csv"), ("test.csv",)
     for path in filter(None, [files.path(*names, needed=False) for names in parts]):
@@ -293,8 +315,8 @@ def index_k400(args, files, find):
 
 
 def index_ssv2(args, files, find):
-    """something-something-v2-{train,validation,test,labels}.json, or without that prefix. The test split
-    has no labels, and not everybody has it."""
+    """something-something-v2-{train,validation,test,labels}.json, or without that prefix. The test
+    split has no labels, and not everybody has it."""
     old = "something-something-v2-"
     labels = json.loads(files.path(f"{old}labels.json", "labels.json").read_text(encoding="utf-8"))
     for part in ("train", "validation", "test"):
@@ -317,7 +339,9 @@ def index_ucf101(args, files, find):
             path, _, given = line.partition(" ")
             label = path.split("/")[0]
             if given and int(given) != classes[label]:
-                raise ValueError(f"class {given}, but classInd.txt says that {label} is {classes[label]}")
+                raise ValueError(
+                    f"class {given}, but classInd.txt says that {label} is {classes[label]}"
+                )
             record = {"video": find(Path(path).stem, label), "label": label, "split": split}
             yield path, record | {"class_id": classes[label] - 1}
 
@@ -337,23 +361,33 @@ def index_hmdb51(args, files, find):
 
 
 def index_diving48(args, files, find):
-    """Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json. A file is a dive: its start
-    and end frames are the file's."""
+    """Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json. A file is a dive: its
+    start and end frames are the file's."""
     vocab = list(files.entries(files.path("Diving48_vocab.json")))
-    classes = {i: words if isinstance(words, str) else " ".join(words) for i, words in enumerate(vocab)}
+    classes = {
+        i: words if isinstance(words, str) else " ".join(words) for i, words in enumerate(vocab)
+    }
     for split in ("train", "test"):
         for entry in files.entries(files.path(f"Diving48_V2_{split}.json")):
             name, class_id = entry["vid_name"], entry["label"]
-            record = {"video": find(name), "label": classes[class_id], "class_id": class_id, "split": split}
+            record = {
+                "video": find(name),
+                "label": classes[class_id],
+                "class_id": class_id,
+                "split": split,
+            }
             yield name, record
 
 
 def index_epic55(args, files, find):
-    """EPIC_train_action_labels.csv with EPIC_verb_classes.csv and EPIC_noun_classes.csv: segments of long
-    videos. The public test set has no labels: participants 26 to 31 are held out (split val), as Baradel et
-    al. (ECCV 2018) do."""
+    """EPIC_train_action_labels.csv with EPIC_verb_classes.csv and EPIC_noun_classes.csv: segments
+    of long videos. The public test set has no labels: participants 26 to 31 are held out (split
+    val), as Baradel et al. (ECCV 2018) do."""
     verbs, nouns = (
-        {row[f"{kind}_id"]: row["class_key"] for row in files.rows(files.path(f"EPIC_{kind}_classes.csv"))}
+        {
+            row[f"{kind}_id"]: row["class_key"]
+            for row in files.rows(files.path(f"EPIC_{kind}_classes.csv"))
+        }
         for kind in ("verb", "noun")
     )
     for row in files.rows(files.path("EPIC_train_action_labels.csv")):
@@ -362,18 +396,22 @@ def index_epic55(args, files, find):
             hours, minutes, seconds = row[column].split(":")
             spans[key] = round(3600 * int(hours) + 60 * int(minutes) + float(seconds), 3)
         participant = row["participant_id"]
-        yield row["video_id"], {
-            "video": find(row["video_id"], participant),
-            "label": f"{verbs[row['verb_class']]} {nouns[row['noun_class']]}",
-            "split": "val" if int(participant.removeprefix("P")) >= 26 else "train",
-            "human_captions": human_captions(row["narration"]), **spans,
-        }  # fmt: skip
+        yield (
+            row["video_id"],
+            {
+                "video": find(row["video_id"], participant),
+                "label": f"{verbs[row['verb_class']]} {nouns[row['noun_class']]}",
+                "split": "val" if int(participant.removeprefix("P")) >= 26 else "train",
+                "human_captions": human_captions(row["narration"]),
+                **spans,
+            },
+        )
 
 
 def index_list(args, files, find):
-    """`path label` a line, separated by a blank, tab or comma: VideoMAE's and mmaction2's lists. A file, or a
-    folder of them; the split is what the file's name says (train otherwise). The path is absolute or under
-    ROOT. --classes: the names of integer labels, a line each."""
+    """`path label` a line, separated by a blank, tab or comma: VideoMAE's and mmaction2's lists. A
+    file, or a folder of them; the split is what the file's name says (train otherwise). The path is
+    absolute or under ROOT. --classes: the names of integer labels, a line each."""
     names = dict(enumerate(files.lines(args.classes))) if args.classes else None
     folder = files.folder
     paths = [folder] if folder.is_file() else sorted({*folder.glob("*.csv"), *folder.glob("*.txt")})
@@ -387,14 +425,19 @@ def index_list(args, files, find):
             if not match:
                 raise ValueError(f"not `path label`: {line[:80]}")
             name, label = match.groups()
-            record = {"video": Path(args.root, name), "label": label, "split": (known + ["train"])[0]}
+            record = {
+                "video": Path(args.root, name),
+                "label": label,
+                "split": (known + ["train"])[0],
+            }
             if label.isdigit():
                 record |= {"class_id": int(label), "label": names[int(label)] if names else label}
             yield name, record | ({} if record["video"].is_file() else {"video": None})
 
 
 def index_folder(args, files, find):
-    """ROOT/<label>/<video> or ROOT/<split>/<label>/<video>; a video in ROOT itself: its name is the label."""
+    """ROOT/<label>/<video> or ROOT/<split>/<label>/<video>; a video in ROOT itself: its name is the
+    label."""
     for path in videos_under(args.root):
         *folders, name = path.relative_to(args.root).parts
         files.where, split = str(path), "train"
@@ -404,14 +447,15 @@ def index_folder(args, files, find):
 
 
 DATASETS = {
-    "folder": index_folder, "list": index_list, "k400": index_k400, "ssv2": index_ssv2, "ucf101": index_ucf101,
+    "folder": index_folder, "list": index_list, "k400": index_k400, "ssv2": index_ssv2,
+    "ucf101": index_ucf101,
     "hmdb51": index_hmdb51, "diving48": index_diving48, "epic55": index_epic55,
 }  # fmt: skip
 
 
 def read_annotations(args):
-    """-> [(where it says so, the video's name, record)]; what is wrong with a file is a ValueError that
-    names file and line."""
+    """-> [(where it says so, the video's name, record)]; what is wrong with a file is a ValueError
+    that names file and line."""
     files, rows = Annotations(args.annotations or args.root), []
     find = finder(args.root) if args.dataset not in ("folder", "list") else None
     try:
@@ -422,7 +466,9 @@ def read_annotations(args):
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{files.where}: {error}") from error
     if not any(record["video"] for *_, record in rows):
-        missing = f", none of the {len(rows)} in the annotations, such as {rows[0][1]}" if rows else ""
+        missing = (
+            f", none of the {len(rows)} in the annotations, such as {rows[0][1]}" if rows else ""
+        )
         raise ValueError(f"{args.root}: no videos ({' '.join(sorted(VIDEOS))}){missing}")
     return rows
 
@@ -445,10 +491,17 @@ def index(args):
     if args.check:
         settings = {"command": "index", "dataset": args.dataset, "root": str(args.root)}
         checked = share(
-            args.out, settings, [[path] for path in paths], check_video, lambda keys, _: [{} for _ in keys],
-            workers=args.workers, unit="video",
-        )  # fmt: skip
-        unreadable |= {path: result["error"] for path, result in checked.items() if "error" in result}
+            args.out,
+            settings,
+            [[path] for path in paths],
+            check_video,
+            lambda keys, _: [{} for _ in keys],
+            workers=args.workers,
+            unit="video",
+        )
+        unreadable |= {
+            path: result["error"] for path, result in checked.items() if "error" in result
+        }
     if rank_and_world()[0]:
         return
     found, problems, table = [], [], defaultdict(Counter)
@@ -465,7 +518,9 @@ def index(args):
         problems += [f"{state}\t{where}\t{reason}"] if reason else []
     for split, states in sorted(table.items()):
         labels = {record.get("label") for record in found if record["split"] == split} - {None}
-        counts = ", ".join(f"{states[state]} {state}" for state in ("found", "missing", "unreadable"))
+        counts = ", ".join(
+            f"{states[state]} {state}" for state in ("found", "missing", "unreadable")
+        )
         print(f"{args.out}: {split}: {counts}; {len(labels)} labels")
     report(args.out, "index", problems)
     if found:
@@ -492,7 +547,9 @@ def phrase(label):
     'board:chopping' -> 'chopping board'. Abbreviations stay."""
     text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ")
     text = re.sub(r"(\S+?):(\S+)", lambda match: f"{match[2].replace(':', ' ')} {match[1]}", text)
-    return " ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in text.split())
+    return " ".join(
+        word if word.isupper() and len(word) > 1 else word.lower() for word in text.split()
+    )
 
 
 def sentence(label):
@@ -506,7 +563,9 @@ def caption_label(record):
     if not label:
         return {"error": "no label"}
     if label.isdigit():
-        return {"error": f"label {label} is a number, not a name: index list --classes FILE names it"}
+        return {
+            "error": f"label {label} is a number, not a name: index list --classes FILE names it"
+        }
     return {"captions": [sentence(label)]}
 
 
@@ -537,7 +596,9 @@ def from_pretrained(kind, model, **more):
         return getattr(transformers, kind).from_pretrained(model, **more)
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if online else "the hub cannot be reached"
-        raise ValueError(f"--model {model}: {reason}. Way out: --model FOLDER, a downloaded one") from error
+        raise ValueError(
+            f"--model {model}: {reason}. Way out: --model FOLDER, a downloaded one"
+        ) from error
 
 
 def captions_or_error(texts, who):
@@ -575,11 +636,14 @@ class Blip2(Captioner):
         said = self.model.generate(pixel_values=pixels, max_new_tokens=self.args.max_new_tokens)
         said = self.processor.batch_decode(said, skip_special_tokens=True)
         each = len(said) // len(clips)
-        return [captions_or_error(said[i * each : (i + 1) * each], "BLIP-2") for i in range(len(clips))]
+        return [
+            captions_or_error(said[i * each : (i + 1) * each], "BLIP-2") for i in range(len(clips))
+        ]
 
 
 class Llm(Captioner):
-    """A class name -> what the model says of it: the paper's three prompts, several answers to each."""
+    """A class name -> what the model says of it: the paper's three prompts, several answers to
+    each."""
 
     kind = "AutoModelForCausalLM"
 
@@ -598,17 +662,26 @@ class Llm(Captioner):
             tokens = tokenizer(prompt, return_tensors="pt")
         tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
         # Seeded by what is asked: who asks, and what was asked before, makes no difference.
-        torch.manual_seed(int(hashlib.sha256(f"{self.args.seed} {prompt}".encode()).hexdigest()[:15], 16))
+        torch.manual_seed(
+            int(hashlib.sha256(f"{self.args.seed} {prompt}".encode()).hexdigest()[:15], 16)
+        )
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         said = self.model.generate(
-            **tokens, do_sample=True, num_return_sequences=self.args.per_prompt, pad_token_id=pad,
+            **tokens,
+            do_sample=True,
+            num_return_sequences=self.args.per_prompt,
+            pad_token_id=pad,
             max_new_tokens=self.args.max_new_tokens,
-        )  # fmt: skip
-        return tokenizer.batch_decode(said[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        )
+        return tokenizer.batch_decode(
+            said[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True
+        )
 
     def __call__(self, keys, labels):
         asked = ([prompt.format(phrase(label)) for prompt in PROMPTS] for label in labels)
-        return [captions_or_error(sum(map(self.answers, prompts), []), "the LLM") for prompts in asked]
+        return [
+            captions_or_error(sum(map(self.answers, prompts), []), "the LLM") for prompts in asked
+        ]
 
 
 def caption(args):
@@ -616,7 +689,9 @@ def caption(args):
     wanted = dict(zip(keys_of(records), records))
     if not (args.force or args.append):
         wanted = {key: record for key, record in wanted.items() if not record.get("captions")}
-    names = "command source model frames batch_size per_prompt max_new_tokens seed append force".split()
+    names = (
+        "command source model frames batch_size per_prompt max_new_tokens seed append force".split()
+    )
     args.model = args.model or MODELS.get(args.source)
     settings, keys = {name: getattr(args, name) for name in names}, list(wanted)
     if args.source == "blip2":
@@ -628,12 +703,20 @@ def caption(args):
         named = {key: caption_label(wanted[key]) for key in keys}
         labels = {key: str(wanted[key].get("label")) for key in keys}
         asked = sorted({labels[key] for key in keys if "captions" in named[key]})
-        by_label = share(args.manifest, settings, [[x] for x in asked], itself, Llm(args), unit="class")
+        by_label = share(
+            args.manifest, settings, [[x] for x in asked], itself, Llm(args), unit="class"
+        )
         said = {key: by_label.get(labels[key], named[key]) for key in keys}
     else:
         source = {"label": caption_label, "human": caption_human}[args.source]
         units = [keys] if keys else []  # a moment's work: one process does it all
-        said = share(args.manifest, settings, units, itself, lambda keys, _: [source(wanted[k]) for k in keys])
+        said = share(
+            args.manifest,
+            settings,
+            units,
+            itself,
+            lambda keys, _: [source(wanted[k]) for k in keys],
+        )
 
     def update(key, record, outcome):
         before = record.get("captions", []) if args.append else []
@@ -651,9 +734,12 @@ PIECE = 32  # frames held at full size at a time
 
 
 def clip_id(args, clip):
-    """Model, weights, and the first digits of the weights' SHA-256: two CLIPs of one name are told apart."""
+    """Model, weights, and the first digits of the weights' SHA-256: two CLIPs of one name are told
+    apart."""
     digest = hashlib.sha256()
-    for _, value in sorted(clip.state_dict().items()):  # rounded alike, whatever precision it runs in
+    for _, value in sorted(
+        clip.state_dict().items()
+    ):  # rounded alike, whatever precision it runs in
         digest.update(value.cpu().bfloat16().reshape(-1).view(torch.uint8).numpy())
     return f"{tgmae.clip_name(args.clip, args.clip_pretrained)} {digest.hexdigest()[:12]}"
 
@@ -669,8 +755,8 @@ def map_numbers(video, record, every):
 
 
 def is_current(args, path, record, made_by, numbers):
-    """Whether the wanted map is there. Half a map, or one of other captions, is made anew; one of another
-    CLIP or geometry may be wanted by somebody: ValueError."""
+    """Whether the wanted map is there. Half a map, or one of other captions, is made anew; one of
+    another CLIP or geometry may be wanted by somebody: ValueError."""
     try:
         saved = tgmae.read_map(path, record["captions"])
     except ValueError:  # none at all, most often
@@ -678,7 +764,8 @@ def is_current(args, path, record, made_by, numbers):
     resized = map_size(saved.size, args.image_size, args.patch_size)
     for what, old, new in (
         ("CLIP", saved.clip, made_by), ("size", list(saved.resized), resized),
-        ("patch size", saved.patch_size, args.patch_size), ("frames", saved.frames.tolist(), numbers),
+        ("patch size", saved.patch_size, args.patch_size),
+        ("frames", saved.frames.tolist(), numbers),
     ):  # fmt: skip
         if old != new:
             change = f"{str(old)[:60]}, now {str(new)[:60]}"
@@ -687,7 +774,8 @@ def is_current(args, path, record, made_by, numbers):
 
 
 def load_frames(args, made_by, clips, paths, key):
-    """-> numbers, frames (F,3,H',W') uint8, size of the source; None if its map is there already."""
+    """-> numbers, frames (F,3,H',W') uint8, size of the source; None if its map is there
+    already."""
     record, images = clips[key], []
     with tgmae.open_video(record["path"]) as video:
         numbers = map_numbers(video, record, args.every)
@@ -707,7 +795,9 @@ def similarity_map(clip, frames, text, patch_size, device):
     chunk = 64 if device == "cpu" else 1024
     parts = []
     for piece in frames.split(PIECE):
-        patches = tgmae.patch_embeddings(clip, piece.to(device).float() / 255, patch_size, chunk=chunk)
+        patches = tgmae.patch_embeddings(
+            clip, piece.to(device).float() / 255, patch_size, chunk=chunk
+        )
         parts.append((patches @ text.T).cpu())  # (F,h',w',captions)
     return torch.cat(parts).permute(3, 0, 1, 2)
 
@@ -725,16 +815,22 @@ def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tgmae.replacing(path) as file:
             np.savez(
-                file, similarity=similarity.half().numpy(), frames=np.array(numbers),
-                text=text.half().cpu().numpy(), captions=np.array(captions), clip=np.array(made_by),
-                source_size=np.array(size), resized_size=np.array(frames.shape[-2:]),
+                file,
+                similarity=similarity.half().numpy(),
+                frames=np.array(numbers),
+                text=text.half().cpu().numpy(),
+                captions=np.array(captions),
+                clip=np.array(made_by),
+                source_size=np.array(size),
+                resized_size=np.array(frames.shape[-2:]),
                 patch_size=np.array(args.patch_size),
-            )  # fmt: skip
+            )
     return [{} for _ in keys]
 
 
 def estimate(args, clip, made_by, clips, world):
-    """Measures a few frames of a few clips, and says how long the whole will take and how large it gets."""
+    """Measures a few frames of a few clips, and says how long the whole will take and how large it
+    gets."""
     some = clips[:: max(1, len(clips) // 8)]
     counts, captions = [], []
     for record in some:
@@ -760,11 +856,12 @@ def estimate(args, clip, made_by, clips, world):
     texts = sum(captions) / len(captions)
     disk = texts * 2 * (total * cells + len(clips) * text.shape[1]) + 3000 * len(clips)
     print(
-        f"maps    {len(clips)} clips to do, about {total:.3g} frames x {cells} patches = {total * cells:.3g} forwards of "
-        f"{made_by}: {timedelta(seconds=round(total * took / world))} on {world} process(es) like this one; "
+        f"maps    {len(clips)} clips to do, about {total:.3g} frames x {cells} patches = "
+        f"{total * cells:.3g} forwards of {made_by}: "
+        f"{timedelta(seconds=round(total * took / world))} on {world} process(es) like this one; "
         f"{disk / 1e6:,.0f} MB",
         flush=True,
-    )  # fmt: skip
+    )
 
 
 def maps(args):
@@ -779,7 +876,9 @@ def maps(args):
     if not clips:
         raise ValueError(f"{args.manifest}: no clip has captions; captions.py caption makes them")
     if args.image_size % args.patch_size:
-        raise ValueError(f"--image-size {args.image_size} is not divisible by --patch-size {args.patch_size}")
+        raise ValueError(
+            f"--image-size {args.image_size} is not divisible by --patch-size {args.patch_size}"
+        )
     rank, world = rank_and_world()
     clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device)
     made_by = clip_id(args, clip[0])
@@ -791,10 +890,13 @@ def maps(args):
     names = "command every image_size patch_size force".split()
     settings = {name: getattr(args, name) for name in names} | {"clip": made_by}
     made = share(
-        args.manifest, settings, [[key] for key in clips],
+        args.manifest,
+        settings,
+        [[key] for key in clips],
         functools.partial(load_frames, args, made_by, clips, paths),
-        functools.partial(make_map, args, *clip, made_by, clips, paths), workers=args.workers,
-    )  # fmt: skip
+        functools.partial(make_map, args, *clip, made_by, clips, paths),
+        workers=args.workers,
+    )
 
     def update(key, record, outcome):
         record["maps"] = os.path.relpath(paths[key], args.manifest.parent)
@@ -823,13 +925,22 @@ def parse_args(argv=None):
         return add
 
     def shared(add, force):
-        add("--workers", "loader processes per process", type=int, default=min(8, os.cpu_count() or 1))
+        add(
+            "--workers",
+            "loader processes per process",
+            type=int,
+            default=min(8, os.cpu_count() or 1),
+        )
         add("--force", force, action="store_true")
 
     add = command("index", "a dataset's videos and annotation files -> manifest")
     add("dataset", "whose annotation files to read", nargs="?", default="folder", choices=DATASETS)
     add("root", "the folder with the videos", type=Path)
-    add("--annotations", "folder of the annotation files (default: root); list: a file, or a folder of them", type=Path)
+    add(
+        "--annotations",
+        "folder of the annotation files (default: root); list: a file, or a folder of them",
+        type=Path,
+    )
     add("--fold", "which split of ucf101 and hmdb51", type=int, default=1, choices=(1, 2, 3))
     add("--classes", "list: file with the names of integer labels, a line each, from 0", type=Path)
     add("--out", "the manifest to write", type=Path, default=Path("data.jsonl"))
@@ -838,7 +949,9 @@ def parse_args(argv=None):
 
     add = command("caption", "captions for the clips of a manifest that have none")
     add("manifest", "JSON lines, as `index` writes them; rewritten at the end", type=Path)
-    sources = "BLIP-2 on keyframes, the class name, an LLM that is told the class name, or human_captions"
+    sources = (
+        "BLIP-2 on keyframes, the class name, an LLM that is told the class name, or human_captions"
+    )
     add("--source", sources, required=True, choices=("blip2", "label", "llm", "human"))
     models = ", ".join(f"{source}: {model}" for source, model in MODELS.items())
     add("--model", f"hub name or folder for transformers (default: {models})")
@@ -847,10 +960,16 @@ def parse_args(argv=None):
     add("--per-prompt", "llm: answers to each of the three prompts", type=int, default=3)
     add("--max-new-tokens", "longest caption, in the model's tokens", type=int, default=60)
     add("--seed", "llm: of the sampling", type=int, default=0)
-    add("--append", "add to the captions that are there (the paper's BLIP + GPT)", action="store_true")
+    add(
+        "--append",
+        "add to the captions that are there (the paper's BLIP + GPT)",
+        action="store_true",
+    )
     shared(add, "replace captions that are there")
 
-    add = command("maps", "text maps of the clips that have captions: CLIP once, instead of at every step")
+    add = command(
+        "maps", "text maps of the clips that have captions: CLIP once, instead of at every step"
+    )
     add("manifest", "JSON lines with captions; rewritten at the end, maps/ beside it", type=Path)
     add("--clip", "open_clip model, hf-hub:NAME or local-dir:FOLDER", default="ViT-B-32-quickgelu")
     add("--clip-pretrained", "tag of open_clip, or a file of weights", default="openai")

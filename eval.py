@@ -1,16 +1,16 @@
 """Is the representation any good? Every way the paper asks (4.2, 4.4, 4.7), for any checkpoint.
 
     python eval.py linear runs/toy-tgm-vt/last.pt      # a linear classifier on frozen features
-    python eval.py retrieve runs/toy-tgm-vt/last.pt    # nearest neighbours; captions too, after --vt
+    python eval.py retrieve runs/toy-tgm-vt/last.pt    # nearest neighbours; captions, after --vt
     torchrun eval.py finetune runs/toy-tgm-vt/last.pt  # the whole network
-    python eval.py show runs/toy-tgm-vt/last.pt        # masks, reconstruction, attention: PNG and MP4
+    python eval.py show runs/toy-tgm-vt/last.pt        # masks, reconstruction, attention
     python eval.py export runs/toy-tgm-vt/last.pt      # for transformers
-    torchrun --nproc_per_node 8 eval.py finetune MCG-NJU/videomae-base --data ssv2.jsonl --recipe ssv2
+    torchrun --nproc_per_node 8 eval.py finetune MCG-NJU/videomae-base --data k400.jsonl --recipe k400
 
-CHECKPOINT is of train.py, of finetune or export, an official VideoMAE .pth, or a folder or hub name of
-transformers' VideoMAE; sizes are read from it. Testing gives the same metrics under any number of processes: a
-test clip that cannot be read is reported and left out, never replaced, and none is counted twice.
-"""
+CHECKPOINT is of train.py, of finetune or export, an official VideoMAE .pth, or a folder or hub name
+of transformers' VideoMAE; sizes are read from it. Testing gives the same metrics under any number
+of processes: a test clip that cannot be read is reported and left out, never replaced, and none is
+counted twice."""
 
 import argparse
 import contextlib
@@ -26,7 +26,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-# Loader processes share the cores with us: threads without work must sleep, not spin. Read when torch loads.
+# Loader processes share the cores with us: threads without work must sleep, not spin. Read when
+# torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import av
@@ -49,20 +50,26 @@ from tgmae import MASK_RATIOS, Crop, TrainingClips, VideoError, rank_and_world
 
 # Fine-tuning and testing, a recipe a dataset: Table 9, and VideoMAE's FINETUNE.md for the rest.
 _PAPER = {
-    "lr": 1e-3, "epochs": 75, "stride": 4, "flip": True, "sampling": "dense", "views": "5x3", "batch_size": 48,
-    "warmup_epochs": 5.0, "repeat": 2, "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1, "mixup": 0.8,
-    "cutmix": 1.0, "randaug": 21, "crop_scale": 0.08, "erasing": 0.25, "holdout": 0.02, "random": False,
+    "lr": 1e-3, "epochs": 75, "stride": 4, "flip": True, "sampling": "dense", "views": "5x3",
+    "batch_size": 48,
+    "warmup_epochs": 5.0, "repeat": 2, "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0, "randaug": 21, "crop_scale": 0.08, "erasing": 0.25, "holdout": 0.02,
+    "random": False,
     "test_split": "val",  # Kinetics' and SSv2's test labels are not public
 }  # fmt: skip
 RECIPES = {
     "toy": _PAPER | {
-        "lr": 0.03, "epochs": 16, "flip": False, "views": "3x1", "batch_size": 16, "warmup_epochs": 2.0, "holdout": 0.1,
-        "test_split": "test", "layer_decay": 0.9, "repeat": 1, "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6,
+        "lr": 0.03, "epochs": 16, "flip": False, "views": "3x1", "batch_size": 16,
+        "warmup_epochs": 2.0, "holdout": 0.1,
+        "test_split": "test", "layer_decay": 0.9, "repeat": 1, "mixup": 0.0, "cutmix": 0.0,
+        "randaug": 0, "crop_scale": 0.6,
         "erasing": 0.0, "random": True,
     },
     "other": _PAPER | {"test_split": "test"},
     "k400": _PAPER,
-    "ssv2": _PAPER | {"lr": 5e-4, "epochs": 30, "stride": 2, "flip": False, "sampling": "tsn", "views": "2x3"},
+    "ssv2": _PAPER | {"lr": 5e-4, "epochs": 30, "stride": 2, "flip": False, "sampling": "tsn",
+                      "views": "2x3"},
     "ucf101": _PAPER | {"epochs": 100, "test_split": "test"},
     "hmdb51": _PAPER | {"epochs": 50, "test_split": "test"},
     "diving48": _PAPER | {"epochs": 50, "test_split": "test"},
@@ -82,17 +89,33 @@ def view_grid(flag, text):
 
 
 def check_finetune(args):
-    tgmae.check_flags(args, not_negative=("lr", "min_lr", "weight_decay", "epochs", *tgmae.RUN_FLAGS))
+    tgmae.check_flags(
+        args, not_negative=("lr", "min_lr", "weight_decay", "epochs", *tgmae.RUN_FLAGS)
+    )
     if args.epochs and not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}")
-    limits = dict(smoothing=1, erasing=1, crop_scale=1, layer_decay=1, randaug=30, mixup=math.inf, cutmix=math.inf)
+        raise ValueError(
+            f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
+        )
+    limits = dict(
+        smoothing=1,
+        erasing=1,
+        crop_scale=1,
+        layer_decay=1,
+        randaug=30,
+        mixup=math.inf,
+        cutmix=math.inf,
+    )
     for name, most in limits.items():
         if not 0 <= getattr(args, name) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in 0 to {most}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in 0 to {most}"
+            )
 
 
 def check_args(args):
-    tgmae.check_flags(args, positive=("stride", "batch_size", "repeat", "accum"), not_negative=("seed", "workers"))
+    tgmae.check_flags(
+        args, positive=("stride", "batch_size", "repeat", "accum"), not_negative=("seed", "workers")
+    )
     if args.command == "show":
         return
     args.view_grid = view_grid("--views", args.views)
@@ -102,7 +125,9 @@ def check_args(args):
             raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
     if args.command == "finetune":
         check_finetune(args)
-    if "holdout" in args and not (0 < args.holdout < 1 or args.holdout == 0 and args.command == "finetune"):
+    if "holdout" in args and not (
+        0 < args.holdout < 1 or args.holdout == 0 and args.command == "finetune"
+    ):
         raise ValueError(f"--holdout {args.holdout}: must lie between 0 and 1")
 
 
@@ -120,7 +145,12 @@ def common_flags(name, add, late):
     late("--stride", "frames from one frame of a clip to the next", type=int)
     ways = "dense: every stride-th frame; tsn: one of each of num_frames equal parts"
     late("--sampling", ways, choices=("dense", "tsn"))
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
+    add(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="loader processes per process",
+    )
     if name in ("retrieve", "show"):
         late("--clip", "open_clip model of the captions (the one CHECKPOINT was trained with)")
         late("--clip-pretrained", "tag of open_clip, or a file of weights (likewise, or openai)")
@@ -128,20 +158,31 @@ def common_flags(name, add, late):
         return
     add("--split", default="train", help="split of the manifest to train on, or to retrieve from")
     late("--views", "of each test clip, time x space", metavar="TxS")
-    late("--batch-size", "per process: videos a forward (finetune), views at a time (tests)", type=int)
+    late(
+        "--batch-size",
+        "per process: videos a forward (finetune), views at a time (tests)",
+        type=int,
+    )
     if name != "finetune":
         late("--random", "do the same with random weights, beside it", action=YES_NO)
 
 
 def finetune_flags(add, late):
     late("--lr", "learning rate per 256 videos of global batch", type=float)
-    add("--min-lr", type=float, default=1e-6, help="per 256 videos, where warm-up begins and the cosine ends")
+    add(
+        "--min-lr",
+        type=float,
+        default=1e-6,
+        help="per 256 videos, where warm-up begins and the cosine ends",
+    )
     late("--epochs", "passes over the data; 0 tests a fine-tuned checkpoint as it is", type=int)
     late("--warmup-epochs", "epochs of linear warm-up", type=float)
     add("--accum", type=int, default=1, help="forwards per step")
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
     late("--layer-decay", "factor of the learning rate from a block to the one below", type=float)
-    late("--drop-path", "chance to drop the last block for a clip; less for those below", type=float)
+    late(
+        "--drop-path", "chance to drop the last block for a clip; less for those below", type=float
+    )
     late("--smoothing", "label smoothing", type=float)
     late("--mixup", "alpha of MixUp (0: none)", type=float)
     late("--cutmix", "alpha of CutMix (0: none)", type=float)
@@ -150,10 +191,24 @@ def finetune_flags(add, late):
     late("--erasing", "chance to erase a box of a clip", type=float)
     late("--flip", "mirror half the clips", action=YES_NO)
     late("--repeat", "augmented clips from each decoded video", type=int)
-    late("--holdout", "share of the training clips kept to choose best.pt by (0: no best.pt)", type=float)
-    add("--scratch", action=YES_NO, default=False, help="begin with random weights, of CHECKPOINT's sizes")
+    late(
+        "--holdout",
+        "share of the training clips kept to choose best.pt by (0: no best.pt)",
+        type=float,
+    )
+    add(
+        "--scratch",
+        action=YES_NO,
+        default=False,
+        help="begin with random weights, of CHECKPOINT's sizes",
+    )
     late("--val-split", "split to choose best.pt by, in place of --holdout")
-    add("--grad-checkpointing", action=YES_NO, default=False, help="less memory for a third more time")
+    add(
+        "--grad-checkpointing",
+        action=YES_NO,
+        default=False,
+        help="less memory for a third more time",
+    )
     late("--out", "run folder (CHECKPOINT's folder/finetune-DATA)")
     tgmae.add_run_flags(add)
 
@@ -161,8 +216,18 @@ def finetune_flags(add, late):
 def linear_flags(add, late):
     add("--epochs", type=int, default=100, help="passes over the features")
     add("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
-    add("--holdout", type=float, default=0.2, help="share of the training clips that chooses the rate")
-    add("--train-views", default="1x1", metavar="TxS", help="views of each training clip, time x space")
+    add(
+        "--holdout",
+        type=float,
+        default=0.2,
+        help="share of the training clips that chooses the rate",
+    )
+    add(
+        "--train-views",
+        default="1x1",
+        metavar="TxS",
+        help="views of each training clip, time x space",
+    )
 
 
 def retrieve_flags(add, late):
@@ -174,7 +239,11 @@ def show_flags(add, late):
     late("--caption", "what it shows (of a clip of --data: its middle caption)")
     add("--number", type=int, default=0, help="which clip of --data, without --video")
     late("--start", "seconds; the clip is from the middle of what follows", type=float)
-    late("--mask", "of the reconstruction (CHECKPOINT's own, or tube)", choices=("tube", "mgm", "tgm"))
+    late(
+        "--mask",
+        "of the reconstruction (CHECKPOINT's own, or tube)",
+        choices=("tube", "mgm", "tgm"),
+    )
     late("--mask-ratio", f"of that mask ({MASK_RATIOS})", type=float)
     late("--layers", "whose attention, from 1 (first, middle, last)", type=int, nargs="+")
     late("--out", "pictures go to OUT.png and OUT.mp4 (CHECKPOINT's folder/show)")
@@ -199,7 +268,9 @@ def parse_args(argv=None):
     late_keys = {name: [] for name in FLAGS}
     for name, (help, flags) in FLAGS.items():
         formatter = argparse.ArgumentDefaultsHelpFormatter
-        add = commands.add_parser(name, help=help, description=help, formatter_class=formatter).add_argument
+        add = commands.add_parser(
+            name, help=help, description=help, formatter_class=formatter
+        ).add_argument
 
         def late(flag, help, add=add, keys=late_keys[name], **more):
             """A flag whose default is settled below: the recipe's, or None."""
@@ -207,7 +278,9 @@ def parse_args(argv=None):
             if keys[-1] in _PAPER:
                 values = {which: recipe[keys[-1]] for which, recipe in RECIPES.items()}
                 most = values["k400"]
-                others = "".join(f", {which}: {value}" for which, value in values.items() if value != most)
+                others = "".join(
+                    f", {which}: {value}" for which, value in values.items() if value != most
+                )
                 help = f"{help} ({most}{others})"
             add(flag, default=argparse.SUPPRESS, help=help, **more)
 
@@ -222,7 +295,9 @@ def parse_args(argv=None):
     else:
         given.setdefault("recipe", "toy" if args.data == "toy" else "other")
         scratch = "-scratch" if getattr(args, "scratch", False) else ""
-        out = folder / {"finetune": f"finetune-{Path(args.data).stem}{scratch}"}.get(args.command, args.command)
+        out = folder / {"finetune": f"finetune-{Path(args.data).stem}{scratch}"}.get(
+            args.command, args.command
+        )
     defaults = {"out": str(out)} | RECIPES[given.get("recipe", "other")]
     for key in late_keys[args.command]:
         given.setdefault(key, defaults.get(key))
@@ -239,8 +314,8 @@ def parse_args(argv=None):
 
 
 class Classifier(nn.Module):
-    """VideoMAE's fine-tuning model, in its names: encoder without the final norm, mean over cubes, a fresh
-    norm, a linear head."""
+    """VideoMAE's fine-tuning model, in its names: encoder without the final norm, mean over cubes,
+    a fresh norm, a linear head."""
 
     def __init__(self, config, num_classes):
         super().__init__()
@@ -270,7 +345,8 @@ def pooled(model, video):
 
 
 def load_model(source):
-    """-> model in eval mode, what else the checkpoint holds. ValueError if its weights do not make one."""
+    """-> model in eval mode, what else the checkpoint holds. ValueError if its weights do not make
+    one."""
     config, state, saved = tgmae.load_checkpoint(source)
     fine_tuned = "head.weight" in state
     model = Classifier(config, len(state["head.weight"])) if fine_tuned else tgmae.TGMAE(config)
@@ -293,8 +369,8 @@ def load_model(source):
 
 
 def encoders(args):
-    """Yields (name, model, what else the checkpoint holds): CHECKPOINT, and with --random also a model of
-    the same sizes with weights as they are before training."""
+    """Yields (name, model, what else the checkpoint holds): CHECKPOINT, and with --random also a
+    model of the same sizes with weights as they are before training."""
     model, saved = load_model(args.checkpoint)
     yield args.checkpoint, model.to(args.device), saved
     if args.random:
@@ -323,7 +399,8 @@ def labelled(manifest, split):
 
 
 def class_names(records):
-    """Labels in the dataset's own order, if the records number them or they are integers, else sorted."""
+    """Labels in the dataset's own order, if the records number them or they are integers, else
+    sorted."""
     own = {str(record["label"]): record.get("class_id", record["label"]) for record in records}
     if all(isinstance(number, int) for number in own.values()):
         return sorted(own, key=own.get)
@@ -331,12 +408,15 @@ def class_names(records):
 
 
 def targets(records, classes, where):
-    """-> class numbers (n,), -1 for a class that is not among `classes`, which nothing can be right for."""
+    """-> class numbers (n,), -1 for a class that is not among `classes`, which nothing can be right
+    for."""
     number = {label: i for i, label in enumerate(classes)}
     target = torch.tensor([number.get(str(record["label"]), -1) for record in records])
     if (target < 0).all():
         first, known = records[0]["label"], ", ".join(classes[:3])
-        raise ValueError(f"{where}: none of its classes is known, such as {first!r}; known: {known}...")
+        raise ValueError(
+            f"{where}: none of its classes is known, such as {first!r}; known: {known}..."
+        )
     new = sorted({str(record["label"]) for record, t in zip(records, target) if t < 0})
     if new:
         clips = f"{int((target < 0).sum())} clips are of {len(new)} classes that training lacks"
@@ -345,7 +425,8 @@ def targets(records, classes, where):
 
 
 def splits_of(args, manifest):
-    """-> records to train on (or to retrieve from), and to test on; names of the classes; class numbers of both."""
+    """-> records to train on (or to retrieve from), and to test on; names of the classes; class
+    numbers of both."""
     train, test = (labelled(manifest, split) for split in (args.split, args.test_split))
     classes = class_names(train)
     where = f"{manifest}, split {args.test_split!r}"
@@ -353,11 +434,12 @@ def splits_of(args, manifest):
 
 
 def view_frames(first, stop, num_frames, stride, sampling, views):
-    """-> `views` lists of num_frames frame numbers in [first, stop); a single view is from the middle.
+    """-> `views` lists of num_frames frame numbers in [first, stop); a single view is from the
+    middle.
 
-    dense, as VideoMAE's kinetics.py: of every stride-th frame, windows at evenly spaced starts; a video too
-    short repeats the last. tsn, as its ssv2.py: a frame of each of num_frames equal segments; the views
-    together are views*num_frames frames, evenly spaced, dealt out in turn."""
+    dense, as VideoMAE's kinetics.py: of every stride-th frame, windows at evenly spaced starts; a
+    video too short repeats the last. tsn, as its ssv2.py: a frame of each of num_frames equal
+    segments; the views together are views*num_frames frames, evenly spaced, dealt out in turn."""
     if sampling == "tsn":
         segment = (stop - first) / num_frames
         shifts = [v / views for v in range(views)] if views > 1 else [0.5]
@@ -370,15 +452,18 @@ def view_frames(first, stop, num_frames, stride, sampling, views):
 
 
 def view_crops(size, views):
-    """(height, width) -> `views` squares of the short side, evenly spaced along the long one; one: the centre."""
+    """(height, width) -> `views` squares of the short side, evenly spaced along the long one; one:
+    the centre."""
     side, slack = min(size), max(size) - min(size)
     offsets = [int(v * slack / (views - 1)) for v in range(views)] if views > 1 else [slack // 2]
-    return [Crop(o, 0, side, side) if size[0] > size[1] else Crop(0, o, side, side) for o in offsets]
+    return [
+        Crop(o, 0, side, side) if size[0] > size[1] else Crop(0, o, side, side) for o in offsets
+    ]
 
 
 class Views(Dataset):
-    """Record's number -> (number, video (V,3,T,S,S) uint8 of its time x space views, or None and why it
-    cannot be read, whether it is too short for them)."""
+    """Record's number -> (number, video (V,3,T,S,S) uint8 of its time x space views, or None and
+    why it cannot be read, whether it is too short for them)."""
 
     def __init__(self, records, config, args, grid):
         self.records, self.config, self.args, self.grid = records, config, args, grid
@@ -391,7 +476,9 @@ class Views(Dataset):
         try:
             with tgmae.open_video(record["path"]) as video:
                 first, stop = tgmae.frame_range(video, record.get("start"), record.get("end"))
-                clips = view_frames(first, stop, c.num_frames, args.stride, args.sampling, self.grid[0])
+                clips = view_frames(
+                    first, stop, c.num_frames, args.stride, args.sampling, self.grid[0]
+                )
                 wanted = sorted(set(sum(clips, [])))  # all views in one decode
                 frames = tgmae.read_clip(video, wanted)
         except VideoError as error:
@@ -413,15 +500,23 @@ class Computed(NamedTuple):
 
 @torch.no_grad()
 def compute_clips(split, records, args, config, grid, compute):
-    """Runs compute((b*V,3,T,S,S) -> (b*V,...)) on time x space views of every clip that can be read.
+    """Runs compute((b*V,3,T,S,S) -> (b*V,...)) on time x space views of every clip that can be
+    read.
 
-    Processes share batches that are the same however many share them, so what comes out is the same, too."""
+    Processes share batches that are the same however many share them, so what comes out is the
+    same, too."""
     rank, world = rank_and_world()
     size = max(1, args.batch_size // (grid[0] * grid[1]))
-    batches = [list(range(i, min(i + size, len(records)))) for i in range(0, len(records), size)][rank::world]
+    batches = [list(range(i, min(i + size, len(records)))) for i in range(0, len(records), size)][
+        rank::world
+    ]
     data, workers = Views(records, config, args, grid), min(args.workers, len(batches))
     loader = DataLoader(
-        data, batch_sampler=batches, collate_fn=list, num_workers=workers, worker_init_fn=tgmae.init_loader
+        data,
+        batch_sampler=batches,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=tgmae.init_loader,
     )
     done, values, failed = [], [], []
     for batch in tgmae.progress(loader, desc=f"{split} clips", unit="batch", disable=rank > 0):
@@ -437,7 +532,9 @@ def compute_clips(split, records, args, config, grid, compute):
     parts = tgmae.gather_objects((done, values, failed))
     done, values, failed = (sum(part, []) for part in zip(*parts))
     if not done:
-        raise ValueError(f"none of the {len(records)} clips of split {split!r} can be read: {min(failed)[1]}")
+        raise ValueError(
+            f"none of the {len(records)} clips of split {split!r} can be read: {min(failed)[1]}"
+        )
     values = torch.cat(values)[torch.tensor([number for number, _ in done]).argsort()]
     short = sum(short for _, short in done)
     for _, why in sorted(failed):
@@ -450,12 +547,18 @@ def compute_clips(split, records, args, config, grid, compute):
 
 
 def in_table(value):
-    return f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+    return (
+        f"{value:.1%}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else value
+    )
 
 
 def report(args, rows, notes, clips, **more):
-    """Prints the table (rows: dicts of the same columns), what it means, and how many clips it is of; writes
-    --json."""
+    """Prints the table (rows: dicts of the same columns), what it means, and how many clips it is
+    of; writes --json."""
     if rank_and_world()[0]:
         return
     print(f"\n| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
@@ -484,8 +587,8 @@ def chance_row(name, classes, ks=(1, 5)):
 
 
 # =================================================================================================
-# linear: BatchNorm without affine + Linear on features that are extracted once.
-# The paper names only "linear probe"; the head is MAE's (He et al. 2022, A.1), with SGD on fixed features.
+# linear: BatchNorm without affine + Linear on features that are extracted once. The paper names
+# only "linear probe"; the head is MAE's (He et al. 2022, A.1), with SGD on fixed features.
 # =================================================================================================
 
 
@@ -518,7 +621,8 @@ def view_scores(head, x):
 
 
 def hold_out(count, args, least=0):
-    """Of `count` training clips, at random -> numbers of the --holdout share that chooses, of those that train."""
+    """Of `count` training clips, at random -> numbers of the --holdout share that chooses, of those
+    that train."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
     held, kept = order.tensor_split([max(least, round(args.holdout * count))])
     if len(kept) < 2:
@@ -527,13 +631,15 @@ def hold_out(count, args, least=0):
 
 
 def choose_rate(x, y, num_classes, args):
-    """Features (n,V,D) of training clips -> (the rate whose head does best on held-out ones of them, top-1
-    there of every rate)."""
+    """Features (n,V,D) of training clips -> (the rate whose head does best on held-out ones of
+    them, top-1 there of every rate)."""
     held, kept = hold_out(len(x), args, least=1)
     views = x.shape[1]
     found = {}
     for rate in args.rates:
-        head = train_head(x[kept].flatten(0, 1), y[kept].repeat_interleave(views), num_classes, rate, args)
+        head = train_head(
+            x[kept].flatten(0, 1), y[kept].repeat_interleave(views), num_classes, rate, args
+        )
         found[rate] = accuracy(view_scores(head, x[held]), y[held], ks=(1,))["top-1"]
     return max(found, key=found.get), found
 
@@ -549,20 +655,28 @@ def linear(args):
             continue  # the head is small: one process trains it
         x, labels = seen.values.to(args.device), train_target[seen.kept].to(args.device)
         rate, tops = choose_rate(x, labels, len(classes), args)
-        head = train_head(x.flatten(0, 1), labels.repeat_interleave(x.shape[1]), len(classes), rate, args)
+        head = train_head(
+            x.flatten(0, 1), labels.repeat_interleave(x.shape[1]), len(classes), rate, args
+        )
         scores = view_scores(head, tested.values.to(args.device)).cpu()
         rows.append({"encoder": name, **accuracy(scores, test_target[tested.kept])})
-        chosen[name] = {"rate": rate, "held-out top-1": {f"{key:g}": top for key, top in tops.items()}}
-        held_out.append(f"{name}: {', '.join(f'{r:g} {top:.1%}' for r, top in tops.items())}, chosen {rate:g}")
+        chosen[name] = {
+            "rate": rate,
+            "held-out top-1": {f"{key:g}": top for key, top in tops.items()},
+        }
+        held_out.append(
+            f"{name}: {', '.join(f'{r:g} {top:.1%}' for r, top in tops.items())}, chosen {rate:g}"
+        )
     rows.append(chance_row("encoder", len(classes)))
     notes = [
-        "Top-k: share of test clips whose class is among the k that the linear classifier finds likeliest. The "
-        f"encoder is frozen, features are means over all cubes. Chance is k of {len(classes)} classes.",
-        f"Head: BatchNorm without affine + Linear; SGD, momentum 0.9, no weight decay, batch 256, {args.epochs} epochs, "
-        f"cosine; {args.train_views} view(s) of a training clip. Test: {args.views} views ({args.sampling}, stride "
-        f"{args.stride}), mean of their softmax.",
-        f"Learning rate: by top-1 on {args.holdout:.0%} of the training clips, then trained on all of them. "
-        + "; ".join(held_out),
+        "Top-k: share of test clips whose class is among the k that the linear classifier finds "
+        "likeliest. The encoder is frozen, features are means over all cubes. Chance is k of "
+        f"{len(classes)} classes.",
+        "Head: BatchNorm without affine + Linear; SGD, momentum 0.9, no weight decay, batch 256, "
+        f"{args.epochs} epochs, cosine; {args.train_views} view(s) of a training clip. Test: "
+        f"{args.views} views ({args.sampling}, stride {args.stride}), mean of their softmax.",
+        f"Learning rate: by top-1 on {args.holdout:.0%} of the training clips, then trained on "
+        "all of them. " + "; ".join(held_out),
     ]
     clips = {args.split: seen, args.test_split: tested}
     report(args, rows, notes, clips, rates=chosen)
@@ -574,8 +688,8 @@ def linear(args):
 
 
 def recall(queries, gallery, query_labels, gallery_labels, ks=(1, 5, 10)):
-    """queries (Q,D), gallery (G,D), labels (Q,) and (G,) -> {"R@k": share of queries for which one of the k
-    nearest of the gallery, by cosine, has the query's label}."""
+    """queries (Q,D), gallery (G,D), labels (Q,) and (G,) -> {"R@k": share of queries for which one
+    of the k nearest of the gallery, by cosine, has the query's label}."""
     queries, gallery = F.normalize(queries, dim=-1), F.normalize(gallery, dim=-1)
     hits = []
     for q, label in zip(queries.split(1024), query_labels.split(1024)):  # memory stays bounded
@@ -593,7 +707,10 @@ def recall_by_chance(query_labels, gallery_labels, ks=(1, 5, 10)):
     def hit(relevant, k):  # one less the chance that none of k drawn is among the relevant ones
         return 1 - math.comb(G - relevant, min(k, G)) / math.comb(G, min(k, G))
 
-    return {f"R@{k}": sum(n * hit(count[label], k) for label, n in queries.items()) / len(query_labels) for k in ks}
+    return {
+        f"R@{k}": sum(n * hit(count[label], k) for label, n in queries.items()) / len(query_labels)
+        for k in ks
+    }
 
 
 def middle(captions):
@@ -601,14 +718,19 @@ def middle(captions):
 
 
 def load_clip(args, saved, default=None):
-    """-> name, (clip, tokenizer): by --clip, else what CHECKPOINT was trained with, else `default`."""
+    """-> name, (clip, tokenizer): by --clip, else what CHECKPOINT was trained with, else
+    `default`."""
     trained = saved.get("args", {})
-    own = {} if trained.get("text_from") == "maps" else trained  # text maps call a CLIP by a name of their own
+    own = (
+        {} if trained.get("text_from") == "maps" else trained
+    )  # text maps call a CLIP by a name of their own
     name = args.clip or own.get("clip") or default
     if not name:
         maps = f"{args.checkpoint} was trained on text maps of CLIP {trained.get('clip')}"
         raise ValueError(f"--clip: needed, since {maps}")
-    weights = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
+    weights = (
+        args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
+    )
     return name, tgmae.load_clip(name, weights, args.device)
 
 
@@ -619,10 +741,13 @@ def caption_embeddings(records, args, saved):
         trained = saved.get("args", {}).get("clip")
         maps = [tgmae.read_map(record["map_path"], record["captions"]) for record in records]
         short = tgmae.clip_name(trained, saved["args"].get("clip_pretrained"))
-        other = next((m.clip for m in maps if m.clip != trained and not m.clip.startswith(short + " ")), None)
+        other = next(
+            (m.clip for m in maps if m.clip != trained and not m.clip.startswith(short + " ")), None
+        )
         if other:
             raise ValueError(
-                f"{args.checkpoint}: trained with CLIP {trained}, the text maps are of {other}: --clip says which"
+                f"{args.checkpoint}: trained with CLIP {trained}, the text maps are of {other}: "
+                "--clip says which"
             )
         return torch.stack([middle(m.text) for m in maps]).float()
     _, clip = load_clip(args, saved)
@@ -632,18 +757,24 @@ def caption_embeddings(records, args, saved):
 
 
 def wants_text(model, records, args):
-    """Whether to retrieve captions: --text, or where both model and clips can. --text in vain: ValueError."""
+    """Whether to retrieve captions: --text, or where both model and clips can. --text in vain:
+    ValueError."""
     silent = next((record["video"] for record in records if not record.get("captions")), None)
     if args.text and not model.has_text:
-        raise ValueError(f"--text: {args.checkpoint} has no text head that was trained (train.py --vt does)")
+        raise ValueError(
+            f"--text: {args.checkpoint} has no text head that was trained (train.py --vt does)"
+        )
     if args.text and silent:
-        raise ValueError(f"--text: {args.data}: {silent} has no captions; captions.py caption makes them")
+        raise ValueError(
+            f"--text: {args.data}: {silent} has no captions; captions.py caption makes them"
+        )
     return model.has_text and not silent if args.text is None else args.text
 
 
 def text_rows(found, records, text_emb, checkpoint):
-    """Rows for video -> caption and back, of the clips whose embeddings (n,V,E) were found. text_emb: (records,E).
-    Clips of the same caption are each right for it, and it is in the gallery once."""
+    """Rows for video -> caption and back, of the clips whose embeddings (n,V,E) were found.
+    text_emb: (records,E). Clips of the same caption are each right for it, and it is in the gallery
+    once."""
     video, text = F.normalize(found.values, dim=-1).mean(1), text_emb[found.kept]
     captions = [middle(records[number]["captions"]) for number in found.kept]
     _, firsts, label = np.unique(captions, return_index=True, return_inverse=True)
@@ -663,7 +794,9 @@ def text_rows(found, records, text_emb, checkpoint):
 def retrieve(args):
     manifest = toy.manifest_of(args.data)
     query = tgmae.read_manifest(manifest, args.test_split)
-    by_class = not args.text or any(record.get("label") for record in query)  # captions need no labels
+    by_class = not args.text or any(
+        record.get("label") for record in query
+    )  # captions need no labels
     gallery = query_target = gallery_target = None
     if by_class:
         gallery, query, _, gallery_target, query_target = splits_of(args, manifest)
@@ -696,38 +829,45 @@ def retrieve(args):
     if by_class:
         rows.append({**what, "encoder": "chance", **recall_by_chance(*labels)})
     notes = [
-        "R@k: share of queries for which one of the k nearest of the gallery, by cosine, is right; chance: in a "
-        "gallery in random order. A clip's feature is the mean over all cubes, normalised, averaged over "
-        f"{args.views} views ({args.sampling}, stride {args.stride}); nothing is trained."
+        "R@k: share of queries for which one of the k nearest of the gallery, by cosine, is "
+        "right; chance: in a gallery in random order. A clip's feature is the mean over all "
+        f"cubes, normalised, averaged over {args.views} views ({args.sampling}, stride "
+        f"{args.stride}); nothing is trained."
     ]
     if text:
         notes.append(
-            "Captions: the middle one of each test clip, against the output of the predictor that pre-training "
-            "trained; clips with the same caption are all right for it."
+            "Captions: the middle one of each test clip, against the output of the predictor that "
+            "pre-training trained; clips with the same caption are all right for it."
         )
     report(args, rows + text, notes, clips)
 
 
 # =================================================================================================
-# finetune: the full recipe of VideoMAE (Table 9; run_class_finetuning.py), by torchvision's transforms.
+# finetune: the full recipe of VideoMAE (Table 9; run_class_finetuning.py), by torchvision's
+# transforms.
 # =================================================================================================
 
 
 def augmentation(args, size):
-    """frames (T,3,H,W) uint8 -> (T,3,size,size) float, ImageNet-normalised; one draw for all frames."""
+    """frames (T,3,H,W) uint8 -> (T,3,size,size) float, ImageNet-normalised; one draw for all
+    frames."""
     mean = [round(255 * value) for value in tgmae.IMAGENET_MEAN]
     bilinear = v2.InterpolationMode.BILINEAR
     # timm's rand-m7-n4-mstd0.5-inc1: each of 4 operations with probability 0.5. Its noise on the
     # magnitude is left out.
     randaug = v2.RandAugment(1, args.randaug, interpolation=bilinear, fill=mean)
-    return v2.Compose([
-        *[v2.RandomApply([randaug], 0.5)] * (4 if args.randaug else 0),
-        v2.RandomResizedCrop(size, scale=(args.crop_scale, 1.0), ratio=(0.75, 1 / 0.75), antialias=True),
-        v2.RandomHorizontalFlip(0.5 if args.flip else 0.0),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(tgmae.IMAGENET_MEAN, tgmae.IMAGENET_STD),
-        v2.RandomErasing(args.erasing, value="random"),  # noise, the same in all frames
-    ])  # fmt: skip
+    return v2.Compose(
+        [
+            *[v2.RandomApply([randaug], 0.5)] * (4 if args.randaug else 0),
+            v2.RandomResizedCrop(
+                size, scale=(args.crop_scale, 1.0), ratio=(0.75, 1 / 0.75), antialias=True
+            ),
+            v2.RandomHorizontalFlip(0.5 if args.flip else 0.0),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(tgmae.IMAGENET_MEAN, tgmae.IMAGENET_STD),
+            v2.RandomErasing(args.erasing, value="random"),  # noise, the same in all frames
+        ]
+    )
 
 
 class Augmented(TrainingClips):
@@ -745,8 +885,13 @@ class Augmented(TrainingClips):
             torch.manual_seed(seed)
             first, stop = tgmae.frame_range(video, record.get("start"), record.get("end"))
             if args.sampling == "tsn":
-                jitter = torch.rand(c.num_frames).tolist()  # added in double: 15 + 0.9999999 is 16 in float32
-                numbers = [first + int((i + u) * (stop - first) / c.num_frames) for i, u in enumerate(jitter)]
+                jitter = torch.rand(
+                    c.num_frames
+                ).tolist()  # added in double: 15 + 0.9999999 is 16 in float32
+                numbers = [
+                    first + int((i + u) * (stop - first) / c.num_frames)
+                    for i, u in enumerate(jitter)
+                ]
             else:
                 numbers = tgmae.clip_indices(first, stop, c.num_frames, args.stride)
             frames = tgmae.read_clip(video, numbers).permute(0, 3, 1, 2)  # (T,3,H,W)
@@ -759,26 +904,33 @@ class Augmented(TrainingClips):
 def collate(samples):
     """First one clip of each video, then another of each: torchvision mixes neighbours."""
     return {
-        "video": torch.stack([sample["video"] for sample in samples], 1).flatten(0, 1),  # (repeat*videos,3,T,S,S)
-        "target": torch.stack([sample["target"] for sample in samples]).repeat(len(samples[0]["video"])),
+        "video": torch.stack([sample["video"] for sample in samples], 1).flatten(
+            0, 1
+        ),  # (repeat*videos,3,T,S,S)
+        "target": torch.stack([sample["target"] for sample in samples]).repeat(
+            len(samples[0]["video"])
+        ),
         "names": [sample["name"] for sample in samples],
         "bad": sum((sample["bad"] for sample in samples), []),
     }
 
 
 def mix(video, target, num_classes, args):
-    """MixUp or CutMix, either half the time, of clips (B,3,T,S,S) with classes (B,) -> clips and shares (B,K)."""
+    """MixUp or CutMix, either half the time, of clips (B,3,T,S,S) with classes (B,) -> clips and
+    shares (B,K)."""
     ways = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
     ways += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
     if not ways:
         return video, target
-    clips, shares = v2.RandomChoice(ways)(tv_tensors.Video(video.transpose(1, 2)), target)  # (B,T,3,S,S)
+    clips, shares = v2.RandomChoice(ways)(
+        tv_tensors.Video(video.transpose(1, 2)), target
+    )  # (B,T,3,S,S)
     return clips.as_subclass(torch.Tensor).transpose(1, 2), shares
 
 
 def layer_scales(model, decay):
-    """{parameter's name: factor of the learning rate}: 1 for head and fc_norm, `decay` less for each block
-    below, the patch embedding last; as VideoMAE's LayerDecayValueAssigner."""
+    """{parameter's name: factor of the learning rate}: 1 for head and fc_norm, `decay` less for
+    each block below, the patch embedding last; as VideoMAE's LayerDecayValueAssigner."""
     depth = len(model.encoder.blocks)
 
     def below(name):
@@ -790,11 +942,15 @@ def layer_scales(model, decay):
 
 
 def make_optimizer(model, args):
-    """AdamW, betas .9/.999; a group for each parameter: its factor of the learning rate, and weight decay (none on
-    1-D parameters)."""
+    """AdamW, betas .9/.999; a group for each parameter: its factor of the learning rate, and weight
+    decay (none on 1-D parameters)."""
     scales = layer_scales(model, args.layer_decay)
     groups = [
-        {"params": [p], "scale": scales[name], "weight_decay": args.weight_decay if p.ndim > 1 else 0.0}
+        {
+            "params": [p],
+            "scale": scales[name],
+            "weight_decay": args.weight_decay if p.ndim > 1 else 0.0,
+        }
         for name, p in model.named_parameters()
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -803,18 +959,20 @@ def make_optimizer(model, args):
 def test_scores(model, split, records, args, grid):
     """-> Computed with values (n,K): softmax of each view, mean over views."""
     model.eval()
-    found = compute_clips(split, records, args, model.config, grid, lambda video: model(video).float().softmax(-1))
+    found = compute_clips(
+        split, records, args, model.config, grid, lambda video: model(video).float().softmax(-1)
+    )
     return found._replace(values=found.values.mean(1))
 
 
 # What a run that goes on may change.
-FREE = """workers device json resume out views view_grid test_split amp grad_checkpointing batch_size accum save_steps
-save_minutes keep""".split()
+FREE = """workers device json resume out views view_grid test_split amp grad_checkpointing batch_size accum
+save_steps save_minutes keep""".split()
 
 
 def forward_backward(net, stream, run, accum, num_classes, videos):
-    """The forwards and backwards of one step -> (2,): its loss, how many videos could not be read. Adds the
-    names of those that were to `videos`."""
+    """The forwards and backwards of one step -> (2,): its loss, how many videos could not be read.
+    Adds the names of those that were to `videos`."""
     args, sums = run.args, 0
     for micro in range(accum):
         batch = next(stream)
@@ -822,7 +980,9 @@ def forward_backward(net, stream, run, accum, num_classes, videos):
         run.note_bad(batch["bad"])
         # Drop path and mixing draw from here, so a run that goes on draws the same.
         torch.manual_seed(tgmae.seed_of(args.seed, run.step, micro, run.rank, 2))
-        video, target = (batch[name].to(args.device, non_blocking=True) for name in ("video", "target"))
+        video, target = (
+            batch[name].to(args.device, non_blocking=True) for name in ("video", "target")
+        )
         video, target = mix(video, target, num_classes, args)
         last = run.world == 1 or micro == accum - 1
         with contextlib.nullcontext() if last else net.no_sync():
@@ -845,7 +1005,8 @@ def validate(run, epoch, model, val, target):
 
 
 def fit(args, model, classes, train, val):
-    """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in --out."""
+    """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in
+    --out."""
     saved = tgmae.load_last(args)
     share = tgmae.share_step(args.batch_size, args.accum, saved and saved["videos"])
     data = Augmented(train, targets(train, classes, args.split), model.config, args)
@@ -853,8 +1014,8 @@ def fit(args, model, classes, train, val):
     steps_per_epoch = len(data) // share.videos
     if not steps_per_epoch:
         raise ValueError(
-            f"{len(data)} training clips are fewer than a step takes ({rank_and_world()[1]} processes x --batch-size "
-            f"{args.batch_size} x --accum {args.accum})"
+            f"{len(data)} training clips are fewer than a step takes ({rank_and_world()[1]} "
+            f"processes x --batch-size {args.batch_size} x --accum {args.accum})"
         )
     settings = vars(args) | {"clips": len(data)}
     peak, least = args.lr * share.videos / 256, args.min_lr * share.videos / 256
@@ -870,15 +1031,21 @@ def fit(args, model, classes, train, val):
 
     def state():
         return {
-            "config": asdict(model.config), "model": model.state_dict(), "classes": classes, "best": best,
-            "epoch": run.step // steps_per_epoch, "videos": share.videos, "args": settings,
-        }  # fmt: skip
+            "config": asdict(model.config),
+            "model": model.state_dict(),
+            "classes": classes,
+            "best": best,
+            "epoch": run.step // steps_per_epoch,
+            "videos": share.videos,
+            "args": settings,
+        }
 
     world, warmup = rank_and_world()[1], int(args.warmup_epochs * steps_per_epoch)
     say(
-        f"train   {len(data):,} clips, {len(val):,} more choose best.pt; {len(classes)} classes; {args.epochs} "
-        f"epochs x {steps_per_epoch} steps, from step {step}\nsteps   {share.videos} videos = {world} process(es) x "
-        f"{share.forward} x {share.accum}, {args.repeat} clips of each; learning rate {peak:.3g}; {args.device}, "
+        f"train   {len(data):,} clips, {len(val):,} more choose best.pt; {len(classes)} classes; "
+        f"{args.epochs} epochs x {steps_per_epoch} steps, from step {step}\nsteps   "
+        f"{share.videos} videos = {world} process(es) x {share.forward} x {share.accum}, "
+        f"{args.repeat} clips of each; learning rate {peak:.3g}; {args.device}, "
         f"{'bf16' if args.amp else 'fp32'}; run folder {args.out}"
     )
     net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
@@ -898,10 +1065,18 @@ def fit(args, model, classes, train, val):
                 optimizer.step()
             epoch, took = run.step // steps_per_epoch, time.perf_counter() - began
             clips = world * share.forward * share.accum * args.repeat
-            run.log({
-                "step": run.step + 1, "epoch": epoch, "loss": round(loss.item() / world, 6), "lr": lr,
-                "grad_norm": round(norm, 4), "bad": int(bad), "clips_per_s": round(clips / took, 2),
-            }, blamed)  # fmt: skip
+            run.log(
+                {
+                    "step": run.step + 1,
+                    "epoch": epoch,
+                    "loss": round(loss.item() / world, 6),
+                    "lr": lr,
+                    "grad_norm": round(norm, 4),
+                    "bad": int(bad),
+                    "clips_per_s": round(clips / took, 2),
+                },
+                blamed,
+            )
             if val and run.step % steps_per_epoch == 0:
                 before, best = best, max(best, validate(run, epoch, model, val, val_target))
                 if best > before and run.rank == 0:
@@ -918,7 +1093,9 @@ def as_it_is(args, manifest, test):
         raise ValueError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
     classes = saved.get("classes")
     if not classes or all(name.removeprefix("LABEL_").isdigit() for name in classes):
-        classes = class_names(labelled(manifest, args.split))  # a head without names: the manifest's, in order
+        classes = class_names(
+            labelled(manifest, args.split)
+        )  # a head without names: the manifest's, in order
     if len(classes) != model.head.out_features:
         count = f"a head of {model.head.out_features} classes, {manifest} has {len(classes)}"
         raise ValueError(f"{args.checkpoint}: {count}")
@@ -931,17 +1108,25 @@ def train_classifier(args, manifest, test):
     classes = class_names(train)
     if len(classes) < 2:
         raise ValueError(f"{manifest}: split {args.split!r} has one class, {classes[0]!r}")
-    targets(test, classes, f"{manifest}, split {args.test_split!r}")  # before, not after, the training
+    targets(
+        test, classes, f"{manifest}, split {args.test_split!r}"
+    )  # before, not after, the training
     if args.val_split:
         val = labelled(manifest, args.val_split)
     else:
-        val, train = ([train[i] for i in sorted(part.tolist())] for part in hold_out(len(train), args))
+        val, train = (
+            [train[i] for i in sorted(part.tolist())] for part in hold_out(len(train), args)
+        )
     start, _ = load_model(args.checkpoint)
     torch.manual_seed(args.seed)
     start = tgmae.TGMAE(start.config) if args.scratch else start
     torch.manual_seed(args.seed)  # the same head with --scratch and without
-    model = Classifier(replace(start.config, drop_path=args.drop_path), len(classes)).to(args.device)
-    model.encoder.load_state_dict(start.encoder.state_dict(), strict=False)  # all but the final norm
+    model = Classifier(replace(start.config, drop_path=args.drop_path), len(classes)).to(
+        args.device
+    )
+    model.encoder.load_state_dict(
+        start.encoder.state_dict(), strict=False
+    )  # all but the final norm
     model.encoder.grad_checkpointing = args.grad_checkpointing
     fit(args, model, classes, train, val)
     kept = [Path(args.out) / name for name in ("last.pt", "best.pt") if val or name == "last.pt"]
@@ -959,12 +1144,19 @@ def finetune(args):
         rows.append({"model": name, **accuracy(found.values, target[found.kept])})
     rows.append(chance_row("model", len(classes)))
     notes = [
-        f"Top-k: share of test clips whose class is among the k likeliest; chance is k of {len(classes)} classes. "
-        f"Test: {args.views} views in time x space ({args.sampling}, stride {args.stride}), mean of their softmax."
+        "Top-k: share of test clips whose class is among the k likeliest; chance is k of "
+        f"{len(classes)} classes. Test: {args.views} views in time x space ({args.sampling}, "
+        f"stride {args.stride}), mean of their softmax."
     ]
     if len(models) == 2:
-        clips = f"split {args.val_split}" if args.val_split else f"{args.holdout:.0%} of the training clips"
-        notes.append(f"best.pt is the epoch with the highest top-1 on {clips}, never on test clips.")
+        clips = (
+            f"split {args.val_split}"
+            if args.val_split
+            else f"{args.holdout:.0%} of the training clips"
+        )
+        notes.append(
+            f"best.pt is the epoch with the highest top-1 on {clips}, never on test clips."
+        )
     report(args, rows, notes, {args.test_split: found})
 
 
@@ -975,10 +1167,12 @@ def finetune(args):
 
 @torch.no_grad()
 def attention_maps(model, video, layers, query):
-    """video (1,3,T,S,S) -> (layers,N): how much cube number `query` attends to each cube, the mean over heads,
-    in the given layers (from 0) of the encoder. None is masked."""
+    """video (1,3,T,S,S) -> (layers,N): how much cube number `query` attends to each cube, the mean
+    over heads, in the given layers (from 0) of the encoder. None is masked."""
     c, encoder, maps = model.config, model.encoder, []
-    x = encoder.patch_embed(tgmae.patchify(video, c.patch_size, c.tubelet_size)) + encoder.pos_embed  # (1,N,D)
+    x = (
+        encoder.patch_embed(tgmae.patchify(video, c.patch_size, c.tubelet_size)) + encoder.pos_embed
+    )  # (1,N,D)
     for block in encoder.blocks:
         y, attn = block.norm1(x)[0], block.attn  # (N,D)
         wq, wk, _ = attn.qkv.weight.chunk(3)
@@ -990,24 +1184,28 @@ def attention_maps(model, video, layers, query):
 
 
 def heat_map(scores, frames):
-    """scores (t,h,w), frames (T,S,S,3) uint8 -> (T,S,S,3) uint8: dark where lowest, light where highest, over
-    the grey frames."""
+    """scores (t,h,w), frames (T,S,S,3) uint8 -> (T,S,S,3) uint8: dark where lowest, light where
+    highest, over the grey frames."""
     value = (scores - scores.min()) / (scores.max() - scores.min()).clamp(min=1e-12)
-    value = F.interpolate(value[None, None].float().cpu(), frames.shape[:3])[0, 0]  # (T,S,S), nearest
+    value = F.interpolate(value[None, None].float().cpu(), frames.shape[:3])[
+        0, 0
+    ]  # (T,S,S), nearest
     colour = 255 * torch.from_numpy(colormaps["inferno"](value.numpy())[..., :3])
     return (0.65 * colour + 0.35 * frames.float().mean(-1, keepdim=True)).byte()
 
 
 def clip_to_show(args, config):
-    """-> video (3,T,S,S) uint8, the middle of a file, its centre cropped; motion (T,h,w) and what it is;
-    caption or None; the file's name; numbers of the frames."""
+    """-> video (3,T,S,S) uint8, the middle of a file, its centre cropped; motion (T,h,w) and what
+    it is; caption or None; the file's name; numbers of the frames."""
     if args.video:
         record = {"path": args.video, "video": args.video}
     else:
         records = tgmae.read_manifest(toy.manifest_of(args.data), args.test_split)
         if not 0 <= args.number < len(records):
             last = len(records) - 1
-            raise ValueError(f"--number {args.number}: split {args.test_split!r} has clips 0 to {last}")
+            raise ValueError(
+                f"--number {args.number}: split {args.test_split!r} has clips 0 to {last}"
+            )
         record = records[args.number]
     caption = args.caption or middle(record.get("captions") or [None])
     start = record.get("start") if args.start is None else args.start
@@ -1020,7 +1218,11 @@ def clip_to_show(args, config):
     (crop,) = view_crops(frames.shape[1:3], 1)
     video = tgmae.crop_frames(frames, crop, config.image_size)
     motion = tgmae.crop_motion(motion, crop, config.grid)
-    what = "frame differences: the codec has no motion vectors" if none else "the codec's motion vectors"
+    what = (
+        "frame differences: the codec has no motion vectors"
+        if none
+        else "the codec's motion vectors"
+    )
     return video, motion, what, caption, record["video"], numbers
 
 
@@ -1036,8 +1238,10 @@ def reconstruction_panels(model, video, mask, of):
     if not c.norm_pix_loss:
         return [(f"reconstruction ({of})", to_uint8(made["reconstructed"]))]
     labels = {
-        "reconstructed": f"reconstruction ({of}), with each masked cube's true mean and std put back",
-        "predicted": f"reconstruction ({of}) as predicted, without true mean and std: grey is 0, black and white 3 std",
+        "reconstructed": f"reconstruction ({of}), with each masked cube's true mean and std "
+        "put back",
+        "predicted": f"reconstruction ({of}) as predicted, without true mean and std: grey is 0, "
+        "black and white 3 std",
     }
     return [(label, to_uint8(made[name])) for name, label in labels.items()]
 
@@ -1060,7 +1264,9 @@ def attention_panels(args, model, video, frames):
     layers = args.layers or sorted({1, (c.depth + 1) // 2, c.depth})
     if not all(1 <= layer <= c.depth for layer in layers):
         raise ValueError(f"--layers {' '.join(map(str, layers))}: the encoder has 1 to {c.depth}")
-    maps = attention_maps(model, video, [layer - 1 for layer in layers], query).view(-1, t, h, w).cpu()
+    maps = (
+        attention_maps(model, video, [layer - 1 for layer in layers], query).view(-1, t, h, w).cpu()
+    )
     label = "attention from the centre patch (white box), layer"
     return [
         (f"{label} {layer} of {c.depth}", mark(heat_map(weights, frames), query, c))
@@ -1080,11 +1286,19 @@ def panels_of(args, model, saved):
     panels, title = [("clip", frames)], f"{name}, frames {numbers[0]} to {numbers[-1]}"
     if caption:
         title += f': "{caption}"'
-        default = "local-dir:data/toy/clip" if args.data == "toy" and not args.video else "ViT-B-32-quickgelu"
+        default = (
+            "local-dir:data/toy/clip"
+            if args.data == "toy" and not args.video
+            else "ViT-B-32-quickgelu"
+        )
         called, clip = load_clip(args, saved, default)
         text = tgmae.encode_text(*clip, [caption])
-        scores["tgm"] = like = tgmae.text_scores(clip[0], video, text, c.patch_size, c.tubelet_size).cpu()
-        label = f"similarity to the caption ({called}), {like.min():.2f} dark to {like.max():.2f} light"
+        scores["tgm"] = like = tgmae.text_scores(
+            clip[0], video, text, c.patch_size, c.tubelet_size
+        ).cpu()
+        label = (
+            f"similarity to the caption ({called}), {like.min():.2f} dark to {like.max():.2f} light"
+        )
         panels.append((label, heat_map(like[0], frames)))
     else:
         say("note    no --caption: no text mask")
@@ -1093,13 +1307,20 @@ def panels_of(args, model, saved):
     if chosen not in scores:
         raise ValueError(f"--mask {chosen}: needs --caption")
     own = trained if trained.get("mask") == chosen else {}
-    ratio = own.get("mask_ratio", MASK_RATIOS[chosen]) if args.mask_ratio is None else args.mask_ratio
+    ratio = (
+        own.get("mask_ratio", MASK_RATIOS[chosen]) if args.mask_ratio is None else args.mask_ratio
+    )
     masks = {}
     for way, score in scores.items():
         share, lowest = (ratio, own.get("bottom_k")) if way == chosen else (MASK_RATIOS[way], False)
         masks[way] = tgmae.topk_mask(score, share, bottom_k=lowest, generator=generator)
         masked = tgmae.reconstruct(video, masks[way], None, c)["masked"]
-        panels.append((f"{way} mask, {share:g}: {words[way]}{', the lowest' if lowest else ''}", to_uint8(masked)))
+        panels.append(
+            (
+                f"{way} mask, {share:g}: {words[way]}{', the lowest' if lowest else ''}",
+                to_uint8(masked),
+            )
+        )
     if model.has_decoder:
         panels += reconstruction_panels(model, video, masks[chosen], f"{chosen} {ratio:g}")
     else:
@@ -1108,7 +1329,8 @@ def panels_of(args, model, saved):
 
 
 def draw_sheet(path, panels, title, numbers, tubelet_size):
-    """A row a panel, its label at the left, and at most 8 frames, each of another tubelet if there are more."""
+    """A row a panel, its label at the left, and at most 8 frames, each of another tubelet if there
+    are more."""
     shown = list(range(0, len(numbers), tubelet_size if len(numbers) > 8 else 1))
     shown = shown[:: -(-len(shown) // 8)]
     figure = Figure((2.4 + 1.1 * len(shown), 1.13 * len(panels) + 0.6), layout="constrained")
@@ -1127,7 +1349,9 @@ def draw_sheet(path, panels, title, numbers, tubelet_size):
 def draw_video(path, panels, title, columns=4, seconds=4):
     """The panels side by side, all frames, again and again for some seconds."""
     rows = -(-len(panels) // columns)
-    figure = Figure((2.4 * columns, 3 * rows + 0.4), layout="constrained")  # even pixels, which H.264 wants
+    figure = Figure(
+        (2.4 * columns, 3 * rows + 0.4), layout="constrained"
+    )  # even pixels, which H.264 wants
     canvas, pictures = FigureCanvasAgg(figure), []
     figure.suptitle(textwrap.fill(title, 120), fontsize=10, parse_math=False)
     for i, (label, frames) in enumerate(panels, 1):
@@ -1158,7 +1382,10 @@ def show(args):
     draw_sheet(files[0], panels, title, numbers, model.config.tubelet_size)
     draw_video(files[1], panels, title)
     rows = [{"row": i, "shows": label} for i, (label, _) in enumerate(panels, 1)]
-    note = f"{title}. Written: {files[0]}, {files[1]}. Pictures, not a measure: there is no chance to compare with."
+    note = (
+        f"{title}. Written: {files[0]}, {files[1]}. Pictures, not a measure: there is no chance to "
+        "compare with."
+    )
     report(args, rows, [note], {}, files=list(map(str, files)), frames=numbers)
 
 
@@ -1168,23 +1395,37 @@ def show(args):
 
 
 def huggingface_of(model):
-    """The same model in transformers: VideoMAEForVideoClassification, VideoMAEForPreTraining, or VideoMAEModel
-    where there is no decoder."""
+    """The same model in transformers: VideoMAEForVideoClassification, VideoMAEForPreTraining, or
+    VideoMAEModel where there is no decoder."""
     import transformers
 
     c = model.config
     theirs = transformers.VideoMAEConfig(
-        image_size=c.image_size, patch_size=c.patch_size, num_frames=c.num_frames, tubelet_size=c.tubelet_size,
-        num_channels=c.in_chans, hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.num_heads,
-        intermediate_size=int(c.embed_dim * c.mlp_ratio), layer_norm_eps=c.layer_norm_eps, norm_pix_loss=c.norm_pix_loss,
-        decoder_hidden_size=c.decoder_embed_dim, decoder_num_hidden_layers=c.decoder_depth,
-        decoder_num_attention_heads=c.decoder_num_heads, decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        num_frames=c.num_frames,
+        tubelet_size=c.tubelet_size,
+        num_channels=c.in_chans,
+        hidden_size=c.embed_dim,
+        num_hidden_layers=c.depth,
+        num_attention_heads=c.num_heads,
+        intermediate_size=int(c.embed_dim * c.mlp_ratio),
+        layer_norm_eps=c.layer_norm_eps,
+        norm_pix_loss=c.norm_pix_loss,
+        decoder_hidden_size=c.decoder_embed_dim,
+        decoder_num_hidden_layers=c.decoder_depth,
+        decoder_num_attention_heads=c.decoder_num_heads,
+        decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
         use_mean_pooling=isinstance(model.encoder.norm, nn.Identity),
-    )  # fmt: skip
+    )
     fine_tuned = isinstance(model, Classifier)
     if fine_tuned:
         theirs.num_labels = model.head.out_features
-    net = (transformers.VideoMAEForVideoClassification if fine_tuned else transformers.VideoMAEForPreTraining)(theirs)
+    net = (
+        transformers.VideoMAEForVideoClassification
+        if fine_tuned
+        else transformers.VideoMAEForPreTraining
+    )(theirs)
     net.load_state_dict(tgmae.to_huggingface(model))
     return (net if fine_tuned or model.has_decoder else net.videomae).eval()
 
@@ -1203,9 +1444,11 @@ def export(args):
         net.config.label2id = {label: i for i, label in enumerate(saved["classes"])}
     net.save_pretrained(out)
     processor = transformers.VideoMAEImageProcessor(
-        size={"shortest_edge": c.image_size}, crop_size={"height": c.image_size, "width": c.image_size},
-        image_mean=list(tgmae.IMAGENET_MEAN), image_std=list(tgmae.IMAGENET_STD),
-    )  # fmt: skip
+        size={"shortest_edge": c.image_size},
+        crop_size={"height": c.image_size, "width": c.image_size},
+        image_mean=list(tgmae.IMAGENET_MEAN),
+        image_std=list(tgmae.IMAGENET_STD),
+    )
     processor.save_pretrained(out)
     rest = {name: saved.get(name) for name in ("args", "classes")}
     header = {"config": json.dumps(asdict(c)), "saved": json.dumps(rest)}
@@ -1219,18 +1462,23 @@ def export(args):
         theirs = type(net).from_pretrained(out).base_model(video.transpose(1, 2)).last_hidden_state
     apart = (ours - theirs).abs().max().item()
     opens = {
-        "model.safetensors": f"transformers' {type(net).__name__} and VideoMAEModel .from_pretrained({str(out)!r})",
+        "model.safetensors": f"transformers' {type(net).__name__} and VideoMAEModel "
+        f".from_pretrained({str(out)!r})",
         "tgmae.safetensors": "eval.py, and train.py --init: all weights, in tgmae.py's names",
     }
     rows = [
-        {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": by} for name, by in opens.items()
+        {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": by}
+        for name, by in opens.items()
     ]
     notes = [
-        f"Opened again in transformers, the encoder's output for two clips of noise differs by {apart:.1e} at most "
-        "(0: the same; there is no chance to compare with)."
+        "Opened again in transformers, the encoder's output for two clips of noise differs by "
+        f"{apart:.1e} at most (0: the same; there is no chance to compare with)."
     ]
     if isinstance(model, Classifier) and model.fc_norm.eps != 1e-5:
-        notes.append(f"transformers' fc_norm has eps 1e-5, ours {model.fc_norm.eps:g}: logits differ by little.")
+        notes.append(
+            f"transformers' fc_norm has eps 1e-5, ours {model.fc_norm.eps:g}: logits differ by "
+            "little."
+        )
     report(args, rows, notes, {}, difference=apart)
 
 
@@ -1241,7 +1489,13 @@ def main(argv=None):
         rank, _ = tgmae.start_processes(args)
         if args.command in ("show", "export") and rank:
             return  # one process draws and writes
-        run = {"finetune": finetune, "linear": linear, "retrieve": retrieve, "show": show, "export": export}
+        run = {
+            "finetune": finetune,
+            "linear": linear,
+            "retrieve": retrieve,
+            "show": show,
+            "export": export,
+        }
         run[args.command](args)
 
 

@@ -16,8 +16,10 @@ what stands before and after them serves the scripts, and can be left for later.
 
 Shapes, the same letters everywhere:
     B batch    T,H,W frames, height, width    C = 3    S = image_size
-    t,h,w the grid of cubes: t = T/tubelet_size, h = H/patch_size, w = W/patch_size (2 and 16 in VideoMAE)
-    N = t*h*w cubes, Nv of them visible, Nm masked    P = tubelet_size*patch_size**2*3 values in a cube
+    t,h,w the grid of cubes: t = T/tubelet_size, h = H/patch_size,
+    w = W/patch_size (2 and 16 in VideoMAE)
+    N = t*h*w cubes, Nv of them visible,
+    Nm masked    P = tubelet_size*patch_size**2*3 values in a cube
     D embed_dim    Dd decoder_embed_dim    E text_dim
 
 A mask is (B,N) bool and True means MASKED, everywhere.
@@ -102,7 +104,10 @@ class Config:
             ("decoder_embed_dim", "decoder_num_heads"),
         ):
             if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole}={getattr(self, whole)} is not divisible by {part}={getattr(self, part)}")
+                raise ValueError(
+                    f"{whole}={getattr(self, whole)} is not divisible by "
+                    f"{part}={getattr(self, part)}"
+                )
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -124,9 +129,14 @@ class Config:
 
 def _preset(width, depth, heads, decoder_width, decoder_depth, decoder_heads, **other):
     return Config(
-        embed_dim=width, depth=depth, num_heads=heads, decoder_embed_dim=decoder_width,
-        decoder_depth=decoder_depth, decoder_num_heads=decoder_heads, **other,
-    )  # fmt: skip
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        decoder_embed_dim=decoder_width,
+        decoder_depth=decoder_depth,
+        decoder_num_heads=decoder_heads,
+        **other,
+    )
 
 
 PRESETS = {
@@ -138,10 +148,10 @@ PRESETS = {
 }
 
 # =================================================================================================
-# Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both.
-# Needs: av, VideoReformatter, contextlib, gc, itertools, math, os, stat, warnings, NamedTuple, numpy as np, torch,
-# torch.nn.functional as F.
-# A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
+# Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both. Needs:
+# av, VideoReformatter, contextlib, gc, itertools, math, os, stat, warnings, NamedTuple, numpy as
+# np, torch, torch.nn.functional as F. A frame's number is its rank in order of presentation.
+# Motion: Fan et al., MGM (ICCV 2023).
 # =================================================================================================
 
 MOTION_CELL = 8  # pixels: the codec's smallest block
@@ -217,7 +227,8 @@ def _demux(container, stream):
 
 
 def _scan(path, container, stream):
-    # Headers lie about the number of frames (Matroska says 0), so the packets are counted, undecoded.
+    # Headers lie about the number of frames (Matroska says 0), so the packets are counted,
+    # undecoded.
     packets = [
         (packet.pts, packet.is_keyframe)
         for packet in container.demux(stream)
@@ -227,12 +238,15 @@ def _scan(path, container, stream):
         raise VideoError(f"{path}: no frames")
     fps, time_base = float(stream.average_rate or 0), float(stream.time_base or 0)
     pts, is_key = zip(*packets)
-    # Times of decoding alone, as AVI has them, are of no use: frames are then counted while decoding.
+    # Times of decoding alone, as AVI has them, are of no use: frames are then counted while
+    # decoding.
     unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
     if unordered or None in pts or len(set(pts)) < len(pts):
         return _Index(None, np.empty(0, int), len(packets), fps, time_base)
     order = np.argsort(pts)
-    return _Index(np.array(pts)[order], np.flatnonzero(np.array(is_key)[order]), len(packets), fps, time_base)
+    return _Index(
+        np.array(pts)[order], np.flatnonzero(np.array(is_key)[order]), len(packets), fps, time_base
+    )
 
 
 _INDICES = {}  # of files met before: the clips of an hour-long one need not scan it each
@@ -241,8 +255,8 @@ MAX_INDICES = 4096
 
 @contextlib.contextmanager
 def open_video(path, *, motion=False):
-    """Opens a video file for frame_range and read_clip, which take it in place of a path. Opening costs
-    as much as decoding ten frames, so it is worth doing once. motion: as in read_clip."""
+    """Opens a video file for frame_range and read_clip, which take it in place of a path. Opening
+    costs as much as decoding ten frames, so it is worth doing once. motion: as in read_clip."""
     if isinstance(path, Video):
         yield path
         return
@@ -257,8 +271,9 @@ def open_video(path, *, motion=False):
 
 
 def frame_range(path, start=None, end=None) -> tuple[int, int]:
-    """Numbers [first, stop) of the frames shown between `start` and `end`, in seconds from the first frame;
-    all by default. path: a file, or a Video from open_video. VideoError if no frame lies between."""
+    """Numbers [first, stop) of the frames shown between `start` and `end`, in seconds from the
+    first frame; all by default. path: a file, or a Video from open_video. VideoError if no frame
+    lies between."""
     with open_video(path) as video:
         index = video.index
     if index.pts is None:  # no timestamps: the frame rate has to do
@@ -275,15 +290,16 @@ def frame_range(path, start=None, end=None) -> tuple[int, int]:
 def clip_indices(first, stop, num_frames, stride, *, generator=None) -> list[int]:
     """num_frames numbers, `stride` apart, from a random place in [first, stop).
 
-    A video shorter than num_frames*stride repeats its last frame, much as in VideoMAE's kinetics.py."""
+    A video shorter than num_frames*stride repeats its last frame, much as in VideoMAE's
+    kinetics.py."""
     span = stop - first - num_frames * stride
     start = first + int(torch.randint(max(0, span) + 1, (), generator=generator))
     return [min(start + i * stride, stop - 1) for i in range(num_frames)]
 
 
 def _runs(keys, frames):
-    """Cuts frame numbers into runs, each decoded from one key frame; a new run begins where a seek to a later
-    key frame saves decoding. -> [(key frame, [frame, ...]), ...]."""
+    """Cuts frame numbers into runs, each decoded from one key frame; a new run begins where a seek
+    to a later key frame saves decoding. -> [(key frame, [frame, ...]), ...]."""
     runs = []
     for number in sorted(set(frames)):
         before = keys[: np.searchsorted(keys, number, side="right")]
@@ -302,16 +318,19 @@ def _number(index, frame):
     return number if number < index.frames and index.pts[number] == frame.pts else None
 
 
-# Codecs in which libav can leave out frames that nothing refers to. (An HEVC frame that says so of itself
-# may still be referred to by those of a higher temporal layer.)
+# Codecs in which libav can leave out frames that nothing refers to. (An HEVC frame that says so of
+# itself may still be referred to by those of a higher temporal layer.)
 _SKIPS = {"h264", "mpeg4"}
 
 
 def _packets(video, key, number):
-    """Packets from key frame `key` on, or from an earlier one, from which frame `number` can be decoded; none
-    if no seek lands early enough."""
+    """Packets from key frame `key` on, or from an earlier one, from which frame `number` can be
+    decoded; none if no seek lands early enough."""
     pts = video.index.pts
-    for target in (number, key):  # the first may land on a later key frame, where frames are reordered
+    for target in (
+        number,
+        key,
+    ):  # the first may land on a later key frame, where frames are reordered
         video.container.seek(int(pts[target]), stream=video.stream)
         with _demux(video.container, video.stream) as packets:
             first = next(packets)
@@ -322,7 +341,8 @@ def _packets(video, key, number):
 
 
 def _decode(video, frames):
-    """Yields (number, frame) for the frames, and for those that had to be decoded on the way to them."""
+    """Yields (number, frame) for the frames, and for those that had to be decoded on the way to
+    them."""
     codec, index = video.stream.codec_context, video.index
     if index.pts is None:
         return
@@ -333,7 +353,9 @@ def _decode(video, frames):
                 codec.skip_frame = "DEFAULT" if packet.pts in awaited else "NONREF"
             awaited.discard(packet.pts)
             decoded = packet.decode()
-            if not awaited and packet.size:  # all that the run needs is in: flush what the decoder holds back
+            if (
+                not awaited and packet.size
+            ):  # all that the run needs is in: flush what the decoder holds back
                 decoded += codec.decode(None)
             for frame in decoded:
                 if (number := _number(index, frame)) is not None:
@@ -343,8 +365,12 @@ def _decode(video, frames):
 
 
 def _decode_from_start(video, frames):
-    """Yields (number, frame) for every frame up to the last of `frames`, in a decoder of its own."""
-    with _open_stream(video.path, video.motion) as (container, stream), _demux(container, stream) as packets:
+    """Yields (number, frame) for every frame up to the last of `frames`, in a decoder of its
+    own."""
+    with (
+        _open_stream(video.path, video.motion) as (container, stream),
+        _demux(container, stream) as packets,
+    ):
         decoded = (packet.decode() for packet in packets)
         for count, frame in enumerate(itertools.chain.from_iterable(decoded)):
             number = count if video.index.pts is None else _number(video.index, frame)
@@ -366,9 +392,9 @@ def probe_video(path) -> VideoInfo:
     raise VideoError(f"{path}: no frame that can be decoded")
 
 
-# PyAV scales in as many threads as there are cores (since 17), and keeps them for the next frame (since
-# 19), for which a loader process that is forked in between would wait for ever. So: one thread, and
-# scalers of our own.
+# PyAV scales in as many threads as there are cores (since 17), and keeps them for the next frame
+# (since 19), for which a loader process that is forked in between would wait for ever. So: one
+# thread, and scalers of our own.
 _ONE_THREAD = {"threads": 1} if _PYAV >= 17 else {}
 
 
@@ -382,15 +408,16 @@ def _to_rgb(frame, size, scalers):
 
 
 def _block_motion(frame, rows, cols):
-    """Length of a frame's motion vectors in pixels, (rows,cols) cells of 8x8 pixels, NaN where there is none;
-    None if the frame has none at all, as key frames."""
+    """Length of a frame's motion vectors in pixels, (rows,cols) cells of 8x8 pixels, NaN where
+    there is none; None if the frame has none at all, as key frames."""
     data = frame.side_data.get("MOTION_VECTORS")
     if not data:
         return None
     v = data.to_ndarray()
     length = np.hypot(v["motion_x"], v["motion_y"]) / v["motion_scale"]
-    # The cell of a block's upper left corner (dst is its centre), on a plane with two more cells on each side,
-    # where blocks go that lie outside. A block of 16 covers two cells, one of 8 covers one.
+    # The cell of a block's upper left corner (dst is its centre), on a plane with two more cells on
+    # each side, where blocks go that lie outside. A block of 16 covers two cells, one of 8 covers
+    # one.
     y = ((v["dst_y"] - v["h"] // 2) // MOTION_CELL + 2).clip(0, rows + 2)
     x = ((v["dst_x"] - v["w"] // 2) // MOTION_CELL + 2).clip(0, cols + 2)
     plane = rows + 4, cols + 4
@@ -400,14 +427,17 @@ def _block_motion(frame, rows, cols):
     cell = np.concatenate([cell, cell[wide] + 1, cell[tall] + plane[1], cell[both] + plane[1] + 1])
     length = np.concatenate([length, length[wide], length[tall], length[both]])
     with np.errstate(invalid="ignore"):  # two in a B-block: the mean
-        motion = np.bincount(cell, length, math.prod(plane)) / np.bincount(cell, minlength=math.prod(plane))
+        motion = np.bincount(cell, length, math.prod(plane)) / np.bincount(
+            cell, minlength=math.prod(plane)
+        )
     motion = motion.reshape(plane)[2:-2, 2:-2].astype(np.float32)
     return np.rot90(motion, round(frame.rotation / 90))
 
 
 def _fill_missing(fields):
-    """Fields (h',w') with gaps, or None, one a frame, not all None -> (F,h',w'). A NaN cell takes the value of
-    the nearest frame that has one (the later of two: a key frame often opens a new shot), 0 where none has."""
+    """Fields (h',w') with gaps, or None, one a frame, not all None -> (F,h',w'). A NaN cell takes
+    the value of the nearest frame that has one (the later of two: a key frame often opens a new
+    shot), 0 where none has."""
     empty = np.full_like(next(field for field in fields if field is not None), np.nan)
     motion = np.stack([empty if field is None else field for field in fields])
     gaps = np.isnan(motion).any(0)
@@ -422,7 +452,8 @@ def _fill_missing(fields):
 
 
 def _frame_difference(frames):
-    """(T,H,W,3) uint8 -> (T,h',w'): mean absolute difference to the frame before, in grey levels."""
+    """(T,H,W,3) uint8 -> (T,h',w'): mean absolute difference to the frame before, in grey
+    levels."""
     grey = frames.float().mean(-1)
     change = (grey[1:] - grey[:-1]).abs() if len(grey) > 1 else torch.zeros_like(grey)
     change = torch.cat([change[:1], change])[: len(grey)]
@@ -430,8 +461,8 @@ def _frame_difference(frames):
 
 
 def _read_frames(path, decoded, wanted, motion):
-    """From pairs (number, frame) -> {number: RGB} and, with motion, {number: motion field or None} of those
-    that are wanted. VideoError if one of them, or one on the way to them, is damaged."""
+    """From pairs (number, frame) -> {number: RGB} and, with motion, {number: motion field or None}
+    of those that are wanted. VideoError if one of them, or one on the way to them, is damaged."""
     rgb, fields, size, scalers = {}, {}, None, (VideoReformatter(), VideoReformatter())
     for number, frame in decoded:
         if frame.is_corrupt:  # what follows refers to it
@@ -445,8 +476,8 @@ def _read_frames(path, decoded, wanted, motion):
 
 
 def read_clip(path, frames, *, motion=False):
-    """Reads the frames with the given numbers (sorted, repeats allowed), all in one decode. path: a file,
-    or a Video from open_video.
+    """Reads the frames with the given numbers (sorted, repeats allowed), all in one decode. path: a
+    file, or a Video from open_video.
 
     Returns frames (T,H,W,3) uint8; with motion=True (frames, motion): motion (T,H/8,W/8) float32,
     rounded up, is the length of the codec's motion vectors in pixels of the source. A block without
@@ -456,7 +487,9 @@ def read_clip(path, frames, *, motion=False):
     with open_video(path, motion=motion) as video:
         path, index, frames = video.path, video.index, list(frames)
         if not frames or frames != sorted(frames) or frames[0] < 0 or frames[-1] >= index.frames:
-            raise ValueError(f"{path}: frame numbers {frames}: must be sorted and in 0..{index.frames - 1}")
+            raise ValueError(
+                f"{path}: frame numbers {frames}: must be sorted and in 0..{index.frames - 1}"
+            )
         if motion and not video.motion:
             raise ValueError(f"{path}: motion of a video that was opened without motion=True")
         # If a seek landed too late, frames are missing: then all is decoded from the start.
@@ -472,15 +505,17 @@ def read_clip(path, frames, *, motion=False):
     gc.collect(1)  # in PyAV a frame and its side data hold each other: they would pile up
     if any(field is not None for field in fields.values()):
         return clip, torch.from_numpy(_fill_missing([fields[number] for number in frames]))
-    warnings.warn(NoMotionVectors(f"{path}: no motion vectors, frame differences instead"), stacklevel=2)
+    warnings.warn(
+        NoMotionVectors(f"{path}: no motion vectors, frame differences instead"), stacklevel=2
+    )
     unique = sorted(rgb)
     change = _frame_difference(torch.from_numpy(np.stack([rgb[number] for number in unique])))
     return clip, change[[unique.index(number) for number in frames]]
 
 
 # =================================================================================================
-# Manifest: what is known of the clips: records of a manifest, and text maps, which captions.py makes.
-# Needs: json, zipfile, NamedTuple, Path, numpy as np, torch.
+# Manifest: what is known of the clips: records of a manifest, and text maps, which captions.py
+# makes. Needs: json, zipfile, NamedTuple, Path, numpy as np, torch.
 # =================================================================================================
 
 
@@ -497,28 +532,38 @@ class TextMap(NamedTuple):
 
 
 def read_map(path, captions, clip=None) -> TextMap:
-    """Reads a text map (.npz without pickles). Raises ValueError if it is broken, or was made of other
-    captions, or (where `clip` is given) by another CLIP."""
+    """Reads a text map (.npz without pickles). Raises ValueError if it is broken, or was made of
+    other captions, or (where `clip` is given) by another CLIP."""
     again = "python captions.py maps makes it anew"
     try:
         with np.load(path, allow_pickle=False) as file:
             saved = TextMap(
-                *(torch.from_numpy(file[name]) for name in ("similarity", "frames", "text")), str(file["clip"]),
-                tuple(file["source_size"].tolist()), tuple(file["resized_size"].tolist()), int(file["patch_size"]),
-            )  # fmt: skip
+                *(torch.from_numpy(file[name]) for name in ("similarity", "frames", "text")),
+                str(file["clip"]),
+                tuple(file["source_size"].tolist()),
+                tuple(file["resized_size"].tolist()),
+                int(file["patch_size"]),
+            )
             made_of = file["captions"].tolist()
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a whole text map ({error or type(error).__name__}); {again}") from error
+        raise ValueError(
+            f"{path}: not a whole text map ({error or type(error).__name__}); {again}"
+        ) from error
     if made_of != captions:
-        raise ValueError(f"{path}: a text map of other captions ({made_of}, now {captions}); {again}")
+        raise ValueError(
+            f"{path}: a text map of other captions ({made_of}, now {captions}); {again}"
+        )
     if clip not in (None, saved.clip):
-        raise ValueError(f"{path}: a text map made with CLIP {saved.clip}, not {clip}; {again}, with --force")
+        raise ValueError(
+            f"{path}: a text map made with CLIP {saved.clip}, not {clip}; {again}, with --force"
+        )
     return saved
 
 
 def read_manifest(path, split=None):
-    """Records of a manifest (JSON lines, one clip each) as dicts; with `split`, those of that split and those
-    that name none. Adds `path` and `map_path`: `video` and `maps` with the manifest's folder in front.
+    """Records of a manifest (JSON lines, one clip each) as dicts; with `split`, those of that split
+    and those that name none. Adds `path` and `map_path`: `video` and `maps` with the manifest's
+    folder in front.
 
     Raises ValueError that names file and line for a line that is not such a record."""
     path, records = Path(path), []
@@ -538,8 +583,13 @@ def read_manifest(path, split=None):
         if not isinstance(record.get("maps", ""), str):
             raise ValueError(f"{path}:{number}: maps must be a path, or absent: {record['maps']!r}")
         captions = record.get("captions", [])
-        if not isinstance(captions, list) or not all(isinstance(c, str) and c.strip() for c in captions):
-            raise ValueError(f"{path}:{number}: captions must be a list of non-empty texts, or absent: {captions!r}")
+        if not isinstance(captions, list) or not all(
+            isinstance(c, str) and c.strip() for c in captions
+        ):
+            raise ValueError(
+                f"{path}:{number}: captions must be a list of non-empty texts, or absent: "
+                f"{captions!r}"
+            )
         if split is None or record.get("split", split) == split:
             paths = {"path": str(path.parent / record["video"])}
             paths |= {"map_path": str(path.parent / record["maps"])} if record.get("maps") else {}
@@ -569,9 +619,9 @@ class Crop(NamedTuple):
 
 
 def multi_scale_crop(size, *, flip=True, scales=(1, 0.875, 0.75, 0.66), generator=None) -> Crop:
-    """VideoMAE's GroupMultiScaleCrop: a random box in a frame of `size` (height, width), in pixels of the source.
-    Its sides are neighbours in `scales` times the short side, at one of 13 places (corners, centre, and between);
-    mirrored half the time."""
+    """VideoMAE's GroupMultiScaleCrop: a random box in a frame of `size` (height, width), in pixels
+    of the source. Its sides are neighbours in `scales` times the short side, at one of 13 places
+    (corners, centre, and between); mirrored half the time."""
 
     def draw(count):
         return int(torch.randint(count, (), generator=generator))
@@ -579,14 +629,17 @@ def multi_scale_crop(size, *, flip=True, scales=(1, 0.875, 0.75, 0.66), generato
     sides = [int(min(size) * scale) for scale in scales]
     pairs = [(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1]
     height, width = pairs[draw(len(pairs))]
-    places = [(y, x) for y in range(5) for x in range(5) if (y % 2 == x % 2)]  # quarters of the slack
+    places = [
+        (y, x) for y in range(5) for x in range(5) if (y % 2 == x % 2)
+    ]  # quarters of the slack
     y, x = places[draw(len(places))]
     top, left = y * ((size[0] - height) // 4), x * ((size[1] - width) // 4)
     return Crop(top, left, height, width, flip and draw(2) == 1)
 
 
 def crop_frames(frames, crop, size):
-    """(T,H,W,3) uint8 -> (3,T,size,size) uint8: cut, resized bilinearly with antialiasing, mirrored."""
+    """(T,H,W,3) uint8 -> (3,T,size,size) uint8: cut, resized bilinearly with antialiasing,
+    mirrored."""
     video = TF.resized_crop(
         frames.permute(0, 3, 1, 2), crop.top, crop.left, crop.height, crop.width, [size, size]
     )  # (T,3,size,size)
@@ -595,8 +648,8 @@ def crop_frames(frames, crop, size):
 
 
 def area_weights(cells, out, start, stop):
-    """(out,cells): the share of each of `cells` input cells in each of `out` equal parts of the span
-    [start, stop), which is given in input cells and lies within them. Rows sum to 1."""
+    """(out,cells): the share of each of `cells` input cells in each of `out` equal parts of the
+    span [start, stop), which is given in input cells and lies within them. Rows sum to 1."""
     edges = torch.linspace(start, stop, out + 1, dtype=torch.float64)
     low, high, left = edges[:-1, None], edges[1:, None], torch.arange(cells)
     overlap = (torch.minimum(high, left + 1) - torch.maximum(low, left)).clamp(min=0)
@@ -613,27 +666,35 @@ def crop_motion(motion, crop, grid, cell=8):
 
 
 def crop_map(similarity, crop, size, grid):
-    """(t,h',w') text similarity of whole frames of `size` (height, width) -> (t,h,w) of the crop: the
-    value at the centre of each of its patches, bilinear between cells."""
+    """(t,h',w') text similarity of whole frames of `size` (height, width) -> (t,h,w) of the crop:
+    the value at the centre of each of its patches, bilinear between cells."""
     _, h, w = grid
     y = 2 * (crop.top + (torch.arange(h) + 0.5) * crop.height / h) / size[0] - 1
     x = 2 * (crop.left + (torch.arange(w) + 0.5) * crop.width / w) / size[1] - 1
-    centres = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)  # (h,w,2): x and y in -1..1
-    cropped = F.grid_sample(similarity[None].float(), centres[None], padding_mode="border", align_corners=False)
+    centres = torch.stack(
+        torch.meshgrid(y, x, indexing="ij")[::-1], -1
+    )  # (h,w,2): x and y in -1..1
+    cropped = F.grid_sample(
+        similarity[None].float(), centres[None], padding_mode="border", align_corners=False
+    )
     cropped = cropped[0]  # (t,h,w)
     return cropped.flip(-1) if crop.flip else cropped
 
 
 def map_scores(text_map, caption, frames, crop, size, grid):
-    """Scores (t,h,w) of a crop from a TextMap, for its caption of that number: of the stored frame that is
-    nearest to each of `frames`, the t tubelets' first ones. size: (height, width) that the crop is of."""
+    """Scores (t,h,w) of a crop from a TextMap, for its caption of that number: of the stored frame
+    that is nearest to each of `frames`, the t tubelets' first ones. size: (height, width) that the
+    crop is of."""
     nearest = (text_map.frames[:, None] - torch.tensor(frames)).abs().argmin(0)  # (t,)
     return crop_map(text_map.similarity[caption, nearest], crop, size, grid)
 
 
 def normalize(video):
     """(B,3,T,H,W) uint8 -> float32 with ImageNet's mean and std taken out."""
-    mean, std = (video.new_tensor(v, dtype=torch.float32).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        video.new_tensor(v, dtype=torch.float32).view(3, 1, 1, 1)
+        for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return (video.float() / 255 - mean) / std
 
 
@@ -644,8 +705,8 @@ def normalize(video):
 
 
 def patchify(video, patch_size, tubelet_size):
-    """(B,C,T,H,W) -> (B,N,P), before equation (1). A cube's values: (frame, row, column, channel), as in VideoMAE.
-    ValueError if the video does not divide into cubes."""
+    """(B,C,T,H,W) -> (B,N,P), before equation (1). A cube's values: (frame, row, column, channel),
+    as in VideoMAE. ValueError if the video does not divide into cubes."""
     B, C, T, H, W = video.shape
     if T % tubelet_size or H % patch_size or W % patch_size:
         raise ValueError(
@@ -659,7 +720,8 @@ def patchify(video, patch_size, tubelet_size):
 
 
 def unpatchify(patches, grid, patch_size, tubelet_size):
-    """(B,N,P) -> (B,C,T,H,W): the exact inverse of patchify. ValueError if N or P do not fit the sizes."""
+    """(B,N,P) -> (B,C,T,H,W): the exact inverse of patchify. ValueError if N or P do not fit the
+    sizes."""
     (B, N, P), (t, h, w) = patches.shape, grid
     C, rest = divmod(P, tubelet_size * patch_size**2)
     if N != t * h * w or rest:
@@ -673,15 +735,16 @@ def unpatchify(patches, grid, patch_size, tubelet_size):
 
 
 def split_mask(mask, device=None):
-    """mask (B,N) bool, True = masked -> ids_keep (B,Nv), ids_mask (B,Nm), each ascending, on `device`.
+    """mask (B,N) bool, True = masked -> ids_keep (B,Nv), ids_mask (B,Nm), each ascending, on
+    `device`.
 
     Raises ValueError if the rows mask different numbers of cubes. The counts decide shapes, so
     they are needed on the host: keep masks on the CPU and no GPU ever waits for this."""
     counts = mask.sum(1).tolist()
     if mask.dtype != torch.bool or len(set(counts)) != 1 or not 0 < counts[0] < mask.shape[1]:
         raise ValueError(
-            f"mask {mask.dtype} {tuple(mask.shape)} masks {counts} cubes a video: must be bool, the "
-            "same number in each, and neither none nor all"
+            f"mask {mask.dtype} {tuple(mask.shape)} masks {counts} cubes a video: must be bool, "
+            "the same number in each, and neither none nor all"
         )
     B = len(mask)
     keep, hide = (~mask).nonzero()[:, 1].view(B, -1), mask.nonzero()[:, 1].view(B, -1)
@@ -689,47 +752,56 @@ def split_mask(mask, device=None):
 
 
 def take(x, ids):
-    """x (B,N,D), ids (B,K) -> (B,K,D): each row's own tokens. A gather, since x[mask] would mix rows."""
+    """x (B,N,D), ids (B,K) -> (B,K,D): each row's own tokens. A gather, since x[mask] would mix
+    rows."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
 # =================================================================================================
-# Maskers: scores (B,t,h,w) -> mask (B,N). Every masker is a top-k over a score volume.
-# Needs: torch, torch.nn.functional as F.
-# From Augmentation: area_weights for motion; IMAGENET_MEAN, IMAGENET_STD for text.
-# Paper: 3.3 (text); tube: VideoMAE; motion: MGM. In the paper all mask the same number in each slice.
+# Maskers: scores (B,t,h,w) -> mask (B,N). Every masker is a top-k over a score volume. Needs:
+# torch, torch.nn.functional as F. From Augmentation: area_weights for motion; IMAGENET_MEAN,
+# IMAGENET_STD for text. Paper: 3.3 (text); tube: VideoMAE; motion: MGM. In the paper all mask the
+# same number in each slice.
 # =================================================================================================
 
 MASK_RATIOS = {"tube": 0.9, "mgm": 0.75, "tgm": 0.6}  # VideoMAE, MGM, and the paper's Figure 3(a)
 
 
 def topk_mask(scores, mask_ratio, *, bottom_k=False, generator=None):
-    """scores (B,t,h,w) -> mask (B,N) bool, True = masked (3.3): the int(mask_ratio*h*w) highest scores of
-    every time slice (the lowest with bottom_k: the paper's Figure 3(b)), ties broken at random. ValueError for a
-    ratio that masks none of them, or all."""
+    """scores (B,t,h,w) -> mask (B,N) bool, True = masked (3.3): the int(mask_ratio*h*w) highest
+    scores of every time slice (the lowest with bottom_k: the paper's Figure 3(b)), ties broken at
+    random. ValueError for a ratio that masks none of them, or all."""
     B, t, h, w = scores.shape
     k = int(mask_ratio * h * w)
     if not 0 < k < h * w:
-        raise ValueError(f"mask_ratio={mask_ratio} masks {k} of {h * w} patches in a slice: must mask 1 to {h * w - 1}")
+        raise ValueError(
+            f"mask_ratio={mask_ratio} masks {k} of {h * w} patches in a slice: must mask 1 to "
+            f"{h * w - 1}"
+        )
     scores = scores.flatten(2)  # (B,t,h*w)
     # Shuffled first: whichever of two equal scores the sort puts first, it is a random one.
     device = scores.device if generator is None else generator.device
-    shuffle = torch.rand(scores.shape, generator=generator, device=device).argsort(-1).to(scores.device)
+    shuffle = (
+        torch.rand(scores.shape, generator=generator, device=device).argsort(-1).to(scores.device)
+    )
     order = scores.gather(-1, shuffle).argsort(-1, descending=not bottom_k)  # (B,t,h*w), as shuffle
     chosen = shuffle.gather(-1, order[..., :k])  # (B,t,k)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True).flatten(1)  # (B,N)
 
 
 def tube_scores(batch, grid, *, generator=None):
-    """-> (B,t,h,w): noise shared over time (VideoMAE's tubes), so that a patch is masked in every slice or in none."""
+    """-> (B,t,h,w): noise shared over time (VideoMAE's tubes), so that a patch is masked in every
+    slice or in none."""
     t, h, w = grid
-    noise = torch.rand(batch, 1, h, w, generator=generator, device=generator.device if generator else None)
+    noise = torch.rand(
+        batch, 1, h, w, generator=generator, device=generator.device if generator else None
+    )
     return noise.expand(batch, t, h, w)
 
 
 def motion_scores(motion, grid):
-    """motion (B,T,h',w') -> (B,t,h,w), as in MGM: the mean over a cube's frames and, by area, over its cells.
-    ValueError if T does not divide into t slices."""
+    """motion (B,T,h',w') -> (B,t,h,w), as in MGM: the mean over a cube's frames and, by area, over
+    its cells. ValueError if T does not divide into t slices."""
     t, h, w = grid
     B, T, rows, cols = motion.shape
     if T % t:
@@ -742,12 +814,14 @@ def motion_scores(motion, grid):
 
 @torch.no_grad()
 def patch_embeddings(clip, frames, patch_size, *, chunk=256):
-    """frames (F,3,H,W) in [0,1], H and W multiples of patch_size -> (F,h,w,E) float32 unit vectors: every patch
-    resized to the input of `clip`, an open_clip model, and embedded (3.3), in the precision of its weights.
-    `chunk` patches at a time bound the memory."""
+    """frames (F,3,H,W) in [0,1], H and W multiples of patch_size -> (F,h,w,E) float32 unit vectors:
+    every patch resized to the input of `clip`, an open_clip model, and embedded (3.3), in the
+    precision of its weights. `chunk` patches at a time bound the memory."""
     F_, C, H, W = frames.shape
     h, w = H // patch_size, W // patch_size
-    patches = frames.reshape(F_, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)  # (F,h,w,C,p,p)
+    patches = frames.reshape(F_, C, h, patch_size, w, patch_size).permute(
+        0, 2, 4, 1, 3, 5
+    )  # (F,h,w,C,p,p)
     patches = patches.reshape(-1, C, patch_size, patch_size)  # (F*h*w, 3, p, p)
 
     cfg = clip.visual.preprocess_cfg
@@ -757,15 +831,17 @@ def patch_embeddings(clip, frames, patch_size, *, chunk=256):
     embeddings = []
     dtype = next(clip.visual.parameters()).dtype
     for part in patches.split(chunk):
-        part = F.interpolate(part, size, mode=cfg.get("interpolation", "bicubic"), align_corners=False)
+        part = F.interpolate(
+            part, size, mode=cfg.get("interpolation", "bicubic"), align_corners=False
+        )
         embedding = clip.encode_image(((part.clamp(0, 1) - mean) / std).to(dtype))  # (chunk,E)
         embeddings.append(F.normalize(embedding.float(), dim=-1))
     return torch.cat(embeddings).view(F_, h, w, -1)
 
 
 def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
-    """The paper's text-guided scores (3.3): the embedding of every patch of each tubelet's first frame
-    is compared with the caption's.
+    """The paper's text-guided scores (3.3): the embedding of every patch of each tubelet's first
+    frame is compared with the caption's.
 
     clip: an open_clip model. video (B,3,T,H,W): ImageNet-normalised. text (B,E): the captions'
     embeddings. -> cosine similarity (B,t,h,w) float32."""
@@ -778,14 +854,15 @@ def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
 
 
 # =================================================================================================
-# CLIP: any model that open_clip loads, frozen, and its text embeddings.
-# Needs: os, pickle, urllib.error, urllib.request, Path, torch, torch.nn.functional as F. Paper: 3.3.
+# CLIP: any model that open_clip loads, frozen, and its text embeddings. Needs: os, pickle,
+# urllib.error, urllib.request, Path, torch, torch.nn.functional as F. Paper: 3.3.
 # =================================================================================================
 
 
 def work_offline_if_no_hub(timeout=5):
-    """Asks the Hugging Face hub once whether it is there. If not, open_clip and transformers are told
-    to use what is on disk, and fail at once where that is not enough, not after a minute of retries.
+    """Asks the Hugging Face hub once whether it is there. If not, open_clip and transformers are
+    told to use what is on disk, and fail at once where that is not enough, not after a minute of
+    retries.
 
     Call before they are imported. Returns whether the hub may be used."""
     from huggingface_hub import constants
@@ -802,7 +879,8 @@ def work_offline_if_no_hub(timeout=5):
 
 
 def bf16_is_fast(device) -> bool:
-    """Whether bf16 pays on this device: on GPUs that have it (Ampere and later), and on CPUs with bf16 matrix units."""
+    """Whether bf16 pays on this device: on GPUs that have it (Ampere and later), and on CPUs with
+    bf16 matrix units."""
     kind = torch.device(device).type
     if kind != "cpu":
         return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -818,7 +896,8 @@ def clip_name(name, pretrained):
 
 
 def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
-    """-> (clip, tokenizer): a frozen open_clip model in eval mode, images in bf16 where that is fast.
+    """-> (clip, tokenizer): a frozen open_clip model in eval mode, images in bf16 where that is
+    fast.
 
     name: a model of open_clip, hf-hub:..., or local-dir:FOLDER; pretrained: a tag of open_clip or a
     file of weights, ignored for the last two. Plain ViT-B-32 would run OpenAI's weights with the
@@ -835,8 +914,9 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if online else "the hub cannot be reached"
         raise ValueError(
-            f"--clip {name} --clip-pretrained {pretrained}: {reason}. Ways out: --clip-pretrained FILE "
-            "(weights on disk), --clip local-dir:FOLDER (an open_clip folder), or a manifest with text maps"
+            f"--clip {name} --clip-pretrained {pretrained}: {reason}. Ways out: --clip-pretrained "
+            "FILE (weights on disk), --clip local-dir:FOLDER (an open_clip folder), or a manifest "
+            "with text maps"
         ) from error
     if bf16_is_fast(device):  # the weights, not autocast: that turns attention's fast path off
         clip.visual.to(torch.bfloat16)
@@ -845,7 +925,8 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
 
 @torch.no_grad()
 def encode_text(clip, tokenizer, captions):
-    """Captions, B strings -> (B,E) float32 unit vectors on CLIP's device: the projected [EOS] state (3.3)."""
+    """Captions, B strings -> (B,E) float32 unit vectors on CLIP's device: the projected [EOS] state
+    (3.3)."""
     device = next(clip.parameters()).device
     return F.normalize(clip.encode_text(tokenizer(list(captions)).to(device)).float(), dim=-1)
 
@@ -859,7 +940,8 @@ def encode_text(clip, tokenizer, captions):
 
 
 def sinusoid(positions, dim):
-    """-> (positions,dim) fixed sine-cosine table over the flattened index of the cubes (VideoMAE)."""
+    """-> (positions,dim) fixed sine-cosine table over the flattened index of the cubes
+    (VideoMAE)."""
     position = torch.arange(positions, dtype=torch.float64)[:, None]
     channel = torch.arange(dim, dtype=torch.float64)
     angle = position / 10000 ** (2 * (channel // 2) / dim)
@@ -881,7 +963,9 @@ class Attention(nn.Module):
         B, N, D = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)  # (B,N,3D)
-        q, k, v = qkv.view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B,heads,N,D/heads)
+        q, k, v = qkv.view(B, N, 3, self.num_heads, -1).permute(
+            2, 0, 3, 1, 4
+        )  # 3 x (B,heads,N,D/heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B,heads,N,D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B,N,D)
 
@@ -919,7 +1003,8 @@ def _run_blocks(blocks, x, grad_checkpointing):
 
 
 class PatchEmbed(nn.Module):
-    """Cubes (B,Nv,P) -> embeddings (B,Nv,D), equation (1): VideoMAE's Conv3d, as the matrix product that it is."""
+    """Cubes (B,Nv,P) -> embeddings (B,Nv,D), equation (1): VideoMAE's Conv3d, as the matrix product
+    that it is."""
 
     def __init__(self, patch_dim, embed_dim):
         super().__init__()
@@ -937,7 +1022,9 @@ class Encoder(nn.Module):
         c = config
         self.patch_embed = PatchEmbed(c.patch_dim, c.embed_dim)
         self.register_buffer("pos_embed", sinusoid(c.num_patches, c.embed_dim), persistent=False)
-        rates = np.linspace(0, c.drop_path, c.depth).tolist()  # deeper blocks are dropped more often
+        rates = np.linspace(
+            0, c.drop_path, c.depth
+        ).tolist()  # deeper blocks are dropped more often
         self.blocks = nn.ModuleList(
             Block(c.embed_dim, c.num_heads, c.mlp_ratio, c.layer_norm_eps, rate) for rate in rates
         )
@@ -973,18 +1060,19 @@ class Decoder(nn.Module):
 
 
 # =================================================================================================
-# Losses: reconstruction of the masked cubes, and InfoNCE between videos and captions over all ranks.
-# Needs: torch, torch.distributed as dist, torch.nn.functional as F.
-# From Cubes: patchify, split_mask, take. From Augmentation: IMAGENET_MEAN, IMAGENET_STD.
-# Paper: 3.1, 3.4, equation (4).
+# Losses: reconstruction of the masked cubes, and InfoNCE between videos and captions over all
+# ranks. Needs: torch, torch.distributed as dist, torch.nn.functional as F. From Cubes: patchify,
+# split_mask, take. From Augmentation: IMAGENET_MEAN, IMAGENET_STD. Paper: 3.1, 3.4, equation (4).
 # =================================================================================================
 
 
 def reconstruction_target(video, mask, config):
-    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N) -> (target (B,Nm,P), mean, std (B,Nm,1,3)) (3.1).
+    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N) -> (target (B,Nm,P), mean, std (B,Nm,1,3))
+    (3.1).
 
-    Pixels are brought back to [0,1]; then each cube is normalised per channel over its own pixels (unbiased
-    variance, std + 1e-6), as in VideoMAE. target.unflatten(-1, (-1, 3)) * std + mean are pixels again."""
+    Pixels are brought back to [0,1]; then each cube is normalised per channel over its own pixels
+    (unbiased variance, std + 1e-6), as in VideoMAE. target.unflatten(-1, (-1, 3)) * std + mean are
+    pixels again."""
     c = config
     _, ids_mask = split_mask(mask, video.device)
     pixels = take(patchify(video, c.patch_size, c.tubelet_size), ids_mask)  # (B,Nm,P)
@@ -999,8 +1087,8 @@ def reconstruction_target(video, mask, config):
 
 
 def reconstruction_loss(pred, video, mask, config):
-    """Mean squared error over the masked cubes (3.1). pred (B,Nm,P), masked cubes ascending;
-    video (B,3,T,H,W) ImageNet-normalised; mask (B,N), True = masked. -> scalar, in float32 at least."""
+    """Mean squared error over the masked cubes (3.1). pred (B,Nm,P), masked cubes ascending; video
+    (B,3,T,H,W) ImageNet-normalised; mask (B,N), True = masked. -> scalar, in float32 at least."""
     with torch.no_grad():
         target, _, _ = reconstruction_target(video, mask, config)
     return F.mse_loss(pred.to(target.dtype), target)
@@ -1024,8 +1112,8 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """(B,...) of each rank, the same B -> (world*B,...) of all, in order of ranks, with gradient (3.4). One
-    process: x."""
+    """(B,...) of each rank, the same B -> (world*B,...) of all, in order of ranks, with gradient
+    (3.4). One process: x."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return _Gather.apply(x)
@@ -1035,7 +1123,8 @@ def info_nce(video_emb, text_emb, temperature, *, groups=None):
     """Symmetric InfoNCE (3.4, equation (4)): the mean of video->text and text->video.
 
     video_emb, text_emb (B,E), a pair a row, normalised here. groups (B,) ints: clips of one group
-    (of one video, under --repeat) are no negatives of each other. -> scalar, in float32 at least."""
+    (of one video, under --repeat) are no negatives of each other. -> scalar, in float32 at
+    least."""
     with torch.autocast(video_emb.device.type, enabled=False):
         dtype = torch.promote_types(video_emb.dtype, torch.float32)
         video_emb = F.normalize(video_emb.to(dtype), dim=-1)
@@ -1050,17 +1139,16 @@ def info_nce(video_emb, text_emb, temperature, *, groups=None):
 
 
 # =================================================================================================
-# TGMAE: the model. video (B,3,T,H,W), mask (B,N), text (B,E) -> losses.
-# Needs: torch, torch.nn as nn.
-# From Config: Config. From Cubes: patchify, split_mask, unpatchify. From Transformer: Decoder, Encoder, sinusoid.
-# From Losses: gather, info_nce, reconstruction_loss, reconstruction_target.
-# From Augmentation: IMAGENET_MEAN, IMAGENET_STD.
-# Paper: 3.5, Figure 2.
+# TGMAE: the model. video (B,3,T,H,W), mask (B,N), text (B,E) -> losses. Needs: torch, torch.nn as
+# nn. From Config: Config. From Cubes: patchify, split_mask, unpatchify. From Transformer: Decoder,
+# Encoder, sinusoid. From Losses: gather, info_nce, reconstruction_loss, reconstruction_target. From
+# Augmentation: IMAGENET_MEAN, IMAGENET_STD. Paper: 3.5, Figure 2.
 # =================================================================================================
 
 
 class TGMAE(nn.Module):
-    """Video MAE with an optional video-text contrastive loss on the visible tokens (3.5, Figure 2)."""
+    """Video MAE with an optional video-text contrastive loss on the visible tokens (3.5, Figure
+    2)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -1068,13 +1156,17 @@ class TGMAE(nn.Module):
         self.encoder = Encoder(c)
         self.encoder_to_decoder = nn.Linear(c.embed_dim, c.decoder_embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_embed_dim))
-        self.register_buffer("pos_embed", sinusoid(c.num_patches, c.decoder_embed_dim), persistent=False)
+        self.register_buffer(
+            "pos_embed", sinusoid(c.num_patches, c.decoder_embed_dim), persistent=False
+        )
         self.decoder = Decoder(c)
         # SimCLR's head with a global BatchNorm. It sees the embeddings of all ranks, see forward.
         self.predictor = nn.Sequential(
-            nn.Linear(c.embed_dim, c.embed_dim), nn.BatchNorm1d(c.embed_dim), nn.ReLU(inplace=True),
+            nn.Linear(c.embed_dim, c.embed_dim),
+            nn.BatchNorm1d(c.embed_dim),
+            nn.ReLU(inplace=True),
             nn.Linear(c.embed_dim, c.text_dim),
-        )  # fmt: skip
+        )
         self.apply(self._init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -1093,10 +1185,14 @@ class TGMAE(nn.Module):
         c = self.config
         shape = (c.in_chans, c.num_frames, c.image_size, c.image_size)
         if video.ndim != 5 or video.shape[1:] != shape:
-            raise ValueError(f"video has shape {tuple(video.shape)}, the model takes (B, {', '.join(map(str, shape))})")
+            raise ValueError(
+                f"video has shape {tuple(video.shape)}, the model takes (B, "
+                f"{', '.join(map(str, shape))})"
+            )
         if mask is not None and mask.shape != (len(video), c.num_patches):
             raise ValueError(
-                f"mask has shape {tuple(mask.shape)}, this video has ({len(video)}, {c.num_patches}) cubes"
+                f"mask has shape {tuple(mask.shape)}, this video has ({len(video)}, "
+                f"{c.num_patches}) cubes"
             )
 
     def encode(self, video, mask=None):
@@ -1104,10 +1200,13 @@ class TGMAE(nn.Module):
         final norm; all N cubes without a mask. Shapes that do not fit: ValueError."""
         self._check(video, mask)
         ids_keep = None if mask is None else split_mask(mask, video.device)[0]
-        return self.encoder(patchify(video, self.config.patch_size, self.config.tubelet_size), ids_keep)
+        return self.encoder(
+            patchify(video, self.config.patch_size, self.config.tubelet_size), ids_keep
+        )
 
     def decode(self, latent, mask):
-        """latent (B,Nv,D) of the visible cubes, mask (B,N) -> predicted masked cubes (B,Nm,P) (3.1)."""
+        """latent (B,Nv,D) of the visible cubes, mask (B,N) -> predicted masked cubes (B,Nm,P)
+        (3.1)."""
         ids_keep, ids_mask = split_mask(mask, latent.device)
         visible = self.encoder_to_decoder(latent)  # (B,Nv,Dd)
         visible = visible + self.pos_embed[ids_keep].to(visible.dtype)
@@ -1116,9 +1215,10 @@ class TGMAE(nn.Module):
         return self.decoder(x, ids_mask.shape[1])
 
     def forward(self, video, mask, text=None, *, mae=True, watch=False, groups=None):
-        """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), True = masked, best on the CPU (see split_mask), text
-        (B,E) or None -> dict (3.5) of `mae`, a scalar, and `pred` (B,Nm,P), unless mae=False (then no decoder
-        runs), and `vt`, a scalar, where there is text. Shapes that do not fit: ValueError.
+        """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), True = masked, best on the CPU (see
+        split_mask), text (B,E) or None -> dict (3.5) of `mae`, a scalar, and `pred` (B,Nm,P),
+        unless mae=False (then no decoder runs), and `vt`, a scalar, where there is text. Shapes
+        that do not fit: ValueError.
 
         watch: take the contrastive loss on detached features: only the predictor learns from it
         (the paper's Figure 4). groups: see info_nce."""
@@ -1131,16 +1231,18 @@ class TGMAE(nn.Module):
             pooled = latent.mean(dim=1)  # (B,D)
             pooled = gather(pooled.detach() if watch else pooled)  # (world*B,D)
             groups = groups if groups is None else gather(groups)
-            out["vt"] = info_nce(self.predictor(pooled), gather(text), self.config.temperature, groups=groups)
+            out["vt"] = info_nce(
+                self.predictor(pooled), gather(text), self.config.temperature, groups=groups
+            )
         return out
 
 
 @torch.no_grad()
 def reconstruct(video, mask, pred, config):
-    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), pred (B,Nm,P) of TGMAE.forward, or None -> dict of
-    videos (B,3,T,H,W) in [0,1]: `clip`, `masked` (in grey), and with pred `reconstructed`, in which masked
-    cubes have their true mean and std put back, and `predicted`, in which they have not: 0.5 + pred/6 (4.7).
-    Without norm_pix_loss these two are the same."""
+    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), pred (B,Nm,P) of TGMAE.forward, or None ->
+    dict of videos (B,3,T,H,W) in [0,1]: `clip`, `masked` (in grey), and with pred `reconstructed`,
+    in which masked cubes have their true mean and std put back, and `predicted`, in which they have
+    not: 0.5 + pred/6 (4.7). Without norm_pix_loss these two are the same."""
     c = config
     std, mean = (video.new_tensor(v).view(3, 1, 1, 1) for v in (IMAGENET_STD, IMAGENET_MEAN))
     cubes = patchify(video * std + mean, c.patch_size, c.tubelet_size)  # (B,N,P), pixels in [0,1]
@@ -1151,9 +1253,12 @@ def reconstruct(video, mask, pred, config):
         _, mean, std = reconstruction_target(video, mask, c)
         pixels = (pred.unflatten(-1, (-1, 3)) * std + mean).flatten(2)  # (B,Nm,P)
         volumes["reconstructed"] = cubes.scatter(1, ids_mask, pixels)
-        volumes["predicted"] = cubes.scatter(1, ids_mask, 0.5 + pred / 6 if c.norm_pix_loss else pixels)
+        volumes["predicted"] = cubes.scatter(
+            1, ids_mask, 0.5 + pred / 6 if c.norm_pix_loss else pixels
+        )
     return {
-        name: unpatchify(volume, c.grid, c.patch_size, c.tubelet_size).clamp(0, 1) for name, volume in volumes.items()
+        name: unpatchify(volume, c.grid, c.patch_size, c.tubelet_size).clamp(0, 1)
+        for name, volume in volumes.items()
     }
 
 
@@ -1163,7 +1268,8 @@ def reconstruct(video, mask, pred, config):
 # From Config: Config, PRESETS. From CLIP: work_offline_if_no_hub for hub names.
 # =================================================================================================
 
-# (ours, transformers'), each replaced wherever it stands. ".attention.output.dense." before ".output.dense.".
+# (ours, transformers'), each replaced wherever it stands. ".attention.output.dense." before
+# ".output.dense.".
 _HUGGINGFACE = (
     ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),
     ("encoder.blocks.", "videomae.encoder.layer."),
@@ -1179,18 +1285,22 @@ _HUGGINGFACE = (
 
 
 def from_videomae(state_dict):
-    """The state dict of an official VideoMAE model, or of transformers' VideoMAE, for pre-training or
-    fine-tuned -> in our names, without the predictor, which they lack. Fine-tuned ones bring
+    """The state dict of an official VideoMAE model, or of transformers' VideoMAE, for pre-training
+    or fine-tuned -> in our names, without the predictor, which they lack. Fine-tuned ones bring
     fc_norm and head. Raises ValueError for anything else."""
     old, new = state_dict, {}
     if any(name.startswith(("embeddings.", "videomae.")) for name in old):
         for name, value in old.items():
-            if name.startswith(("embeddings.", "encoder.layer.", "layernorm.")):  # a bare VideoMAEModel
+            if name.startswith(
+                ("embeddings.", "encoder.layer.", "layernorm.")
+            ):  # a bare VideoMAEModel
                 name = "videomae." + name
             for ours, theirs in _HUGGINGFACE:
                 name = name.replace(theirs, ours)
             name = name.replace(".attention.attention.", ".attn.")
-            name = name.replace(".query.bias", ".q_bias").replace(".value.bias", ".v_bias")  # since 5.0
+            name = name.replace(".query.bias", ".q_bias").replace(
+                ".value.bias", ".v_bias"
+            )  # since 5.0
             new[name] = value
         for name in [name for name in new if name.endswith(".query.weight")]:
             stem = name.removesuffix("query.weight")
@@ -1209,15 +1319,17 @@ def from_videomae(state_dict):
 
 
 def to_huggingface(model):
-    """TGMAE -> state dict of transformers' VideoMAEForPreTraining (config: use_mean_pooling=False); a
-    fine-tuned model of eval.py -> VideoMAEForVideoClassification."""
+    """TGMAE -> state dict of transformers' VideoMAEForPreTraining (config: use_mean_pooling=False);
+    a fine-tuned model of eval.py -> VideoMAEForVideoClassification."""
     c, new = model.config, {}
     five = int(importlib.metadata.version("transformers").split(".")[0]) >= 5
     for name, value in model.state_dict().items():
         if name.startswith("predictor."):
             continue
         if name == "encoder.patch_embed.proj.weight":  # (D,P) -> (D,C,frame,row,column)
-            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans).permute(0, 4, 1, 2, 3)
+            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans).permute(
+                0, 4, 1, 2, 3
+            )
         for ours, theirs in _HUGGINGFACE:
             name = name.replace(ours, theirs) if ours != "head." or name.startswith(ours) else name
         if five:
@@ -1234,7 +1346,9 @@ def to_huggingface(model):
 def load_file(path):
     """torch.load of a checkpoint, of which no pickled code is run; ValueError if it is not one."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official files hold their flags
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # official files hold their flags
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of other contents makes torch raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -1242,27 +1356,36 @@ def load_file(path):
 
 
 def _official_config(state, flags):
-    """Config of official weights, in our names except for the patch embedding. Neither the clip's size nor
-    heads are in weights: those are what the file's flags say, and the published model's of that width."""
+    """Config of official weights, in our names except for the patch embedding. Neither the clip's
+    size nor heads are in weights: those are what the file's flags say, and the published model's of
+    that width."""
     D, C, tubelet, patch, _ = state["encoder.patch_embed.proj.weight"].shape
     known = next((preset for preset in PRESETS.values() if preset.embed_dim == D), None)
 
     def depth(part):
-        return 1 + max(int(name.split(".")[2]) for name in state if name.startswith(f"{part}.blocks."))
+        return 1 + max(
+            int(name.split(".")[2]) for name in state if name.startswith(f"{part}.blocks.")
+        )
 
     sizes = dict(
-        image_size=getattr(flags, "input_size", 224), num_frames=getattr(flags, "num_frames", 16),
-        patch_size=patch, tubelet_size=tubelet, in_chans=C, embed_dim=D, depth=depth("encoder"),
+        image_size=getattr(flags, "input_size", 224),
+        num_frames=getattr(flags, "num_frames", 16),
+        patch_size=patch,
+        tubelet_size=tubelet,
+        in_chans=C,
+        embed_dim=D,
+        depth=depth("encoder"),
         mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.weight"]) / D,
         num_heads=known.num_heads if known else max(1, D // 64),
-    )  # fmt: skip
+    )
     if "encoder_to_decoder.weight" in state:
         width = len(state["encoder_to_decoder.weight"])
         same = known and known.decoder_embed_dim == width
         sizes |= dict(
-            decoder_embed_dim=width, decoder_depth=depth("decoder"),
+            decoder_embed_dim=width,
+            decoder_depth=depth("decoder"),
             decoder_num_heads=known.decoder_num_heads if same else max(1, width // 64),
-        )  # fmt: skip
+        )
     return Config(**sizes)
 
 
@@ -1272,24 +1395,38 @@ def _load_huggingface(source):
     try:
         theirs = transformers.VideoMAEConfig.from_pretrained(source)
         kind = (theirs.architectures or ["VideoMAEForPreTraining"])[0]
-        if kind not in ("VideoMAEModel", "VideoMAEForPreTraining", "VideoMAEForVideoClassification"):
+        if kind not in (
+            "VideoMAEModel",
+            "VideoMAEForPreTraining",
+            "VideoMAEForVideoClassification",
+        ):
             raise ValueError(f"{source}: a {kind}, not a VideoMAE")
         model = getattr(transformers, kind).from_pretrained(source)
     except pickle.UnpicklingError as error:  # of older files, read without running what they bring
-        raise ValueError(f"{source}: holds more than weights: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(
+            f"{source}: holds more than weights: {str(error).strip().splitlines()[0]}"
+        ) from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{source}: neither a checkpoint nor a folder or hub name of transformers: {reason}"
         ) from error
     config = Config(
-        image_size=theirs.image_size, patch_size=theirs.patch_size, num_frames=theirs.num_frames,
-        tubelet_size=theirs.tubelet_size, in_chans=theirs.num_channels, embed_dim=theirs.hidden_size,
-        depth=theirs.num_hidden_layers, num_heads=theirs.num_attention_heads,
-        mlp_ratio=theirs.intermediate_size / theirs.hidden_size, layer_norm_eps=theirs.layer_norm_eps,
-        decoder_embed_dim=theirs.decoder_hidden_size, decoder_depth=theirs.decoder_num_hidden_layers,
-        decoder_num_heads=theirs.decoder_num_attention_heads, norm_pix_loss=theirs.norm_pix_loss,
-    )  # fmt: skip
+        image_size=theirs.image_size,
+        patch_size=theirs.patch_size,
+        num_frames=theirs.num_frames,
+        tubelet_size=theirs.tubelet_size,
+        in_chans=theirs.num_channels,
+        embed_dim=theirs.hidden_size,
+        depth=theirs.num_hidden_layers,
+        num_heads=theirs.num_attention_heads,
+        mlp_ratio=theirs.intermediate_size / theirs.hidden_size,
+        layer_norm_eps=theirs.layer_norm_eps,
+        decoder_embed_dim=theirs.decoder_hidden_size,
+        decoder_depth=theirs.decoder_num_hidden_layers,
+        decoder_num_heads=theirs.decoder_num_attention_heads,
+        norm_pix_loss=theirs.norm_pix_loss,
+    )
     saved = {"transformers": kind}
     if kind == "VideoMAEForVideoClassification":
         saved["classes"] = [theirs.id2label[number] for number in range(theirs.num_labels)]
@@ -1319,9 +1456,9 @@ def _load_safetensors(path):
 
 
 def load_checkpoint(source):
-    """-> (Config, state dict in our names, what else was there, a dict) from a checkpoint of train.py or
-    eval.py, an official VideoMAE .pth, or a folder or hub name of transformers' VideoMAE. Sizes are read
-    from it. Raises ValueError if it is none of these."""
+    """-> (Config, state dict in our names, what else was there, a dict) from a checkpoint of
+    train.py or eval.py, an official VideoMAE .pth, or a folder or hub name of transformers'
+    VideoMAE. Sizes are read from it. Raises ValueError if it is none of these."""
     if not Path(source).is_file():
         if not Path(source).is_dir():
             work_offline_if_no_hub()
@@ -1336,27 +1473,36 @@ def load_checkpoint(source):
         raise ValueError(f"{source}: its weights are no dict of names and tensors")
     if "config" in saved:
         return _config(source, saved["config"]), state, saved
-    conv = next((value for name, value in state.items() if name.endswith("patch_embed.proj.weight")), None)
+    conv = next(
+        (value for name, value in state.items() if name.endswith("patch_embed.proj.weight")), None
+    )
     try:
         ours = from_videomae(state)
         if conv is None:
-            raise ValueError("transformers' weights alone; the folder with their config.json is needed")
-        return _official_config(ours | {"encoder.patch_embed.proj.weight": conv}, saved.get("args")), ours, {}
+            raise ValueError(
+                "transformers' weights alone; the folder with their config.json is needed"
+            )
+        return (
+            _official_config(ours | {"encoder.patch_embed.proj.weight": conv}, saved.get("args")),
+            ours,
+            {},
+        )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
 # =================================================================================================
-# Runs: what the scripts share, and the method does not need: processes, schedule, the place of a video
-# that cannot be read, log, checkpoints, steps with bad numbers, stopping and going on.
-# Needs: argparse, atexit, contextlib, itertools, json, math, multiprocessing as mp, os, signal, sys, time, timedelta,
-# Path, NamedTuple, numpy as np, torch, torch.distributed as dist, DataLoader, tqdm.
-# From Reading: VideoError. From CLIP: bf16_is_fast. From Weights in and out: load_file.
+# Runs: what the scripts share, and the method does not need: processes, schedule, the place of a
+# video that cannot be read, log, checkpoints, steps with bad numbers, stopping and going on. Needs:
+# argparse, atexit, contextlib, itertools, json, math, multiprocessing as mp, os, signal, sys, time,
+# timedelta, Path, NamedTuple, numpy as np, torch, torch.distributed as dist, DataLoader, tqdm. From
+# Reading: VideoError. From CLIP: bf16_is_fast. From Weights in and out: load_file.
 # =================================================================================================
 
 
 def end_loaders():
-    """At exit: multiprocessing asks loaders that are left to end, by SIGTERM, which init_loader ignores, and waits."""
+    """At exit: multiprocessing asks loaders that are left to end, by SIGTERM, which init_loader
+    ignores, and waits."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
     for child in mp.active_children():
         if child.daemon:
@@ -1364,23 +1510,33 @@ def end_loaders():
 
 
 def start_processes(args, backend=None, timeout=timedelta(minutes=30)):
-    """Joins torchrun's process group, if it is torchrun that started us; settles args.device ("auto") and
-    args.amp (None). -> rank, world size. The first process may need `timeout` to build the toy world."""
+    """Joins torchrun's process group, if it is torchrun that started us; settles args.device
+    ("auto") and args.amp (None). -> rank, world size. The first process may need `timeout` to build
+    the toy world."""
     if args.device == "auto":
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        there = {
+            "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available(),
+            "cpu": True,
+        }
         args.device = next(name for name in there if there[name])
     try:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError from a torch that is built without CUDA
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # an AssertionError from a torch that is built without CUDA
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     if args.amp is None:
         args.amp = bf16_is_fast(args.device)
     atexit.register(end_loaders)
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group(backend or ("nccl" if args.device == "cuda" else "gloo"), timeout=timeout)
+    dist.init_process_group(
+        backend or ("nccl" if args.device == "cuda" else "gloo"), timeout=timeout
+    )
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -1408,21 +1564,24 @@ def seed_of(*numbers):
 
 
 def learning_rate(step, warmup, total, peak, last, first=0.0):
-    """-> the rate of `step`, counted from 0, of `total`: `warmup` steps linear from `first` to `peak`, then a cosine
-    to `last`, as VideoMAE's cosine_scheduler."""
+    """-> the rate of `step`, counted from 0, of `total`: `warmup` steps linear from `first` to
+    `peak`, then a cosine to `last`, as VideoMAE's cosine_scheduler."""
     if step < warmup:
         return first + (peak - first) * step / max(1, warmup - 1)
-    return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return last + (peak - last) * 0.5 * (
+        1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))
+    )
 
 
 MAX_REPLACEMENTS = 100  # bad videos in a row before all are thought to be bad
 
 
 class TrainingClips(torch.utils.data.Dataset):
-    """A dataset of (epoch, index) -> sample. A subclass has load(place, seed), which makes a dict of record number
-    `place`; the seed follows from (the run's seed, epoch, index) alone, never from a worker's history, so a run
-    that is resumed sees the same samples. A video that cannot be read gives its place to another, drawn from the
-    same numbers; the sample's "bad" lists [(video, why), ...]. replace_bad=False: it is a VideoError instead."""
+    """A dataset of (epoch, index) -> sample. A subclass has load(place, seed), which makes a dict
+    of record number `place`; the seed follows from (the run's seed, epoch, index) alone, never from
+    a worker's history, so a run that is resumed sees the same samples. A video that cannot be read
+    gives its place to another, drawn from the same numbers; the sample's "bad" lists [(video, why),
+    ...]. replace_bad=False: it is a VideoError instead."""
 
     def __init__(self, records, seed, *, replace_bad=True):
         self.records, self.run_seed = records, seed
@@ -1435,7 +1594,9 @@ class TrainingClips(torch.utils.data.Dataset):
         """`index`, then the others in random order."""
         yield index
         generator = torch.Generator().manual_seed(seed_of(self.run_seed, epoch, index, 0))
-        yield from (i for i in torch.randperm(len(self), generator=generator).tolist() if i != index)
+        yield from (
+            i for i in torch.randperm(len(self), generator=generator).tolist() if i != index
+        )
 
     def __getitem__(self, epoch_and_index):
         (epoch, index), bad = epoch_and_index, []
@@ -1456,9 +1617,10 @@ class Share(NamedTuple):
 
 
 def share_step(forward, accum, videos=None):
-    """Splits a step over the processes that there are: `accum` forwards of `forward` videos each; or, where a
-    run goes on, the `videos` that its steps had, at most `forward` at a time. A remainder that cannot be split
-    evenly is left out of every step. More processes than videos: ValueError."""
+    """Splits a step over the processes that there are: `accum` forwards of `forward` videos each;
+    or, where a run goes on, the `videos` that its steps had, at most `forward` at a time. A
+    remainder that cannot be split evenly is left out of every step. More processes than videos:
+    ValueError."""
     _, world = rank_and_world()
     videos = videos or forward * accum * world
     mine = videos // world
@@ -1469,23 +1631,23 @@ def share_step(forward, accum, videos=None):
 
 
 def end_with_parent(_=None):
-    """worker_init_fn of loader processes: ends one whose parent was killed before it started. torch watches only
-    the parent that a loader finds at its start."""
+    """worker_init_fn of loader processes: ends one whose parent was killed before it started. torch
+    watches only the parent that a loader finds at its start."""
     if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
         os._exit(1)
 
 
 def init_loader(_=None):
-    """worker_init_fn of a run's loader processes. A scheduler sends SIGTERM to all processes, but a run needs its
-    loaders until it has saved; they end when it does."""
+    """worker_init_fn of a run's loader processes. A scheduler sends SIGTERM to all processes, but a
+    run needs its loaders until it has saved; they end when it does."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_parent()
 
 
 def training_batches(data, share, args, step, steps_per_epoch, collate):
-    """Batches of samples for this process, share.accum of them a step, from global step `step` on to the end of
-    the last epoch. An epoch's order follows from the seed alone, whatever the number of processes. The loader
-    processes are the same all along, and go on into the next epoch."""
+    """Batches of samples for this process, share.accum of them a step, from global step `step` on
+    to the end of the last epoch. An epoch's order follows from the seed alone, whatever the number
+    of processes. The loader processes are the same all along, and go on into the next epoch."""
     rank, world = rank_and_world()
 
     def order():
@@ -1496,17 +1658,36 @@ def training_batches(data, share, args, step, steps_per_epoch, collate):
                 mine = indices[place * share.videos : (place + 1) * share.videos][rank::world]
                 yield from ((epoch, index) for index in mine[: share.forward * share.accum])
 
-    return iter(DataLoader(
-        data, share.forward, sampler=order(), num_workers=args.workers, collate_fn=collate,
-        pin_memory=args.device == "cuda", worker_init_fn=init_loader,
-    ))  # fmt: skip
+    return iter(
+        DataLoader(
+            data,
+            share.forward,
+            sampler=order(),
+            num_workers=args.workers,
+            collate_fn=collate,
+            pin_memory=args.device == "cuda",
+            worker_init_fn=init_loader,
+        )
+    )
 
 
 def add_run_flags(add):
     """The flags of a Run, for train.py and eval.py finetune."""
-    add("--save-steps", type=int, default=0, help="steps between checkpoints (0: none between epochs)")
-    add("--save-minutes", type=float, default=10, help="minutes between checkpoints (0: none between epochs)")
-    add("--keep", type=int, default=0, help="how many checkpoints stay as step-N.pt, beside last.pt")
+    add(
+        "--save-steps",
+        type=int,
+        default=0,
+        help="steps between checkpoints (0: none between epochs)",
+    )
+    add(
+        "--save-minutes",
+        type=float,
+        default=10,
+        help="minutes between checkpoints (0: none between epochs)",
+    )
+    add(
+        "--keep", type=int, default=0, help="how many checkpoints stay as step-N.pt, beside last.pt"
+    )
     yes_no = argparse.BooleanOptionalAction
     add("--resume", action=yes_no, default=True, help="go on from the run folder's last.pt")
 
@@ -1515,25 +1696,33 @@ RUN_FLAGS = "save_steps", "save_minutes", "keep"
 
 
 def check_flags(args, *, positive=(), not_negative=()):
-    """ValueError that names the first of these flags, of those that there are, with a value that cannot be."""
+    """ValueError that names the first of these flags, of those that there are, with a value that
+    cannot be."""
     for name in (*positive, *not_negative):
         value = getattr(args, name, 1)
         if value < 0 or value == 0 and name in positive:
-            flag, must = name.replace("_", "-"), "be positive" if name in positive else "not be negative"
+            flag, must = (
+                name.replace("_", "-"),
+                "be positive" if name in positive else "not be negative",
+            )
             raise ValueError(f"--{flag} {value}: must {must}")
 
 
 def load_last(args):
-    """The checkpoint from which the run in --out goes on, None if it begins. The same one for all processes:
-    a ValueError where a machine sees another."""
+    """The checkpoint from which the run in --out goes on, None if it begins. The same one for all
+    processes: a ValueError where a machine sees another."""
     path = Path(args.out) / "last.pt"
     saved = load_file(path) if args.resume and path.exists() else None
     if saved and not {"args", "step", "videos"} <= saved.keys():
-        raise ValueError(f"{path}: not a checkpoint that a run goes on from; another --out, or --no-resume")
+        raise ValueError(
+            f"{path}: not a checkpoint that a run goes on from; another --out, or --no-resume"
+        )
     steps = gather_objects(saved["step"] if saved else 0)
     if len(set(steps)) > 1:
         here = steps[rank_and_world()[0]]
-        raise ValueError(f"{path}: holds step {here} here, {steps[0]} for process 0: machines share --out")
+        raise ValueError(
+            f"{path}: holds step {here} here, {steps[0]} for process 0: machines share --out"
+        )
     return saved
 
 
@@ -1542,7 +1731,8 @@ def refuse_another_run(args, then, now, keys):
     changed = [f"{key} {then.get(key)} -> {now[key]}" for key in keys if then.get(key) != now[key]]
     if changed:
         raise ValueError(
-            f"{args.out}/last.pt is of another run ({', '.join(changed)}): another --out, or --no-resume to start over"
+            f"{args.out}/last.pt is of another run ({', '.join(changed)}): another --out, or "
+            "--no-resume to start over"
         )
 
 
@@ -1552,12 +1742,15 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
+        raise OSError(
+            error.errno, f"cannot be written: {error.strerror or error}", str(path)
+        ) from error
 
 
 @contextlib.contextmanager
 def replacing(path, mode="wb", **more):
-    """Yields a file beside `path` to write to, then flushes and renames it: whatever happens, `path` is whole."""
+    """Yields a file beside `path` to write to, then flushes and renames it: whatever happens,
+    `path` is whole."""
     partial = Path(f"{path}.partial")
     with naming(path):
         try:
@@ -1589,7 +1782,8 @@ def _cut_log(path, step):
 
 
 def save_checkpoint(path, *, keep=0, **state):
-    """Writes `state` to `path`. With keep, a link to it stays as step-N.pt, and only the newest `keep` of these do."""
+    """Writes `state` to `path`. With keep, a link to it stays as step-N.pt, and only the newest
+    `keep` of these do."""
     with replacing(path) as file:
         torch.save(state, file)
     if keep:
@@ -1605,8 +1799,9 @@ MAX_NON_FINITE = 10  # steps in a row without finite numbers before a run stops
 
 
 class Run:
-    """A training run: its folder and log, where it stands, and when it saves, leaves out a step, stops. Inside
-    `with`, SIGTERM asks it to save and stop. All processes call agree, log and save together."""
+    """A training run: its folder and log, where it stands, and when it saves, leaves out a step,
+    stops. Inside `with`, SIGTERM asks it to save and stop. All processes call agree, log and save
+    together."""
 
     def __init__(self, args, step, steps_per_epoch):
         self.args, self.step, self.steps_per_epoch = args, step, steps_per_epoch
@@ -1641,9 +1836,10 @@ class Run:
             _append(path, "".join(f"{video}\t{why}\n" for video, why in new.items()))
 
     def agree(self, sums, norms, videos):
-        """Losses and counts of this process's step (n,), norms of the gradient, the step's videos -> sums over all
-        processes, and, if a number of any process is not finite, the videos to blame: then every process must leave
-        the step out. They are those of the processes whose first sum is not finite, or of all if there is none."""
+        """Losses and counts of this process's step (n,), norms of the gradient, the step's videos
+        -> sums over all processes, and, if a number of any process is not finite, the videos to
+        blame: then every process must leave the step out. They are those of the processes whose
+        first sum is not finite, or of all if there is none."""
         suspect = not sums[0].isfinite()
         broken = not sums.isfinite().all() or not all(map(math.isfinite, norms))
         sums = torch.cat([sums, sums.new_tensor([broken, suspect, self.signalled])])
@@ -1655,23 +1851,28 @@ class Run:
         return sums[:-3], sorted(set(itertools.chain(*blamed)))
 
     def log(self, line, blamed=()):
-        """Ends a step: its line in log.jsonl. ValueError after too many in a row without finite numbers."""
+        """Ends a step: its line in log.jsonl. ValueError after too many in a row without finite
+        numbers."""
         self.step += 1
         self.skipped = self.skipped + 1 if blamed else 0
         line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-        self.bar.set_postfix({key: line[key] for key in ("mae", "vt", "loss", "wait") if key in line}, refresh=False)
+        self.bar.set_postfix(
+            {key: line[key] for key in ("mae", "vt", "loss", "wait") if key in line}, refresh=False
+        )
         self.bar.update()
         if self.rank == 0:
             append_log(self.out / "log.jsonl", line | ({"skipped": blamed} if blamed else {}))
         if self.skipped == MAX_NON_FINITE:
             raise ValueError(
-                f"step {self.step}: {self.skipped} in a row without a finite loss and gradient, the videos are in "
-                f"{self.out}/log.jsonl; {self.out}/last.pt is as it was, of step {self.saved_step}"
+                f"step {self.step}: {self.skipped} in a row without a finite loss and gradient, "
+                f"the videos are in {self.out}/log.jsonl; {self.out}/last.pt is as it was, of "
+                f"step {self.saved_step}"
             )
 
     def save(self, state):
-        """Writes last.pt, state() and all, if that is due: at the end of an epoch, after --save-steps or
-        --save-minutes, when asked to stop (then SystemExit); not between steps that were left out."""
+        """Writes last.pt, state() and all, if that is due: at the end of an epoch, after
+        --save-steps or --save-minutes, when asked to stop (then SystemExit); not between steps that
+        were left out."""
         args, last = self.args, self.step == self.total
         due = self.step % self.steps_per_epoch == 0 or self.stopping
         due |= args.save_steps > 0 and self.step % args.save_steps == 0
@@ -1685,12 +1886,18 @@ class Run:
                 dist.barrier()  # until process 0 has written
             self.bar.close()
             if self.rank == 0:
-                print(f"stopped by SIGTERM; {self.out}/last.pt holds step {self.saved_step}", file=sys.stderr)
-            sys.exit(128 + signal.SIGTERM)  # as for a process that the signal ends: the run is not finished
+                print(
+                    f"stopped by SIGTERM; {self.out}/last.pt holds step {self.saved_step}",
+                    file=sys.stderr,
+                )
+            sys.exit(
+                128 + signal.SIGTERM
+            )  # as for a process that the signal ends: the run is not finished
 
 
 def last_line(error):
-    """What an exception says, in one line: a loader process puts its traceback in front of the message."""
+    """What an exception says, in one line: a loader process puts its traceback in front of the
+    message."""
     if isinstance(error, torch.OutOfMemoryError):  # followed by a page of advice
         return ". ".join(str(error).split(". ")[:2])
     text = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -1699,8 +1906,8 @@ def last_line(error):
 
 @contextlib.contextmanager
 def one_line_errors(script, less):
-    """For a script's main: a user's mistake is one line and exit code 1, and so is a lack of memory, with what
-    needs `less`; anything else keeps its traceback."""
+    """For a script's main: a user's mistake is one line and exit code 1, and so is a lack of
+    memory, with what needs `less`; anything else keeps its traceback."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -7,11 +7,10 @@
 
 Each clip shows an ACTOR (shape x colour x direction) that its three captions name, and a DISTRACTOR
 that they do not, over a textured background that pans faster than either: what moves most is not
-what the caption names. Mostly the camera follows the actor, and the light tells the shape. The class,
-shape x direction of the actor (16), needs the video; distractors have shapes that no class uses. A tiny
-CLIP (open_clip's own class, opened with local-dir:) is trained on captioned crops. Everything follows
-from the seed; two CPU cores take a minute.
-"""
+what the caption names. Mostly the camera follows the actor, and the light tells the shape. The
+class, shape x direction of the actor (16), needs the video; distractors have shapes that no class
+uses. A tiny CLIP (open_clip's own class, opened with local-dir:) is trained on captioned crops.
+Everything follows from the seed; two CPU cores take a minute."""
 
 import argparse
 import functools
@@ -41,7 +40,9 @@ import torch.nn.functional as F
 import tgmae
 
 SIZE, FRAMES, FPS = 64, 24, 12
-TELLING = 0.9  # share of clips whose camera follows the actor, and of clips lit from their shape's corner
+TELLING = (
+    0.9  # share of clips whose camera follows the actor, and of clips lit from their shape's corner
+)
 ACTORS = ("circle", "square", "triangle", "cross")
 DISTRACTORS = ("ring", "star", "diamond")
 COLOURS = {
@@ -54,7 +55,11 @@ CAPTIONS = (
     "the {colour} {shape} goes {direction}",
     "a {shape} in {colour} drifts {direction}",
 )
-NOTHING = ("an empty textured background", "the background with nothing on it", "a plain grey pattern")
+NOTHING = (
+    "an empty textured background",
+    "the background with nothing on it",
+    "a plain grey pattern",
+)
 
 
 # =================================================================================================
@@ -63,7 +68,8 @@ NOTHING = ("an empty textured background", "the background with nothing on it", 
 
 
 def _distance(shape, x, y, r):
-    """Signed distance in pixels, roughly, to the outline of a shape of radius r; negative inside."""
+    """Signed distance in pixels, roughly, to the outline of a shape of radius r; negative
+    inside."""
     d, ax, ay = np.hypot(x, y), abs(x), abs(y)
     if shape == "circle":
         return d - r
@@ -89,12 +95,12 @@ def _path(rng, direction, r):
 
 
 def _background(rng, label, y, x):
-    """(F,S,S,3): long waves in two greyish tones, long and strong, so that a tiny model learns in minutes
-    to predict what is masked. They pan by 5 to 6.5 pixels a frame, faster than any object.
+    """(F,S,S,3): long waves in two greyish tones, long and strong, so that a tiny model learns in
+    minutes to predict what is masked. They pan by 5 to 6.5 pixels a frame, faster than any object.
 
-    As in real video the scene tells of the action, in most clips: the camera follows the actor, and each
-    shape is lit from a corner of its own. Else a text-guided mask, which hides the actor, would leave
-    nothing to learn from its caption."""
+    As in real video the scene tells of the action, in most clips: the camera follows the actor, and
+    each shape is lit from a corner of its own. Else a text-guided mask, which hides the actor,
+    would leave nothing to learn from its caption."""
     (dx, dy), speed = list(DIRECTIONS.values())[label % 4], rng.uniform(5, 6.5)
     follows, own_light = rng.random(2) < TELLING
     angle = np.arctan2(dy, dx) + rng.normal(0, 0.25) if follows else rng.uniform(0, 2 * np.pi)
@@ -112,21 +118,27 @@ def _background(rng, label, y, x):
         rng.uniform(15, 45) + rng.uniform(-15, 15, 3),
         rng.uniform(210, 240) + rng.uniform(-15, 15, 3),
     )
-    return ((dark + wave[..., None] * (light - dark)) * (0.5 + 0.5 * near[..., None])).astype(np.float32)
+    return ((dark + wave[..., None] * (light - dark)) * (0.5 + 0.5 * near[..., None])).astype(
+        np.float32
+    )
 
 
 def make_clip(rng, label):
-    """-> frames (F,64,64,3) uint8, actor and distractor masks (F,64,64) bool, what each is called."""
+    """-> frames (F,64,64,3) uint8, actor and distractor masks (F,64,64) bool, what each is
+    called."""
     shape, direction = ACTORS[label // 4], list(DIRECTIONS)[label % 4]
     colour, other = rng.choice(list(COLOURS), 2, replace=False)
     radius, other_radius = rng.uniform(12, 14), rng.uniform(7, 9)
     path = _path(rng, direction, radius)
     distractor = {
-        "shape": str(rng.choice(DISTRACTORS)), "colour": str(other),
+        "shape": str(rng.choice(DISTRACTORS)),
+        "colour": str(other),
         "direction": str(rng.choice(list(DIRECTIONS))),
-    }  # fmt: skip
+    }
     tries = [_path(rng, distractor["direction"], other_radius) for _ in range(30)]
-    other_path = max(tries, key=lambda way: np.linalg.norm(way - path, axis=1).min())  # the least overlap
+    other_path = max(
+        tries, key=lambda way: np.linalg.norm(way - path, axis=1).min()
+    )  # the least overlap
 
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     frames, masks = _background(rng, label, y, x), []
@@ -135,7 +147,9 @@ def make_clip(rng, label):
         dx, dy = x - way[:, 0, None, None], y - way[:, 1, None, None]
         alpha = np.clip(0.5 - _distance(shape_, dx, dy, r), 0, 1)[..., None]
         shade = 1.05 - 0.5 * (np.hypot(dx + 3, dy + 3) / r)[..., None]  # lit from the upper left
-        frames = frames * (1 - alpha) + alpha * np.clip(np.array(COLOURS[colour_], np.float32) * shade, 0, 255)
+        frames = frames * (1 - alpha) + alpha * np.clip(
+            np.array(COLOURS[colour_], np.float32) * shade, 0, 255
+        )
         masks = [mask & (alpha[..., 0] < 0.5) for mask in masks] + [alpha[..., 0] >= 0.5]
     actor = {"shape": shape, "colour": str(colour), "direction": direction}
     return frames.round().clip(0, 255).astype(np.uint8), masks[1], masks[0], actor, distractor
@@ -164,8 +178,20 @@ def write_video(path, frames, *, fps=FPS, codec="libx264", options=None):
 CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+        "vision_cfg": {
+            "image_size": 16,
+            "patch_size": 8,
+            "width": 64,
+            "layers": 2,
+            "head_width": 32,
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 64,
+            "heads": 2,
+            "layers": 1,
+        },
     },
     "preprocess_cfg": {
         "mean": [0.48145466, 0.4578275, 0.40821073],
@@ -175,8 +201,8 @@ CLIP_CONFIG = {
 
 
 def _crops(rng, stills, count):
-    """Random boxes, half of them patches of 8 pixels -> images (count,3,16,16) in [0,1], captions, and
-    groups (count,): crops that show the same thing."""
+    """Random boxes, half of them patches of 8 pixels -> images (count,3,16,16) in [0,1], captions,
+    and groups (count,): crops that show the same thing."""
     images, captions, groups = [], [], []
     names = [None, *((shape, colour) for shape in ACTORS + DISTRACTORS for colour in COLOURS)]
     for number in rng.integers(len(stills), size=count):
@@ -185,20 +211,31 @@ def _crops(rng, stills, count):
         top, left = rng.integers(SIZE - side + 1, size=2)
         box = np.s_[top : top + side, left : left + side]
         # How much of the crop each fills, or how much of each is in the crop, whichever is more.
-        seen = [max(mask[box].mean(), mask[box].sum() / 300) for mask in (actor_mask, distractor_mask)]
+        seen = [
+            max(mask[box].mean(), mask[box].sum() / 300) for mask in (actor_mask, distractor_mask)
+        ]
         words = (actor, distractor)[int(seen[1] > seen[0])] if max(seen) > 0.25 else None
-        image = torch.from_numpy(np.ascontiguousarray(frame[box])).permute(2, 0, 1)[None].float() / 255
-        images.append(F.interpolate(image, (16, 16), mode="bicubic", align_corners=False, antialias=side > 16))
+        image = (
+            torch.from_numpy(np.ascontiguousarray(frame[box])).permute(2, 0, 1)[None].float() / 255
+        )
+        images.append(
+            F.interpolate(image, (16, 16), mode="bicubic", align_corners=False, antialias=side > 16)
+        )
         captions.append(str(rng.choice(captions_of(words) if words else NOTHING)))
         groups.append(names.index((words["shape"], words["colour"]) if words else None))
     return torch.cat(images).clamp(0, 1), captions, torch.tensor(groups)
 
 
 def _paraphrases(rng, count):
-    """Two different captions of the same words, `count` times, and groups (count,): what they say."""
+    """Two different captions of the same words, `count` times, and groups (count,): what they
+    say."""
     shapes, colours, directions = ACTORS + DISTRACTORS, list(COLOURS), list(DIRECTIONS)
-    chosen = np.stack([rng.integers(len(kind), size=count) for kind in (shapes, colours, directions)], 1)
-    words = [{"shape": shapes[s], "colour": colours[c], "direction": directions[d]} for s, c, d in chosen]
+    chosen = np.stack(
+        [rng.integers(len(kind), size=count) for kind in (shapes, colours, directions)], 1
+    )
+    words = [
+        {"shape": shapes[s], "colour": colours[c], "direction": directions[d]} for s, c, d in chosen
+    ]
     pairs = [rng.choice(captions_of(word), 2, replace=False).tolist() for word in words]
     return [a for a, _ in pairs], [b for _, b in pairs], torch.from_numpy(chosen @ [1, 10, 100])
 
@@ -215,14 +252,23 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip = CLIP(**CLIP_CONFIG["model_cfg"])
-    tokenizer = SimpleTokenizer(context_length=CLIP_CONFIG["model_cfg"]["text_cfg"]["context_length"])
-    mean, std = (torch.tensor(CLIP_CONFIG["preprocess_cfg"][key]).view(3, 1, 1) for key in ("mean", "std"))
+    tokenizer = SimpleTokenizer(
+        context_length=CLIP_CONFIG["model_cfg"]["text_cfg"]["context_length"]
+    )
+    mean, std = (
+        torch.tensor(CLIP_CONFIG["preprocess_cfg"][key]).view(3, 1, 1) for key in ("mean", "std")
+    )
     optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-3, total_steps=steps, pct_start=0.1
+    )
     bar = tgmae.progress(range(steps), desc="toy CLIP", unit="step")
     for _ in bar:
         images, captions, groups = _crops(rng, stills, batch)
-        image, text = clip.encode_image((images - mean) / std), clip.encode_text(tokenizer(captions))
+        image, text = (
+            clip.encode_image((images - mean) / std),
+            clip.encode_text(tokenizer(captions)),
+        )
         loss = tgmae.info_nce(image, text, 0.07, groups=groups)
         one, other, groups = _paraphrases(rng, batch // 2)
         one, other = clip.encode_text(tokenizer(one + other)).chunk(2)
@@ -243,17 +289,21 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
 
 
 def _clip_of(out, seed, clips, number):
-    """Makes clip `number` and writes its file -> its manifest record, and 3 stills (training clips) or
-    the packed masks (test clips). A function of its arguments alone, whichever thread runs it."""
+    """Makes clip `number` and writes its file -> its manifest record, and 3 stills (training clips)
+    or the packed masks (test clips). A function of its arguments alone, whichever thread runs
+    it."""
     split = "train" if number < clips else "test"
     rng = np.random.default_rng([seed, number])
     frames, actor_mask, distractor_mask, actor, distractor = make_clip(rng, number % 16)
     video = f"clips/{split}-{number:05d}.mp4"
     write_video(out / video, frames)
     record = {
-        "video": video, "label": f"{actor['shape']} {actor['direction']}", "split": split,
-        "captions": captions_of(actor), "distractor_captions": captions_of(distractor),
-    }  # fmt: skip
+        "video": video,
+        "label": f"{actor['shape']} {actor['direction']}",
+        "split": split,
+        "captions": captions_of(actor),
+        "distractor_captions": captions_of(distractor),
+    }
     if split == "test":
         return record, np.packbits(np.stack([actor_mask, distractor_mask]))
     some = rng.choice(FRAMES, 3, replace=False)
@@ -278,8 +328,9 @@ def _build(out, clips, seed):
 
 
 def build(out="data/toy", clips=800, seed=0):
-    """Makes the world in folder `out` unless it is there: manifest.jsonl, clips/, clip/ (the CLIP) and
-    truth.npz (masks of the test split). `clips` training clips and a quarter as many test clips.
+    """Makes the world in folder `out` unless it is there: manifest.jsonl, clips/, clip/ (the CLIP)
+    and truth.npz (masks of the test split). `clips` training clips and a quarter as many test
+    clips.
 
     Built beside and renamed at the end, so that an interrupted build never looks finished."""
     out = Path(out)
@@ -303,8 +354,8 @@ def build(out="data/toy", clips=800, seed=0):
 
 
 def manifest_of(data):
-    """For --data of the scripts: the path of a manifest, or "toy": the world in data/toy, which the first process
-    makes where it is not there yet."""
+    """For --data of the scripts: the path of a manifest, or "toy": the world in data/toy, which the
+    first process makes where it is not there yet."""
     if data != "toy":
         return Path(data)
     rank, world = tgmae.rank_and_world()
@@ -318,7 +369,10 @@ def manifest_of(data):
 def read_truth(folder):
     """{video: (actor, distractor) masks (F,64,64) bool} of the test split."""
     with np.load(Path(folder) / "truth.npz", allow_pickle=False) as truth:
-        return {video: np.unpackbits(truth[video]).reshape(2, FRAMES, SIZE, SIZE).astype(bool) for video in truth.files}
+        return {
+            video: np.unpackbits(truth[video]).reshape(2, FRAMES, SIZE, SIZE).astype(bool)
+            for video in truth.files
+        }
 
 
 # =================================================================================================
@@ -336,8 +390,9 @@ def auc(positive, negative):
 
 
 def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
-    """-> {masker: (share of the actor's area masked, share of the distractor's)}, and the ROC AUC of the
-    caption's similarity for cubes of the actor against cubes of the distractor and of the background."""
+    """-> {masker: (share of the actor's area masked, share of the distractor's)}, and the ROC AUC
+    of the caption's similarity for cubes of the actor against cubes of the distractor and of the
+    background."""
     config, folder = tgmae.PRESETS["toy"], Path(folder)
     t, h, w = config.grid
     records = tgmae.read_manifest(folder / "manifest.jsonl", "test")[:clips]
@@ -358,19 +413,27 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
     size = config.patch_size, config.tubelet_size
     words, others = (
         tgmae.text_scores(
-            clip[0], video, tgmae.encode_text(*clip, [r[key][i % 3] for i, r in enumerate(records)]), *size
+            clip[0],
+            video,
+            tgmae.encode_text(*clip, [r[key][i % 3] for i, r in enumerate(records)]),
+            *size,
         )
         for key in ("captions", "distractor_captions")
     )
     generator = torch.Generator().manual_seed(0)
     table = {}
     for name, scores, bottom_k in (
-        ("text", words, False), ("text, the distractor's words", others, False), ("text, bottom-k", words, True),
+        ("text", words, False), ("text, the distractor's words", others, False),
+        ("text, bottom-k", words, True),
         ("tube", tgmae.tube_scores(B, config.grid, generator=generator), False),
         ("motion", tgmae.motion_scores(torch.stack(motions), config.grid), False),
     ):  # fmt: skip
-        mask = tgmae.topk_mask(scores, mask_ratio, bottom_k=bottom_k, generator=generator).view(B, t, h, w)
-        table[name] = tuple((mask * part).sum().item() / part.sum().item() for part in (actor, distractor))
+        mask = tgmae.topk_mask(scores, mask_ratio, bottom_k=bottom_k, generator=generator).view(
+            B, t, h, w
+        )
+        table[name] = tuple(
+            (mask * part).sum().item() / part.sum().item() for part in (actor, distractor)
+        )
     of_actor = words[actor > 0.5]
     aucs = (
         auc(of_actor, words[(distractor > 0.25) & (actor == 0)]),
@@ -381,15 +444,21 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
 
 def print_coverage(folder, mask_ratio):
     table, aucs = coverage(folder, mask_ratio)
-    print(f"| masker, ratio {mask_ratio:g} | actor masked | distractor masked |\n| --- | --- | --- |")
+    print(
+        f"| masker, ratio {mask_ratio:g} | actor masked | distractor masked |\n| --- | --- | --- |"
+    )
     for name, (actor, distractor) in table.items():
         print(f"| {name} | {actor:.1%} | {distractor:.1%} |")
-    print(f"ROC AUC of the similarity, actor against distractor {aucs[0]:.4f}, against background {aucs[1]:.4f}")
+    print(
+        f"ROC AUC of the similarity, actor against distractor {aucs[0]:.4f}, against background "
+        f"{aucs[1]:.4f}"
+    )
 
 
 # =================================================================================================
-# The paper's Table 2, its smaller ablations and its Figure 4 on this world. A row is a run of train.py,
-# then of eval.py linear, retrieve and finetune; a row that several of them share runs once.
+# The paper's Table 2, its smaller ablations and its Figure 4 on this world. A row is a run of
+# train.py, then of eval.py linear, retrieve and finetune; a row that several of them share runs
+# once.
 # =================================================================================================
 
 
@@ -416,14 +485,17 @@ TABLE2 = {"random weights": UNTRAINED} | {
 }  # fmt: skip
 ABLATIONS = {
     "ratio": {
-        f"tgm at {ratio}": Row("tgm", flags=() if ratio == tgmae.MASK_RATIOS["tgm"] else ("--mask-ratio", ratio))
+        f"tgm at {ratio}": Row("tgm", flags=("--mask-ratio", ratio) if ratio != 0.6 else ())
         for ratio in (0.3, 0.45, 0.6, 0.75, 0.9)
     },
-    "bottom-k": {"tgm, highest": Row("tgm"), "tgm, lowest": Row("tgm", flags=("--bottom-k",)), "tube": Row("tube")},
-    "num-captions": {"3 captions": Row("tgm"), "1 caption": Row("tgm", flags=("--num-captions", 1))},
+    "bottom-k": {"tgm, highest": Row("tgm"), "tgm, lowest": Row("tgm", flags=("--bottom-k",)),
+                 "tube": Row("tube")},
+    "num-captions": {"3 captions": Row("tgm"),
+                     "1 caption": Row("tgm", flags=("--num-captions", 1))},
     "caption-source": {
         "of clips": Row("tgm"), "class name": Row("tgm", captions="label"),
-        "of the class": Row("tgm", captions="llm"), "of clips and of the class": Row("tgm", captions="frames-llm"),
+        "of the class": Row("tgm", captions="llm"),
+        "of clips and of the class": Row("tgm", captions="frames-llm"),
         "of stills": Row("tgm", captions="stills"), "of clips; tube, VT": Row("tube", "VT"),
         "of stills; tube, VT": Row("tube", "VT", captions="stills"),
     },
@@ -434,21 +506,25 @@ FIGURE4 = {
 }  # fmt: skip
 STAGES = "train", "linear", "retrieve", "finetune"
 COLUMNS = {"linear": "linear probe", "finetune": "fine-tuned", "retrieve": "retrieval R@1"}
-CAPTION_SOURCES = {  # what stands for the paper's: BLIP-2, the oracle, GPT-3.5, BLIP-2 + GPT-3.5 (Figure 5); and stills
+# What stands for the paper's: BLIP-2, the oracle, GPT-3.5, BLIP-2 + GPT-3.5 (Figure 5); and stills.
+CAPTION_SOURCES = {
     "frames": lambda record: record["captions"],
     "label": lambda record: [record["label"]],
     "llm": lambda record: [
-        caption.replace(" in {colour}", "").replace("{colour} ", "").format(shape=shape, direction=direction)
+        caption.replace(" in {colour}", "").replace("{colour} ", "").format(shape=shape,
+            direction=direction)
         for shape, direction in [record["label"].split()] for caption in CAPTIONS
     ],
     "frames-llm": lambda record: CAPTION_SOURCES["frames"](record) + CAPTION_SOURCES["llm"](record),
-    "stills": lambda record: [caption.rsplit(" ", 2)[0] for caption in record["captions"]],  # which show no direction
+    "stills": lambda record: [caption.rsplit(" ", 2)[0] for caption in record["captions"]],
+     # which show no direction
 }  # fmt: skip
 
 
 class Experiments:
-    """Runs rows, some side by side: on a CPU one a core with one thread each, which is nearly twice as fast as one
-    after the other with two. Stages that have ended stay as they are: --runs/ROW-SEED/stages.jsonl."""
+    """Runs rows, some side by side: on a CPU one a core with one thread each, which is nearly twice
+    as fast as one after the other with two. Stages that have ended stay as they are:
+    --runs/ROW-SEED/stages.jsonl."""
 
     def __init__(self, args):
         self.args, self.running, self.stopped = args, set(), False
@@ -460,11 +536,16 @@ class Experiments:
         return self.runs / f"{row.name}-seed{seed}"
 
     def ended(self, row, seed):
-        """{stage: seconds} of what has ended. A folder of other --epochs or another world: ValueError."""
+        """{stage: seconds} of what has ended. A folder of other --epochs or another world:
+        ValueError."""
         path = self.folder(row, seed) / "stages.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
         if any(line["of"] != self.settings for line in lines):
-            raise ValueError(f"{path.parent}: of another world or --epochs; another --runs, or remove it")
+            raise ValueError(
+                f"{path.parent}: of another world or --epochs; another --runs, or remove it"
+            )
         return {line["stage"]: line["seconds"] for line in lines}
 
     def make_world(self, source):
@@ -488,15 +569,23 @@ class Experiments:
         epochs = ["--epochs", self.args.epochs, "--warmup-epochs", 0] if self.args.epochs else []
         flags = {
             "train": ["--mask", row.mask, *LOSSES[row.loss], *epochs, *row.flags, "--out", folder],
-            "linear": ["--no-random"], "retrieve": ["--no-random"], "finetune": ["--out", folder / "finetune", *epochs],
-        }  # fmt: skip
+            "linear": ["--no-random"],
+            "retrieve": ["--no-random"],
+            "finetune": ["--out", folder / "finetune", *epochs],
+        }
         for stage in [stage for stage in stages if stage not in ended]:
             command = ["train.py"]
             if stage != "train":
                 command = ["eval.py", stage, folder / "last.pt", "--json", folder / f"{stage}.json"]
             began = time.monotonic()
-            self.call([*command, *flags[stage], "--seed", seed], row.captions, folder / f"{stage}.log")
-            line = {"stage": stage, "seconds": round(time.monotonic() - began, 1), "of": self.settings}
+            self.call(
+                [*command, *flags[stage], "--seed", seed], row.captions, folder / f"{stage}.log"
+            )
+            line = {
+                "stage": stage,
+                "seconds": round(time.monotonic() - began, 1),
+                "of": self.settings,
+            }
             with open(folder / "stages.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             self.bar.update()
@@ -506,9 +595,13 @@ class Experiments:
         threads = {} if self.gpu else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))}
         with open(log, "a") as file:
             process = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name(script), *flags], cwd=self.runs / "worlds" / source,
-                env=os.environ | threads, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [sys.executable, Path(__file__).with_name(script), *flags],
+                cwd=self.runs / "worlds" / source,
+                env=os.environ | threads,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
             self.running.add(process)
             if self.stopped:  # between two stages, while the others were told to stop
                 process.terminate()
@@ -526,14 +619,19 @@ class Experiments:
         total = len(todo) * len(stages)
         done = sum(len(set(stages) & set(self.ended(row, seed))) for row, seed, _ in todo)
         if done:
-            print(f"{done} of {total} stages are there already, made by the code as it was: {self.runs}")
+            print(
+                f"{done} of {total} stages are there already, made by the code as it was: "
+                f"{self.runs}"
+            )
         self.bar = tgmae.progress(total=total, initial=done, unit="stage", smoothing=0)
         with self.bar, ThreadPoolExecutor(self.jobs) as pool:
             try:
                 for job in as_completed([pool.submit(self.run, *what) for what in todo]):
                     job.result()
                     report()
-            except BaseException:  # an interrupt, too: what runs saves and stops, what waits is given up
+            except (
+                BaseException
+            ):  # an interrupt, too: what runs saves and stops, what waits is given up
                 self.stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(self.running):
@@ -541,15 +639,17 @@ class Experiments:
                 raise
 
     def found(self, row, seed, stages):
-        """What a row whose stages have all ended has come to: shares of the test clips, the contrastive loss of
-        each epoch, seconds; None before that."""
+        """What a row whose stages have all ended has come to: shares of the test clips, the
+        contrastive loss of each epoch, seconds; None before that."""
         folder, seconds = self.folder(row, seed), self.ended(row, seed)
         if not set(stages) <= set(seconds):
             return None
         found, epochs = {}, {}
         for stage, key in (("linear", "top-1"), ("finetune", "top-1"), ("retrieve", "R@1")):
             if stage in stages:
-                found[stage] = round(json.loads((folder / f"{stage}.json").read_text())["rows"][0][key], 4)
+                found[stage] = round(
+                    json.loads((folder / f"{stage}.json").read_text())["rows"][0][key], 4
+                )
         for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
             epochs.setdefault(line["epoch"], []).append(line["vt"])
         vt = [round(statistics.fmean(losses), 4) for losses in epochs.values()]
@@ -570,18 +670,26 @@ def save_plot(path, plot, log):
 
 
 def compare(args, name, rows, stages, table, plot):
-    """Runs the rows ({title: Row}); leaves NAME.jsonl (a line a row and seed), NAME.md and NAME.svg."""
+    """Runs the rows ({title: Row}); leaves NAME.jsonl (a line a row and seed), NAME.md and
+    NAME.svg."""
     experiments, folder = Experiments(args), args.report or args.runs
-    device = torch.cuda.get_device_name() if experiments.gpu else f"{os.cpu_count()} {platform.machine()} cores"
-    how = f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, Python {platform.python_version()}, "
+    device = (
+        torch.cuda.get_device_name()
+        if experiments.gpu
+        else f"{os.cpu_count()} {platform.machine()} cores"
+    )
+    how = (
+        f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, Python {platform.python_version()}, "
+    )
     how += f"torch {torch.__version__}, {date.today()}."
 
     def report():
         log = [
             {"row": title, "seed": seed, **found}
-            for title, row in rows.items() for seed in range(args.seeds)
+            for title, row in rows.items()
+            for seed in range(args.seeds)
             if (found := experiments.found(row, seed, stages))
-        ]  # fmt: skip
+        ]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         lines = table(name, log)
@@ -608,22 +716,36 @@ def mean_std(values, digits):
 
 
 def share_table(name, log):
-    lines = [f"| {name} | {' | '.join(COLUMNS.values())} | seeds |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    lines = [
+        f"| {name} | {' | '.join(COLUMNS.values())} | seeds |",
+        "| --- " * (len(COLUMNS) + 2) + "|",
+    ]
     for title, seeds in by_row(log, "seed").items():
         values = [[100 * share for share in by_row(log, column)[title]] for column in COLUMNS]
-        lines.append(f"| {title} | {' | '.join(mean_std(part, 1) for part in values)} | {len(seeds)} |")
+        lines.append(
+            f"| {title} | {' | '.join(mean_std(part, 1) for part in values)} | {len(seeds)} |"
+        )
     return lines
 
 
 def share_plot(plt, log):
     """A dot a seed, a line at their mean."""
     titles = list(by_row(log, "seed"))
-    figure, panels = plt.subplots(1, len(COLUMNS), sharey=True, figsize=(9, 0.8 + 0.27 * len(titles)))
+    figure, panels = plt.subplots(
+        1, len(COLUMNS), sharey=True, figsize=(9, 0.8 + 0.27 * len(titles))
+    )
     for panel, (column, label) in zip(panels, COLUMNS.items()):
         for place, shares in enumerate(by_row(log, column).values()):
             values = [100 * share for share in shares]
             panel.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
-            panel.plot([statistics.fmean(values)], [place], "|", color="C3", markersize=13, markeredgewidth=2)
+            panel.plot(
+                [statistics.fmean(values)],
+                [place],
+                "|",
+                color="C3",
+                markersize=13,
+                markeredgewidth=2,
+            )
         panel.set(xlabel=f"{label}, %", yticks=range(len(titles)), yticklabels=titles)
         panel.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
@@ -649,7 +771,10 @@ def curve_plot(plt, log):
         }
         for i, run in enumerate(runs):
             axes.plot(range(1, len(run) + 1), run, label=None if i else title, alpha=0.8, **style)
-    chance, right = math.log(16), axes.get_yaxis_transform()  # of the 16 captions in a batch of the toy preset
+    chance, right = (
+        math.log(16),
+        axes.get_yaxis_transform(),
+    )  # of the 16 captions in a batch of the toy preset
     axes.axhline(chance, color="0.6", linewidth=0.8)
     axes.text(1, chance, "chance", color="0.4", transform=right, ha="right", va="bottom")
     axes.set(xlabel="epoch", ylabel="contrastive loss (VT)")
@@ -659,21 +784,44 @@ def curve_plot(plt, log):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Make the toy world, measure on it what each masker hides, or run the paper's comparisons on it."
+        description="Make the toy world, measure on it what each masker hides, or run the paper's "
+        "comparisons on it."
     )
     add = parser.add_argument
     commands = "build", "coverage", "table2", "ablate", "figure4"
     add("command", nargs="?", default="build", choices=commands, help="default: build")
     add("ablation", nargs="?", choices=ABLATIONS, help="for ablate")
-    add("--out", type=Path, default=Path("data/toy"), help="folder of the world (default: data/toy)")
-    add("--clips", type=int, default=800, help="training clips; a quarter as many test clips (default: 800)")
+    add(
+        "--out", type=Path, default=Path("data/toy"), help="folder of the world (default: data/toy)"
+    )
+    add(
+        "--clips",
+        type=int,
+        default=800,
+        help="training clips; a quarter as many test clips (default: 800)",
+    )
     add("--seed", type=int, default=0, help="of everything in the world (default: 0)")
     add("--mask-ratio", type=float, default=0.25, help="of coverage (default: 0.25)")
     add("--seeds", type=int, default=3, help="runs of each row, with seeds 0, 1, ... (default: 3)")
-    add("--runs", type=Path, default=Path("runs/toy"), help="folder of the rows' runs (default: runs/toy)")
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs/toy"),
+        help="folder of the rows' runs (default: runs/toy)",
+    )
     add("--report", type=Path, help="folder of table, plot and their log (default: that of --runs)")
-    add("--jobs", type=int, default=0, help="rows at a time (default: one a CPU core; with a GPU one)")
-    add("--epochs", type=int, default=0, help="of both trainings (default: train.py's, eval.py's own)")
+    add(
+        "--jobs",
+        type=int,
+        default=0,
+        help="rows at a time (default: one a CPU core; with a GPU one)",
+    )
+    add(
+        "--epochs",
+        type=int,
+        default=0,
+        help="of both trainings (default: train.py's, eval.py's own)",
+    )
     args = parser.parse_args(argv)
     if args.clips < 16:
         parser.error(f"--clips {args.clips}: at least 16, one a class")
@@ -681,7 +829,10 @@ def parse_args(argv=None):
         parser.error(f"--seeds {args.seeds}: at least 1")
     if (args.command == "ablate") != bool(args.ablation):
         several = ", ".join(ABLATIONS)
-        parser.error(f"{args.command} {args.ablation or ''}: ablate takes one of {several}, other commands none")
+        parser.error(
+            f"{args.command} {args.ablation or ''}: ablate takes one of {several}, other commands "
+            "none"
+        )
     return args
 
 
@@ -693,7 +844,9 @@ def main(argv=None):
             made = json.loads((args.out / "world.json").read_text())
             print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")
             if made != {"clips": args.clips, "seed": args.seed}:
-                raise ValueError(f"{args.out}: is there already; another --out, or remove it, for another world")
+                raise ValueError(
+                    f"{args.out}: is there already; another --out, or remove it, for another world"
+                )
         elif args.command == "coverage":
             print_coverage(args.out, args.mask_ratio)
         elif args.command == "table2":
@@ -705,5 +858,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started is stopped, too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that what it started is stopped, too
     main()

@@ -1,12 +1,11 @@
-"""Speed, against what one would use instead and against the floor: side by side, in turns, on the same input, in
-one run; medians and their ratios. Run by hand, on an idle machine.
+"""Speed, against what one would use instead and against the floor: side by side, in turns, on the
+same input, in one run; medians and their ratios. Run by hand, on an idle machine.
 
-python tests/bench.py step     # a training step, beside transformers' VideoMAE
-python tests/bench.py load     # from H.264 to clips, beside decord, torchcodec and a bare decode
-python tests/bench.py maps     # text maps: what they cost, and what they save
-python tests/bench.py end      # train.py as it is: clips/s, and the share of time that waits for data
-python tests/bench.py all --json bench.json
-"""
+python tests/bench.py step     # a training step, beside transformers' VideoMAE python
+tests/bench.py load     # from H.264 to clips, beside decord, torchcodec and a bare decode python
+tests/bench.py maps     # text maps: what they cost, and what they save python tests/bench.py end
+# train.py as it is: clips/s, and the share of time that waits for data python tests/bench.py all
+--json bench.json"""
 
 import argparse
 import copy
@@ -44,8 +43,10 @@ results = []  # what --json keeps: a dict a line of output
 def report(what, goal="", **numbers):
     """Prints a line of results, and keeps it."""
     results.append({"what": what, "goal": goal, **numbers})
-    shown = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                      for name, value in numbers.items())  # fmt: skip
+    shown = "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in numbers.items()
+    )
     print(f"{what:<44}{shown}{f'  (goal: {goal})' if goal else ''}", flush=True)
 
 
@@ -58,8 +59,8 @@ def seconds(function):
 
 
 def timed(functions, repeats):
-    """{name: function} -> {name: seconds of each round}: in turns, every other round in reverse, after one
-    that warms up."""
+    """{name: function} -> {name: seconds of each round}: in turns, every other round in reverse,
+    after one that warms up."""
     times = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name in list(functions)[:: -1 if turn % 2 else 1]:
@@ -96,7 +97,9 @@ class Step:
     def __init__(self, model, forward, args):
         self.model, self.forward, self.args = model.to(args.device).train(), forward, args
         params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            params, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+        )
 
     def __call__(self, video, mask, amp):
         with torch.autocast(self.args.device, torch.bfloat16, enabled=amp):
@@ -113,15 +116,27 @@ def steps(args):
     c = tgmae.PRESETS[args.preset]
 
     def theirs(attention):
-        model = VideoMAEForPreTraining(VideoMAEConfig(
-            image_size=c.image_size, num_frames=c.num_frames, patch_size=c.patch_size, tubelet_size=c.tubelet_size,
-            hidden_size=c.embed_dim, num_hidden_layers=c.depth,
-            num_attention_heads=c.num_heads, intermediate_size=int(c.embed_dim * c.mlp_ratio),
-            decoder_hidden_size=c.decoder_embed_dim, decoder_num_hidden_layers=c.decoder_depth,
-            decoder_num_attention_heads=c.decoder_num_heads, attn_implementation=attention, use_mean_pooling=False,
-            decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
-        ))  # fmt: skip
-        return Step(model, lambda m, video, mask: m(video.transpose(1, 2), bool_masked_pos=mask).loss, args)
+        model = VideoMAEForPreTraining(
+            VideoMAEConfig(
+                image_size=c.image_size,
+                num_frames=c.num_frames,
+                patch_size=c.patch_size,
+                tubelet_size=c.tubelet_size,
+                hidden_size=c.embed_dim,
+                num_hidden_layers=c.depth,
+                num_attention_heads=c.num_heads,
+                intermediate_size=int(c.embed_dim * c.mlp_ratio),
+                decoder_hidden_size=c.decoder_embed_dim,
+                decoder_num_hidden_layers=c.decoder_depth,
+                decoder_num_attention_heads=c.decoder_num_heads,
+                attn_implementation=attention,
+                use_mean_pooling=False,
+                decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
+            )
+        )
+        return Step(
+            model, lambda m, video, mask: m(video.transpose(1, 2), bool_masked_pos=mask).loss, args
+        )
 
     def ours(mode=None):
         torch.manual_seed(0)
@@ -153,7 +168,8 @@ def batch_of(args, size, ratio):
 
 
 def count_flops(step, video, mask):
-    """Of forward and backward. The plain attention, since the counter does not know all the fused ones."""
+    """Of forward and backward. The plain attention, since the counter does not know all the fused
+    ones."""
     model = copy.deepcopy(step.model)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step.forward(model, video, mask).backward()
@@ -193,7 +209,9 @@ def share_outside_products(function, args):
 
 def bench_step(folder, args):
     made, times = steps(args), {}
-    rates = {amp: matrix_rate(args, torch.bfloat16 if amp else torch.float32) for amp in (False, True)}
+    rates = {
+        amp: matrix_rate(args, torch.bfloat16 if amp else torch.float32) for amp in (False, True)
+    }
     report("matrix rate, TFLOP/s", fp32=rates[False] / 1e12, bf16=rates[True] / 1e12)
     for mask_ratio in sorted(set(tgmae.MASK_RATIOS.values()), reverse=True):
         video, mask = batch_of(args, args.batch, mask_ratio)
@@ -206,21 +224,34 @@ def bench_step(folder, args):
             ways = {way: (lambda step=made[way]: step(video, mask, amp)) for way in names}
             t = times[mask_ratio, amp] = timed(ways, args.repeats)
             report(f"{name}: clips/s", **{way: args.batch / s for way, s in medians(t).items()})
-            goal = "sdpa 1.3, eager 2, compiled 1.05" if args.device == "cuda" else "sdpa 1, eager 1.4"
+            goal = (
+                "sdpa 1.3, eager 2, compiled 1.05" if args.device == "cuda" else "sdpa 1, eager 1.4"
+            )
             faster = {"sdpa": ratio(t, "sdpa", "ours"), "eager": ratio(t, "eager", "ours")}
             if "ours compiled" in t:
                 faster["both compiled"] = ratio(t, "sdpa compiled", "ours compiled")
             report(f"{name}: times as fast as", goal, **faster)
             share = flops / medians(t)["ours"] / rates[amp]
             outside = share_outside_products(ways["ours"], args)
-            report(f"{name}: of the matrix rate", ours=share, TFLOP=flops / 1e12, outside_products=outside)
+            report(
+                f"{name}: of the matrix rate",
+                ours=share,
+                TFLOP=flops / 1e12,
+                outside_products=outside,
+            )
             if "checkpointing" in t:
-                memory = {way: args.batch / peak_memory(made[way], ways[way], args) for way in names[:4]}
+                memory = {
+                    way: args.batch / peak_memory(made[way], ways[way], args) for way in names[:4]
+                }
                 report(f"{name}: clips per GiB", "ours >= sdpa", **memory)
-                report(f"{name}: checkpointing takes", times_as_long=ratio(t, "checkpointing", "ours"))
+                report(
+                    f"{name}: checkpointing takes", times_as_long=ratio(t, "checkpointing", "ours")
+                )
     if tgmae.bf16_is_fast(args.device):
         gain = {
-            f"at {r}": medians(t)["ours"] / medians(times[r, True])["ours"] for (r, amp), t in times.items() if not amp
+            f"at {r}": medians(t)["ours"] / medians(times[r, True])["ours"]
+            for (r, amp), t in times.items()
+            if not amp
         }
         report("step: bf16 over fp32", "1.45 on a CPU", **gain)
     ways = {}
@@ -237,14 +268,17 @@ def bench_step(folder, args):
 
 
 def footage(frames, height, width):
-    """Frames (F,H,W,3) uint8 of about what a camera sees: it pans over texture of all scales, a thing moves in
-    front, and there is a little noise."""
+    """Frames (F,H,W,3) uint8 of about what a camera sees: it pans over texture of all scales, a
+    thing moves in front, and there is a little noise."""
     g = torch.Generator().manual_seed(0)
 
     def texture(h, w, spread):
         scales = [2**i for i in range(1, 7) if 2**i < min(h, w) / 2]
-        parts = [F.interpolate(torch.randn(1, 3, h // s, w // s, generator=g), (h, w), mode="bicubic") * s**0.7
-                 for s in scales]  # fmt: skip
+        parts = [
+            F.interpolate(torch.randn(1, 3, h // s, w // s, generator=g), (h, w), mode="bicubic")
+            * s**0.7
+            for s in scales
+        ]
         total = sum(parts)[0]
         return ((total - total.mean()) / total.std() * spread + 128).clamp(0, 255)
 
@@ -320,19 +354,34 @@ def bench_load(folder, args):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
     rng = np.random.default_rng(0)
-    ways = {"ours": ours, "motion": lambda *a: ours(*a, motion=True), "bare decode": bare_decode, **others()}
+    ways = {
+        "ours": ours,
+        "motion": lambda *a: ours(*a, motion=True),
+        "bare decode": bare_decode,
+        **others(),
+    }
     for height, width in ((256, 340), (360, 640), (720, 1280)):
         clip = footage(300, height, width)
         for gop in (250, 12):
             path = folder / f"{height}-{gop}.mp4"
             toy.write_video(path, clip, fps=30, options={"crf": "23", "g": str(gop)})
-            crop = tgmae.Crop(height // 16, width // 8, int(0.875 * height), int(0.875 * height), True)
+            crop = tgmae.Crop(
+                height // 16, width // 8, int(0.875 * height), int(0.875 * height), True
+            )
             each = [
-                medians(timed({n: (lambda w=w: w(path, start, crop)) for n, w in ways.items()}, args.repeats))
+                medians(
+                    timed(
+                        {n: (lambda w=w: w(path, start, crop)) for n, w in ways.items()},
+                        args.repeats,
+                    )
+                )
                 for start in rng.integers(0, 300 - SPAN, 8).tolist()
             ]
             s = {n: statistics.mean(times[n] for times in each) for n in ways}
-            name, rivals = f"load {width}x{height} GOP {gop}", [n for n in s if n in ("decord", "torchcodec")]
+            name, rivals = (
+                f"load {width}x{height} GOP {gop}",
+                [n for n in s if n in ("decord", "torchcodec")],
+            )
             kbit = path.stat().st_size // 1250
             report(f"{name}: ms a clip", kbit_s=kbit, **{n: 1e3 * t for n, t in s.items()})
             report(f"{name}: times as fast as", "1.25", **{n: s[n] / s["ours"] for n in rivals})
@@ -362,7 +411,11 @@ def repeats(path, name, args):
     for n in (1, 4):
         data = clips_of(path, 8, "--repeat", n, "--batch-size", n)
         ways[n] = lambda data=data: [data[0, i] for i in range(8)]
-    report(f"{name}: --repeat 4", "2, 2.5 at 720p", times_the_clips=4 * ratio(timed(ways, args.repeats), 1, 4))
+    report(
+        f"{name}: --repeat 4",
+        "2, 2.5 at 720p",
+        times_the_clips=4 * ratio(timed(ways, args.repeats), 1, 4),
+    )
 
 
 def growth(folder, args):
@@ -371,7 +424,9 @@ def growth(folder, args):
 
     def read(workers):
         samples = [(0, i) for i in range(len(data))]
-        for _ in DataLoader(data, 4, sampler=samples, num_workers=workers, collate_fn=train.collate):
+        for _ in DataLoader(
+            data, 4, sampler=samples, num_workers=workers, collate_fn=train.collate
+        ):
             pass
 
     times = timed({n: (lambda n=n: read(n)) for n in (1, 2)}, args.repeats)
@@ -391,7 +446,8 @@ def growth(folder, args):
 
 
 def untrained_clip(folder, name):
-    """A CLIP with random weights: the toy one as a folder, or open_clip's architecture of that name in a file."""
+    """A CLIP with random weights: the toy one as a folder, or open_clip's architecture of that name
+    in a file."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -408,13 +464,17 @@ def untrained_clip(folder, name):
 
 
 def loading_step(data, mask, args, *flags):
-    """-> function that loads a batch (in this process, so that nothing hides behind something else) and
-    takes a training step with it, everything at mask ratio 0.6, MAE + VT."""
-    words = f"--data {data} --mask {mask} --mask-ratio 0.6 --vt --batch-size {args.batch} --preset {args.preset}"
+    """-> function that loads a batch (in this process, so that nothing hides behind something else)
+    and takes a training step with it, everything at mask ratio 0.6, MAE + VT."""
+    words = f"--data {data} --mask {mask} --mask-ratio 0.6 --vt --batch-size {args.batch}"
+    words += f" --preset {args.preset}"
     made = train.parse_args([*words.split(), "--device", args.device, *flags])
     records, _, text = train.load_data(made, *tgmae.start_processes(made))
     model, clip = train.build_model(made, text, records[0])
-    clips, optimizer = train.Clips(records, model.config, made, text_from=text), train.make_optimizer(model, made)
+    clips, optimizer = (
+        train.Clips(records, model.config, made, text_from=text),
+        train.make_optimizer(model, made),
+    )
 
     def step():
         batch = train.collate([clips[0, i] for i in range(args.batch)])
@@ -427,33 +487,50 @@ def loading_step(data, mask, args, *flags):
 
 @torch.no_grad()
 def bench_maps(folder, args):
-    """Patches a second with ViT-B/32 against the matrix rate; then steps of tube, TGM from maps, TGM online."""
+    """Patches a second with ViT-B/32 against the matrix rate; then steps of tube, TGM from maps,
+    TGM online."""
     toy.write_video(folder / "clip.mp4", footage(120, 240, 320), fps=30, options={"crf": "23"})
     online = untrained_clip(folder, "ViT-B-32-quickgelu")
     clip = tgmae.load_clip(*online[1::2], args.device)
     text = tgmae.encode_text(*clip, ["a"])
     frames = torch.randint(256, (1 if args.device == "cpu" else 16, 3, 224, 304), dtype=torch.uint8)
     weights = next(clip[0].visual.parameters())
-    torch.backends.mha.set_fastpath_enabled(False)  # in which the counter does not see the matrix products
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # in which the counter does not see the matrix products
     with FlopCounterMode(display=False) as counter:
         clip[0].encode_image(weights.new_zeros(1, 3, 224, 224))
     torch.backends.mha.set_fastpath_enabled(True)
     bound = matrix_rate(args, weights.dtype) / counter.get_total_flops()
     made = lambda: captions.similarity_map(clip[0], frames, text, 16, args.device)  # noqa: E731
     rate = len(frames) * 14 * 19 / medians(timed({"maps": made}, args.repeats))["maps"]
-    report("maps: patches/s", "60%", ours=rate, of_the_bound=rate / bound, precision=str(weights.dtype)[6:])
+    report(
+        "maps: patches/s",
+        "60%",
+        ours=rate,
+        of_the_bound=rate / bound,
+        precision=str(weights.dtype)[6:],
+    )
 
     data = manifest_of(folder / "clip.mp4", args.batch, captions=["a person", "a dog", "a bicycle"])
     copied = folder / "maps.jsonl"
     copied.write_text(data.read_text())
     captions.main(["maps", str(copied), *untrained_clip(folder, "toy")])
     with torch.enable_grad():
-        ways = {"tube": loading_step(copied, "tube", args), "maps": loading_step(copied, "tgm", args)}
+        ways = {
+            "tube": loading_step(copied, "tube", args),
+            "maps": loading_step(copied, "tgm", args),
+        }
         times = timed(ways, args.repeats)
         slow = medians(timed({"online": loading_step(data, "tgm", args, *online)}, 1))
     s = medians(times) | slow
     report("maps: s a step, with loading", **s)
-    report("maps: times tube's", "maps 1.05", maps=ratio(times, "maps", "tube"), online=s["online"] / s["tube"])
+    report(
+        "maps: times tube's",
+        "maps 1.05",
+        maps=ratio(times, "maps", "tube"),
+        online=s["online"] / s["tube"],
+    )
 
 
 def bench_end(folder, args):
@@ -461,28 +538,42 @@ def bench_end(folder, args):
     toy.write_video(folder / "clip.mp4", footage(300, 256, 340), fps=30, options={"crf": "23"})
     data = manifest_of(folder / "clip.mp4", args.batch * (args.repeats + 3))
     for mask in ("tube", "mgm"):
-        words = (
-            f"--data {data} --mask {mask} --preset {args.preset} --batch-size {args.batch} --epochs 1 --warmup-epochs 0"
-        )
+        words = f"--data {data} --mask {mask} --preset {args.preset} --batch-size {args.batch}"
+        words += " --epochs 1 --warmup-epochs 0"
         train.main([*words.split(), "--device", args.device, "--out", str(folder / mask)])
-        lines = [json.loads(line) for line in (folder / mask / "log.jsonl").read_text().splitlines()][2:-1]
-        numbers = {name: statistics.median(line[name] for line in lines) for name in ("clips_per_s", "wait")}
+        lines = [
+            json.loads(line) for line in (folder / mask / "log.jsonl").read_text().splitlines()
+        ][2:-1]
+        numbers = {
+            name: statistics.median(line[name] for line in lines)
+            for name in ("clips_per_s", "wait")
+        }
         report(f"end to end, {mask}", **numbers)
 
 
 def parse_args(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    parser.add_argument("what", choices=("step", "load", "maps", "end", "all"), nargs="?", default="all")
     parser.add_argument(
-        "--device", default="cuda" if CUDA else "cpu", choices=("cpu", "cuda"), help="of steps and maps"
+        "what", choices=("step", "load", "maps", "end", "all"), nargs="?", default="all"
     )
-    parser.add_argument("--preset", default="base", choices=tgmae.PRESETS, help="of the model that is trained")
+    parser.add_argument(
+        "--device",
+        default="cuda" if CUDA else "cpu",
+        choices=("cpu", "cuda"),
+        help="of steps and maps",
+    )
+    parser.add_argument(
+        "--preset", default="base", choices=tgmae.PRESETS, help="of the model that is trained"
+    )
     parser.add_argument("--batch", type=int, default=64 if CUDA else 2, help="clips a step")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
     parser.add_argument("--clips", type=int, default=500, help="to read while memory is watched")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="time compiled steps, too"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time compiled steps, too",
     )
     parser.add_argument("--json", type=Path, help="file for all results")
     return parser.parse_args(argv)
@@ -490,9 +581,19 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    report("machine", device=machine, cores=len(os.sched_getaffinity(0)), python=platform.python_version(),
-           torch=torch.__version__, av=av.__version__)  # fmt: skip
+    machine = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    report(
+        "machine",
+        device=machine,
+        cores=len(os.sched_getaffinity(0)),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        av=av.__version__,
+    )
     parts = {"step": bench_step, "load": bench_load, "maps": bench_maps, "end": bench_end}
     for name in parts if args.what == "all" else [args.what]:
         with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py does, before torch loads
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network, nor asks whether there is one
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # no test needs a network, nor asks whether there is one
 
 import pytest
 import torch
@@ -24,11 +26,15 @@ TINY = dict(
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="the long forms of tests that have a short one")
+    parser.addoption(
+        "--slow", action="store_true", help="the long forms of tests that have a short one"
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: the long form of a test; run with --slow, in place of the short one")
+    config.addinivalue_line(
+        "markers", "slow: the long form of a test; run with --slow, in place of the short one"
+    )
     config.option.reportchars += "s"  # what is skipped is said, and why
     config.addinivalue_line("markers", "short: the short form of a test that has a long one")
 
@@ -46,17 +52,27 @@ def config():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """The toy world as train.py makes it by itself: 800 + 200 clips and the CLIP. A minute, once."""
+    """The toy world as train.py makes it by itself: 800 + 200 clips and the CLIP. A minute,
+    once."""
     return toy.build(tmp_path_factory.mktemp("toy") / "toy")
 
 
 @pytest.fixture(scope="session")
 def trained(world, tmp_path_factory):
-    """The checkpoint of the main command, all of it: torchrun train.py --mask tgm --vt. Three minutes, once."""
+    """The checkpoint of the main command, all of it: torchrun train.py --mask tgm --vt. Three
+    minutes, once."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "data").mkdir()
     (folder / "data" / "toy").symlink_to(world, target_is_directory=True)
-    command = [sys.executable, "-m", "torch.distributed.run", str(ROOT / "train.py"), "--mask", "tgm", "--vt"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        str(ROOT / "train.py"),
+        "--mask",
+        "tgm",
+        "--vt",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "toy-tgm-vt" / "last.pt"
@@ -84,7 +100,9 @@ def manifest(world, tmp_path):
 
     def make(clips, *, extra=(), name="some.jsonl"):
         records = tgmae.read_manifest(world / "manifest.jsonl", "train")[:clips]
-        lines = [{"video": r["path"], "captions": r["captions"], "label": r["label"]} for r in records]
+        lines = [
+            {"video": r["path"], "captions": r["captions"], "label": r["label"]} for r in records
+        ]
         path = tmp_path / name
         path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *extra]))
         return path

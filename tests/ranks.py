@@ -1,5 +1,5 @@
-"""Run by test_ranks.py under torchrun: losses and gradients of the first ranks' share of 12 clips, and of
-every combination of losses for several steps."""
+"""Run by test_ranks.py under torchrun: losses and gradients of the first ranks' share of 12 clips,
+and of every combination of losses for several steps."""
 
 import sys
 from pathlib import Path
@@ -10,9 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from conftest import TINY  # noqa: E402
+
 import tgmae  # noqa: E402
 import train  # noqa: E402
-from conftest import TINY  # noqa: E402
 
 
 def main(out):
@@ -43,7 +44,11 @@ def main(out):
         if vt:
             results["vt"] = result["vt"].detach()
             results["running"] = model.predictor[1].running_var.clone()
-        results |= {f"{name} {vt}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results |= {
+            f"{name} {vt}": p.grad.clone()
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
     if rank == 0:
         torch.save(results, out)
 
@@ -64,7 +69,9 @@ def main(out):
             group["lr"] = 1e-2
         losses = []
         for _ in range(4):
-            result = net(video[mine], mask[mine], text[mine] if has_text else None, mae=mae, watch=not vt)
+            result = net(
+                video[mine], mask[mine], text[mine] if has_text else None, mae=mae, watch=not vt
+            )
             loss = sum(result[name] for name in ("mae", "vt") if name in result)
             optimizer.zero_grad()
             loss.backward()
@@ -74,9 +81,12 @@ def main(out):
     # Others may hold the gradient that gather is given: it must stay as it is.
     x, other = torch.ones(2, 3, requires_grad=True), torch.zeros(2 * world, 3, requires_grad=True)
     ((tgmae.gather(x) + other) ** 2).sum().backward()
-    assert torch.equal(other.grad, torch.full_like(other, 2)) and torch.equal(x.grad, torch.full_like(x, 2 * world))
+    assert torch.equal(other.grad, torch.full_like(other, 2)) and torch.equal(
+        x.grad, torch.full_like(x, 2 * world)
+    )
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    dist.destroy_process_group()  # when the models that used it are gone: torch 2.11 sometimes hung otherwise
+    # When the models that used it are gone: torch 2.11 sometimes hung otherwise.
+    dist.destroy_process_group()

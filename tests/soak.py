@@ -1,4 +1,5 @@
-"""Trains for a while on a mix of good and bad files, and watches: memory, open files, threads, processes.
+"""Trains for a while on a mix of good and bad files, and watches: memory, open files, threads,
+processes.
 
     python tests/soak.py --minutes 30
 
@@ -19,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
+from test_bad_files import KINDS, damaged  # noqa: E402
 
 import toy  # noqa: E402
-from test_bad_files import KINDS, damaged  # noqa: E402
 
 
 def make_data(folder, good=60, bad=20):
@@ -36,10 +37,14 @@ def make_data(folder, good=60, bad=20):
     for i in range(good + bad):
         codec, options = codecs[i % 4]
         path = folder / f"{i}.mkv"
-        toy.write_video(path, toy.make_clip(np.random.default_rng(i), i % 16)[0], codec=codec, options=options)
+        toy.write_video(
+            path, toy.make_clip(np.random.default_rng(i), i % 16)[0], codec=codec, options=options
+        )
         if i >= good:
             data = path.read_bytes()
-            path.write_bytes(b"" if i % 5 == 0 else bytes(damaged(data, KINDS[i % len(KINDS)], rng)))
+            path.write_bytes(
+                b"" if i % 5 == 0 else bytes(damaged(data, KINDS[i % len(KINDS)], rng))
+            )
             if i % 7 == 0:
                 path.unlink()
         lines.append(json.dumps({"video": path.name, "captions": ["a thing"]}) + "\n")
@@ -62,14 +67,18 @@ def family(pid):
 
 
 def look(pid):
-    """-> MiB, open files, threads, processes of a run. Memory: what is no file's, and shared by processes once
-    (code is left out, since its share depends on who else runs it)."""
+    """-> MiB, open files, threads, processes of a run. Memory: what is no file's, and shared by
+    processes once (code is left out, since its share depends on who else runs it)."""
     memory = files = threads = 0
     processes = family(pid)
     for one in processes:
         try:
             rollup = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-            memory += sum(int(line.split()[1]) for line in rollup if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+            memory += sum(
+                int(line.split()[1])
+                for line in rollup
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:"))
+            )
             files += len(os.listdir(f"/proc/{one}/fd"))
             threads += len(os.listdir(f"/proc/{one}/task"))
         except (FileNotFoundError, ProcessLookupError):
@@ -81,17 +90,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="how long")
     minutes = parser.parse_args().minutes
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would children
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background ignores it, and so would children
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder)
         words = (
-            "--data mix.jsonl --mask mgm --preset toy --stride 4 --batch-size 8 --epochs 1000000 --out run --workers 2 "
+            "--data mix.jsonl --mask mgm --preset toy --stride 4 --batch-size 8 --epochs 1000000 "
         )
+        words += "--out run --workers 2 "
         words += "--warmup-epochs 0 --save-minutes 0.2 --keep 2"
         with open(folder / "said.txt", "w") as said:
-            run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words.split()], cwd=folder, stdout=said,
-                                   stderr=said, start_new_session=True)  # fmt: skip
+            run = subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *words.split()],
+                cwd=folder,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
             seen, log = [], folder / "run" / "log.jsonl"
             while not log.exists():  # its start is not what is watched
                 assert run.poll() is None, (folder / "said.txt").read_text()[-2000:]
@@ -113,15 +130,16 @@ def main():
         bad = sum(json.loads(line)["bad"] for line in log.read_text().splitlines())
         listed = len((folder / "run" / "bad_videos.txt").read_text().splitlines())
         print(
-            f"{steps} steps, {bad} times a bad file was met, {listed} are listed; left after Ctrl-C: {left or 'none'}"
+            f"{steps} steps, {bad} times a bad file was met, {listed} are listed; left after "
+            f"Ctrl-C: {left or 'none'}"
         )
     third = len(seen) // 3
     middle, end = list(zip(*seen[third : 2 * third])), list(zip(*seen[-third:]))
     for column, what in enumerate(("MiB", "files", "threads", "processes"), 1):
         before, after = statistics.median(middle[column]), statistics.median(end[column])
         print(f"{what:<10} {before:.0f} in the middle third, {after:.0f} in the last")
-        # A file that is being read, or a batch on its way, is open for a moment: counts must come back to what
-        # they were before, but are more at any one time.
+        # A file that is being read, or a batch on its way, is open for a moment: counts must come
+        # back to what they were before, but are more at any one time.
         grown = after > 1.03 * before if what == "MiB" else min(end[column]) > before
         assert not grown, what
     assert not left and bad and listed

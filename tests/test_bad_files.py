@@ -1,5 +1,6 @@
-"""Files as they come from the net: 200 damaged ones, and whole ones of unusual kinds. Each is read, or said to be
-unreadable and why, in a process of its own that must neither crash nor hang nor grow."""
+"""Files as they come from the net: 200 damaged ones, and whole ones of unusual kinds. Each is read,
+or said to be unreadable and why, in a process of its own that must neither crash nor hang nor
+grow."""
 
 import multiprocessing
 import os
@@ -27,14 +28,19 @@ def read(path):
         warnings.simplefilter("ignore", tgmae.NoMotionVectors)
         numbers = tgmae.clip_indices(*tgmae.frame_range(video), 8, 4)
         frames, motion = tgmae.read_clip(video, numbers, motion=True)
-    assert frames.dtype == torch.uint8 and len(frames) == len(motion) == 8 and motion.isfinite().all()
+    assert (
+        frames.dtype == torch.uint8 and len(frames) == len(motion) == 8 and motion.isfinite().all()
+    )
     rows, cols = (-(-side // 8) for side in frames.shape[1:3])
     assert motion.shape[1:] == (rows, cols)
 
 
 def reader(names, results):
-    """Reads files until None comes; for each, what became of it, how long it took, and the memory at its height."""
-    torch.set_num_threads(1)  # as in a loader: those of the process that was forked are not here, to be waited for
+    """Reads files until None comes; for each, what became of it, how long it took, and the memory
+    at its height."""
+    torch.set_num_threads(
+        1
+    )  # as in a loader: those of the process that was forked are not here, to be waited for
     av.logging.set_level(av.logging.PANIC)
     while (path := names.get()) is not None:
         began = time.perf_counter()
@@ -50,7 +56,8 @@ def reader(names, results):
 
 
 def read_in_a_process(paths):
-    """-> [(outcome, seconds, MiB)] of each; fails if the process crashes, hangs, or raises anything else."""
+    """-> [(outcome, seconds, MiB)] of each; fails if the process crashes, hangs, or raises anything
+    else."""
     context = multiprocessing.get_context("fork")
     names, results, found = context.SimpleQueue(), context.Queue(), []
     process = context.Process(target=reader, args=(names, results), daemon=True)
@@ -106,7 +113,9 @@ def test_damaged_files(footage, tmp_path, count, capsys):
     rng, paths = np.random.default_rng(count), []
     for i in range(count):
         source, kind = sources[i % len(sources)], KINDS[i % len(KINDS)]
-        suffix = rng.choice([".mkv", ".avi", ".ts", ".webm"]) if i % 10 == 0 else source.suffix  # a wrong one
+        suffix = (
+            rng.choice([".mkv", ".avi", ".ts", ".webm"]) if i % 10 == 0 else source.suffix
+        )  # a wrong one
         path = tmp_path / f"{i}-{source.stem}-{kind.replace(' ', '-')}{suffix}"
         path.write_bytes(damaged(source.read_bytes(), kind, rng))
         paths.append(str(path))
@@ -115,19 +124,28 @@ def test_damaged_files(footage, tmp_path, count, capsys):
         said = outcome.startswith(path) and "\n" not in outcome and len(outcome) > len(path) + 5
         assert outcome == "read" or said, f"{path}: {outcome}"
     outcomes = [outcome == "read" for outcome, _, _ in found]
-    assert count // 10 < sum(outcomes) < count - count // 10  # the damage is neither nothing nor everything
+    assert (
+        count // 10 < sum(outcomes) < count - count // 10
+    )  # the damage is neither nothing nor everything
     # A second time, in a process that has seen them all: no more memory.
     again = read_in_a_process(paths + paths[:: max(1, count // 20)])
     half, end = again[count - 1][2], again[-1][2]
     assert end - half < 64, (half, end)
     with capsys.disabled():
         slowest = max(seconds for _, seconds, _ in found)
-        print(f"\n{count} damaged files: {sum(outcomes)} read, slowest {slowest:.2f} s, memory {found[-1][2]} MiB")
+        print(
+            f"\n{count} damaged files: {sum(outcomes)} read, slowest {slowest:.2f} s, memory "
+            f"{found[-1][2]} MiB"
+        )
 
 
 def test_damaged_files_are_read_rightly(footage, tmp_path):
     """What is read of a damaged file is what a plain decode of the same bytes gives."""
-    sources = sorted(p for p in footage.rglob("*") if p.suffix in (".mp4", ".mkv", ".mov") and "10bits" not in p.name)
+    sources = sorted(
+        p
+        for p in footage.rglob("*")
+        if p.suffix in (".mp4", ".mkv", ".mov") and "10bits" not in p.name
+    )
     rng, alike = np.random.default_rng(1), []
     av.logging.set_level(av.logging.PANIC)
     for i in range(90):
@@ -147,13 +165,19 @@ def test_damaged_files_are_read_rightly(footage, tmp_path):
         except (tgmae.VideoError, av.FFmpegError):  # the second: something else in it is damaged
             continue
         plain = [whole[time] for time in pts]
-        plain = [np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)) for frame in plain]
-        alike.append(np.mean([np.abs(a.astype(int) - b).mean() < 2 for a, b in zip(frames, plain)]) == 1)
-    # Where a payload is damaged without the decoder's knowledge, frames depend on where decoding began.
+        plain = [
+            np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+            for frame in plain
+        ]
+        alike.append(
+            np.mean([np.abs(a.astype(int) - b).mean() < 2 for a, b in zip(frames, plain)]) == 1
+        )
+    # Where a payload is damaged without the decoder's knowledge, frames depend on where decoding
+    # began.
     assert len(alike) > 20 and sum(alike) >= len(alike) - 1
 
 
-# --------------------------------------------------------------------------------- whole files, unusual ones
+# ------------------------------------------------------------------------ whole files, unusual ones
 
 
 def write(path, frames, codec="libx264", *, pts=None, sizes=None, options=None, format=None):
@@ -193,11 +217,16 @@ def test_one_frame(tmp_path):
 
 
 def test_changing_resolution(tmp_path):
-    """Two H.264 streams of different sizes, one after the other: all frames in the size of the first."""
+    """Two H.264 streams of different sizes, one after the other: all frames in the size of the
+    first."""
     for name, size in (("a", 160), ("b", 96)):
         across, down = np.meshgrid(np.linspace(0, 255, size), np.linspace(0, 255, size))
-        frames = np.stack([np.stack([across, down, np.full_like(down, 20 * i)], -1) for i in range(10)])
-        toy.write_video(tmp_path / f"{name}.h264", frames.astype(np.uint8), options={"g": "5", "bf": "0"})
+        frames = np.stack(
+            [np.stack([across, down, np.full_like(down, 20 * i)], -1) for i in range(10)]
+        )
+        toy.write_video(
+            tmp_path / f"{name}.h264", frames.astype(np.uint8), options={"g": "5", "bf": "0"}
+        )
     both = (tmp_path / "a.h264").read_bytes() + (tmp_path / "b.h264").read_bytes()
     (tmp_path / "both.h264").write_bytes(both)
     clip = tgmae.read_clip(tmp_path / "both.h264", [2, 9, 10, 19])
@@ -215,7 +244,9 @@ def test_no_timestamps(tmp_path):
     toy.write_video(tmp_path / "raw.h264", texture(20, 160, (1, 0)), options={"g": "5", "bf": "0"})
     whole = decode_all(tmp_path / "raw.h264")
     clip = tgmae.read_clip(tmp_path / "raw.h264", [0, 7, 19])
-    assert len(whole) == 20 and all(np.array_equal(frame, whole[n]) for frame, n in zip(clip, (0, 7, 19)))
+    assert len(whole) == 20 and all(
+        np.array_equal(frame, whole[n]) for frame, n in zip(clip, (0, 7, 19))
+    )
 
 
 def test_the_best_stream_is_read(tmp_path):
@@ -231,7 +262,9 @@ def test_the_best_stream_is_read(tmp_path):
         for i in range(6):
             for stream, frames in streams:
                 container.mux(
-                    stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[i]), format="rgb24"))
+                    stream.encode(
+                        av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[i]), format="rgb24")
+                    )
                 )
         for stream, _ in streams:
             container.mux(stream.encode())
@@ -243,7 +276,9 @@ def test_the_best_stream_is_read(tmp_path):
 def test_other_codecs_and_wrong_extensions(tmp_path, codec):
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no {codec}")
-    options = {"libx265": {"x265-params": "log-level=none"}, "libaom-av1": {"cpu-used": "8"}}.get(codec, {})
+    options = {"libx265": {"x265-params": "log-level=none"}, "libaom-av1": {"cpu-used": "8"}}.get(
+        codec, {}
+    )
     toy.write_video(tmp_path / "clip.mkv", texture(12, 160, (2, 0)), codec=codec, options=options)
     whole = decode_all(tmp_path / "clip.mkv")
     os.rename(tmp_path / "clip.mkv", tmp_path / "clip.avi")
@@ -260,7 +295,9 @@ def test_huge_frames_are_refused(tmp_path, monkeypatch):
     for name, size in (("a", 96), ("b", 160)):
         frames = np.zeros((40, size, size, 3), np.uint8)
         toy.write_video(tmp_path / f"{name}.h264", frames, options={"g": "5", "bf": "0"})
-    (tmp_path / "both.h264").write_bytes(b"".join((tmp_path / f"{name}.h264").read_bytes() for name in "ab"))
+    (tmp_path / "both.h264").write_bytes(
+        b"".join((tmp_path / f"{name}.h264").read_bytes() for name in "ab")
+    )
     assert tgmae.read_clip(tmp_path / "both.h264", [5]).shape == (1, 96, 96, 3)
     with pytest.raises(tgmae.VideoError, match="both.h264"):
         tgmae.read_clip(tmp_path / "both.h264", [60])
@@ -276,10 +313,14 @@ def test_huge_frames_are_refused(tmp_path, monkeypatch):
 
 
 def test_names_are_files_and_nothing_else(tmp_path, monkeypatch):
-    """A pipe would wait for ever; a name that looks like a protocol of libav's is a file's all the same; text in
-    a header that is no UTF-8 does not matter."""
+    """A pipe would wait for ever; a name that looks like a protocol of libav's is a file's all the
+    same; text in a header that is no UTF-8 does not matter."""
     os.mkfifo(tmp_path / "pipe.mp4")
-    for name, reason in (("pipe.mp4", "not a file"), (".", "not a file"), ("gone.mp4", "No such file")):
+    for name, reason in (
+        ("pipe.mp4", "not a file"),
+        (".", "not a file"),
+        ("gone.mp4", "No such file"),
+    ):
         with pytest.raises(tgmae.VideoError, match=reason):
             tgmae.probe_video(tmp_path / name)
     with pytest.raises(tgmae.VideoError, match="http://127.0.0.1:9/a.mp4: No such file"):
@@ -301,7 +342,8 @@ def test_names_are_files_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_frames_are_torchcodecs(footage):
-    """The same indices, another decoder: mean absolute difference under 2 of 255; 10 bits, HEVC, AV1, rotation."""
+    """The same indices, another decoder: mean absolute difference under 2 of 255; 10 bits, HEVC,
+    AV1, rotation."""
     try:
         from torchcodec import decoders
     except (ImportError, RuntimeError) as error:  # the second: no FFmpeg that it knows

@@ -1,4 +1,5 @@
-"""captions.py: each dataset's annotation files, captions from tiny models of the real classes, and kills."""
+"""captions.py: each dataset's annotation files, captions from tiny models of the real classes, and
+kills."""
 
 import json
 import os
@@ -58,7 +59,8 @@ def number_of(frame):
 
 @pytest.fixture
 def tree(tmp_path, clip_file):
-    """tree({"a/b.mp4": None, "list.txt": "text"}) -> a folder with a video or a text at each path."""
+    """tree({"a/b.mp4": None, "list.txt": "text"}) -> a folder with a video or a text at each
+    path."""
 
     def make(files, root="data"):
         for name, text in files.items():
@@ -78,21 +80,27 @@ def tree(tmp_path, clip_file):
 
 def test_k400(tree, tmp_path, capsys):
     header = "label,youtube_id,time_start,time_end,split,is_cc\n"
-    root = tree({
-        "train.csv": header + "playing chess,-abc_1,5,15,train,0\n" + '"cooking, outdoors",x y,0,10,train,0\n'
-                     + "abseiling,gone,1,11,train,0\n",
-        "val.csv": header + "abseiling,def,20,30,validate,1\n",
-        "test.csv": "youtube_id,time_start,time_end,split\nghi,7,17,test\n",
-        "videos/playing_chess/-abc_1_000005_000015.mp4": None,
-        "videos/x y_000000_000010.mp4": None,
-        "videos/val/abseiling/def.mkv": None,
-        "videos/test/ghi_000007_000017.mp4": None,
-    })  # fmt: skip
+    root = tree(
+        {
+            "train.csv": header
+            + "playing chess,-abc_1,5,15,train,0\n"
+            + '"cooking, outdoors",x y,0,10,train,0\n'
+            + "abseiling,gone,1,11,train,0\n",
+            "val.csv": header + "abseiling,def,20,30,validate,1\n",
+            "test.csv": "youtube_id,time_start,time_end,split\nghi,7,17,test\n",
+            "videos/playing_chess/-abc_1_000005_000015.mp4": None,
+            "videos/x y_000000_000010.mp4": None,
+            "videos/val/abseiling/def.mkv": None,
+            "videos/test/ghi_000007_000017.mp4": None,
+        }
+    )
     run("index", "k400", root, "--out", tmp_path / "k.jsonl")
     found = by_name(tmp_path / "k.jsonl")
     assert found["-abc_1_000005_000015.mp4"] == {
-        "video": "data/videos/playing_chess/-abc_1_000005_000015.mp4", "split": "train", "label": "playing chess",
-    }  # fmt: skip
+        "video": "data/videos/playing_chess/-abc_1_000005_000015.mp4",
+        "split": "train",
+        "label": "playing chess",
+    }
     assert found["x y_000000_000010.mp4"]["label"] == "cooking, outdoors"
     assert found["def.mkv"]["split"] == "val" and "label" not in found["ghi_000007_000017.mp4"]
     problems = (tmp_path / "k.index-problems.txt").read_text()
@@ -104,68 +112,122 @@ def test_k400(tree, tmp_path, capsys):
 def test_ssv2(tree, tmp_path):
     old = "something-something-v2-"
     rows = [
-        {"id": "78687", "label": "holding potato next to vicks vaporub bottle", "placeholders": ["potato"],
+        {"id": "78687", "label": "holding potato next to vicks vaporub bottle",
+         "placeholders": ["potato"],
          "template": "Holding [something] next to [something]"},
-        {"id": "9", "label": "pushing a cup", "template": "Pushing [something]", "placeholders": ["a cup"]},
+        {"id": "9", "label": "pushing a cup", "template": "Pushing [something]",
+         "placeholders": ["a cup"]},
     ]  # fmt: skip
     labels = {"Holding something next to something": "41", "Pushing something": "7"}
     for prefix in (old, ""):
-        root = tree({
-            f"{prefix}train.json": rows[:1], f"{prefix}validation.json": rows[1:], f"{prefix}test.json": [{"id": "3"}],
-            f"{prefix}labels.json": labels, "78687.webm": None, "9.webm": None, "mp4/9.mp4": None, "3.webm": None,
-        }, root=f"data{prefix}")  # fmt: skip
+        root = tree(
+            {
+                f"{prefix}train.json": rows[:1],
+                f"{prefix}validation.json": rows[1:],
+                f"{prefix}test.json": [{"id": "3"}],
+                f"{prefix}labels.json": labels,
+                "78687.webm": None,
+                "9.webm": None,
+                "mp4/9.mp4": None,
+                "3.webm": None,
+            },
+            root=f"data{prefix}",
+        )
         out = tmp_path / f"s{prefix}.jsonl"
         run("index", "ssv2", root, "--out", out)
         found = by_name(out)
         assert found["78687.webm"] == {
-            "video": f"data{prefix}/78687.webm", "split": "train", "label": "Holding something next to something",
-            "class_id": 41, "human_captions": ["holding potato next to vicks vaporub bottle"],
-        }  # fmt: skip
+            "video": f"data{prefix}/78687.webm",
+            "split": "train",
+            "label": "Holding something next to something",
+            "class_id": 41,
+            "human_captions": ["holding potato next to vicks vaporub bottle"],
+        }
         assert found["9.mp4"]["split"] == "val"  # of two, the one with motion vectors
         assert found["3.webm"] == {"video": f"data{prefix}/3.webm", "split": "test"}
 
 
 def test_ucf101(tree, tmp_path):
-    root = tree({
-        "lists/classInd.txt": "1 ApplyEyeMakeup\n2 YoYo\n",
-        "lists/trainlist01.txt": "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\n",
-        "lists/testlist01.txt": "YoYo/v_YoYo_g01_c01.avi\n",
-        "lists/trainlist02.txt": "YoYo/v_YoYo_g01_c01.avi 1\n", "lists/testlist02.txt": "",
-        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi": None, "v_YoYo_g01_c01.mp4": None,
-    })  # fmt: skip
+    root = tree(
+        {
+            "lists/classInd.txt": "1 ApplyEyeMakeup\n2 YoYo\n",
+            "lists/trainlist01.txt": "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\n",
+            "lists/testlist01.txt": "YoYo/v_YoYo_g01_c01.avi\n",
+            "lists/trainlist02.txt": "YoYo/v_YoYo_g01_c01.avi 1\n",
+            "lists/testlist02.txt": "",
+            "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi": None,
+            "v_YoYo_g01_c01.mp4": None,
+        }
+    )
     run("index", "ucf101", root, "--annotations", root / "lists", "--out", tmp_path / "u.jsonl")
     assert records(tmp_path / "u.jsonl") == [
-        {"video": "data/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "label": "ApplyEyeMakeup", "class_id": 0, "split": "train"},
+        {
+            "video": "data/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi",
+            "label": "ApplyEyeMakeup",
+            "class_id": 0,
+            "split": "train",
+        },
         {"video": "data/v_YoYo_g01_c01.mp4", "label": "YoYo", "class_id": 1, "split": "test"},
-    ]  # fmt: skip
-    said = fails("index", "ucf101", root, "--annotations", root / "lists", "--fold", 2, "--out", tmp_path / "v.jsonl")
+    ]
+    said = fails(
+        "index",
+        "ucf101",
+        root,
+        "--annotations",
+        root / "lists",
+        "--fold",
+        2,
+        "--out",
+        tmp_path / "v.jsonl",
+    )
     assert "trainlist02.txt:1: class 1, but classInd.txt says that YoYo is 2" in said
 
 
 def test_hmdb51(tree, tmp_path):
     names = "#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi", "a;b&(c) d.avi", "left_out.avi"
-    root = tree({
-        "splits/clap_test_split1.txt": "".join(f"{name} {code}\n" for name, code in zip(names, (1, 2, 0))),
-        "splits/clap_test_split2.txt": f"{names[0]} 2 \n", **{f"clap/{name}": None for name in names},
-        "wave/" + names[0]: None,
-    })  # fmt: skip
+    root = tree(
+        {
+            "splits/clap_test_split1.txt": "".join(
+                f"{name} {code}\n" for name, code in zip(names, (1, 2, 0))
+            ),
+            "splits/clap_test_split2.txt": f"{names[0]} 2 \n",
+            **{f"clap/{name}": None for name in names},
+            "wave/" + names[0]: None,
+        }
+    )
     run("index", "hmdb51", root, "--annotations", root / "splits", "--out", tmp_path / "h.jsonl")
     assert records(tmp_path / "h.jsonl") == [
         {"video": f"data/clap/{names[0]}", "label": "clap", "split": "train"},
         {"video": f"data/clap/{names[1]}", "label": "clap", "split": "test"},
     ]
-    run("index", "hmdb51", root, "--annotations", root / "splits", "--fold", 2, "--out", tmp_path / "h2.jsonl")
+    run(
+        "index",
+        "hmdb51",
+        root,
+        "--annotations",
+        root / "splits",
+        "--fold",
+        2,
+        "--out",
+        tmp_path / "h2.jsonl",
+    )
     assert [record["split"] for record in records(tmp_path / "h2.jsonl")] == ["test"]
 
 
 def test_diving48(tree, tmp_path):
     entry = {"start_frame": 0, "end_frame": 150}
-    root = tree({
-        "Diving48_vocab.json": [["Back", "15som", "05Twis", "FREE"], ["Forward", "Dive", "NoTwis", "PIKE"]],
-        "Diving48_V2_train.json": [{"vid_name": "a_00000", "label": 1, **entry}],
-        "Diving48_V2_test.json": [{"vid_name": "b_00001", "label": 0, **entry}],
-        "rgb/a_00000.mp4": None, "rgb/b_00001.mp4": None,
-    })  # fmt: skip
+    root = tree(
+        {
+            "Diving48_vocab.json": [
+                ["Back", "15som", "05Twis", "FREE"],
+                ["Forward", "Dive", "NoTwis", "PIKE"],
+            ],
+            "Diving48_V2_train.json": [{"vid_name": "a_00000", "label": 1, **entry}],
+            "Diving48_V2_test.json": [{"vid_name": "b_00001", "label": 0, **entry}],
+            "rgb/a_00000.mp4": None,
+            "rgb/b_00001.mp4": None,
+        }
+    )
     run("index", "diving48", root, "--out", tmp_path / "d.jsonl")
     assert records(tmp_path / "d.jsonl") == [
         {
@@ -174,10 +236,17 @@ def test_diving48(tree, tmp_path):
             "class_id": 1,
             "split": "train",
         },
-        {"video": "data/rgb/b_00001.mp4", "label": "Back 15som 05Twis FREE", "class_id": 0, "split": "test"},
+        {
+            "video": "data/rgb/b_00001.mp4",
+            "label": "Back 15som 05Twis FREE",
+            "class_id": 0,
+            "split": "test",
+        },
     ]
     tree({"Diving48_V2_test.json": [{"vid_name": "b_00001", "label": 2}]})
-    assert "Diving48_V2_test.json: entry 1: 2 is unknown or missing" in fails("index", "diving48", root)
+    assert "Diving48_V2_test.json: entry 1: 2 is unknown or missing" in fails(
+        "index", "diving48", root
+    )
 
 
 def test_epic55(tree, tmp_path):
@@ -186,28 +255,45 @@ def test_epic55(tree, tmp_path):
         "noun,noun_class,all_nouns,all_noun_classes\n"
     )
     rest = "take,0,board,1,\"['board:chopping', 'tap']\",\"[1, 0]\"\n"
-    root = tree({
-        "EPIC_train_action_labels.csv": header + "0,P01,P01_01,take the board,00:00:00.50,00:00:02.04,30,122," + rest
-                                        + "9,P26,P26_03,take it,01:01:01.25,01:01:02.00,1,2," + rest,
-        "EPIC_verb_classes.csv": "verb_id,class_key,verbs\n0,take,\"['take', 'grab']\"\n",
-        "EPIC_noun_classes.csv": "noun_id,class_key,nouns\n0,tap,['tap']\n1,board:chopping,['board']\n",
-        "P01/P01_01.MP4": None, "P26/P26_03.MP4": None,
-    })  # fmt: skip
+    root = tree(
+        {
+            "EPIC_train_action_labels.csv": header
+            + "0,P01,P01_01,take the board,00:00:00.50,00:00:02.04,30,122,"
+            + rest
+            + "9,P26,P26_03,take it,01:01:01.25,01:01:02.00,1,2,"
+            + rest,
+            "EPIC_verb_classes.csv": "verb_id,class_key,verbs\n0,take,\"['take', 'grab']\"\n",
+            "EPIC_noun_classes.csv": "noun_id,class_key,nouns\n0,tap,['tap']\n"
+            "1,board:chopping,['board']\n",
+            "P01/P01_01.MP4": None,
+            "P26/P26_03.MP4": None,
+        }
+    )
     run("index", "epic55", root, "--out", tmp_path / "e.jsonl")
     one, two = records(tmp_path / "e.jsonl")
     assert one == {
-        "video": "data/P01/P01_01.MP4", "label": "take board:chopping", "split": "train", "start": 0.5, "end": 2.04,
+        "video": "data/P01/P01_01.MP4",
+        "label": "take board:chopping",
+        "split": "train",
+        "start": 0.5,
+        "end": 2.04,
         "human_captions": ["take the board"],
-    }  # fmt: skip
+    }
     assert (two["split"], two["start"], two["end"]) == ("val", 3661.25, 3662.0)
     assert captions.sentence(one["label"]) == "Take chopping board."
 
 
 def test_list(tree, tmp_path):
-    root = tree({
-        "train.csv": "a b/c, d.mp4 1\nplain.mp4 0\n", "k400_val_list_videos.txt": "val/x.mp4\triding a bike\n",
-        "names.names": "abseiling\nair drumming\n", "a b/c, d.mp4": None, "plain.mp4": None, "val/x.mp4": None,
-    })  # fmt: skip
+    root = tree(
+        {
+            "train.csv": "a b/c, d.mp4 1\nplain.mp4 0\n",
+            "k400_val_list_videos.txt": "val/x.mp4\triding a bike\n",
+            "names.names": "abseiling\nair drumming\n",
+            "a b/c, d.mp4": None,
+            "plain.mp4": None,
+            "val/x.mp4": None,
+        }
+    )
     run("index", "list", root, "--classes", root / "names.names", "--out", tmp_path / "l.jsonl")
     assert sorted(records(tmp_path / "l.jsonl"), key=lambda r: r["video"]) == [
         {"video": "data/a b/c, d.mp4", "label": "air drumming", "class_id": 1, "split": "train"},
@@ -215,16 +301,29 @@ def test_list(tree, tmp_path):
         {"video": "data/val/x.mp4", "label": "riding a bike", "split": "val"},
     ]
     tree({"other/absolute.txt": f"{root}/plain.mp4,7\nno_suffix 3\n"})
-    run("index", "list", root, "--annotations", root / "other/absolute.txt", "--out", tmp_path / "m.jsonl")
+    run(
+        "index",
+        "list",
+        root,
+        "--annotations",
+        root / "other/absolute.txt",
+        "--out",
+        tmp_path / "m.jsonl",
+    )
     assert records(tmp_path / "m.jsonl")[0]["label"] == "7"
     assert "absolute.txt:2\tno video no_suffix" in (tmp_path / "m.index-problems.txt").read_text()
     assert "label 7 is a number" in fails("caption", tmp_path / "m.jsonl", "--source", "label")
 
 
 def test_folder_and_check(tree, tmp_path, capsys):
-    root = tree({
-        "train/wave/a.mp4": None, "val/wave/b.mp4": None, "train/jump/bad.mp4": "no video", "train/jump/empty.mp4": "",
-    })  # fmt: skip
+    root = tree(
+        {
+            "train/wave/a.mp4": None,
+            "val/wave/b.mp4": None,
+            "train/jump/bad.mp4": "no video",
+            "train/jump/empty.mp4": "",
+        }
+    )
     (root / "train/jump/gone.mp4").symlink_to("nowhere.mp4")
     run("index", root, "--out", tmp_path / "f.jsonl")
     # An empty file, or a link to none, needs no decoding.
@@ -239,9 +338,12 @@ def test_folder_and_check(tree, tmp_path, capsys):
     assert "bad.mp4: Invalid data" in (tmp_path / "f.index-problems.txt").read_text()
     assert not (tmp_path / "f.jsonl.work").exists()
     said = fails(
-        "index", tree({"bad.mp4": "", "worse.mp4": "x"}, root="all bad"), "--out", tmp_path / "b.jsonl",
+        "index",
+        tree({"bad.mp4": "", "worse.mp4": "x"}, root="all bad"),
+        "--out",
+        tmp_path / "b.jsonl",
         "--check",
-    )  # fmt: skip
+    )
     assert "all bad: none of 2 videos can be read" in said and not (tmp_path / "b.jsonl").exists()
 
 
@@ -249,19 +351,28 @@ def test_annotation_mistakes_name_file_and_line(tree, tmp_path):
     good = "label,youtube_id,time_start,time_end,split\n"
     for files, dataset, reason in (
         ({}, "k400", "there is no train.csv or validate.csv or val.csv or test.csv"),
-        ({"train.csv": "label,youtube_id\na,b\n"}, "k400", "train.csv:2: 'split' is unknown or missing"),
+        ({"train.csv": "label,youtube_id\na,b\n"}, "k400",
+         "train.csv:2: 'split' is unknown or missing"),
         ({"train.csv": good + "a,b,1,2\n"}, "k400", "train.csv:2: not the header's 5 fields"),
-        ({"train.csv": good + "a,b,one,2,train\n"}, "k400", "train.csv:2: invalid literal for int() with base 10: 'one'"),
+        ({"train.csv": good + "a,b,one,2,train\n"}, "k400",
+         "train.csv:2: invalid literal for int() with base 10: 'one'"),
         ({"train.csv": good + "a,b,1,2,dev\n"}, "k400", "train.csv:2: 'dev' is unknown or missing"),
-        ({"train.csv": good + "a,b,1,2,train\n"}, "k400", "none of the 1 in the annotations, such as b_000001"),
+        ({"train.csv": good + "a,b,1,2,train\n"}, "k400",
+         "none of the 1 in the annotations, such as b_000001"),
         ({"train.json": "{", "labels.json": {}}, "ssv2", "train.json: Expecting property name"),
-        ({"train.json": [{}], "labels.json": {}}, "ssv2", "train.json: entry 1: 'id' is unknown or missing"),
-        ({"train.json": [{"id": 1, "template": "X [y]", "label": "x"}], "labels.json": {}}, "ssv2", "entry 1: 'X y' is unknown or missing"),
-        ({"train.json": [{"id": 1, "template": "X", "label": " "}], "labels.json": {"X": 0}}, "ssv2", "entry 1: an empty caption"),
+        ({"train.json": [{}], "labels.json": {}}, "ssv2",
+         "train.json: entry 1: 'id' is unknown or missing"),
+        ({"train.json": [{"id": 1, "template": "X [y]", "label": "x"}], "labels.json": {}}, "ssv2",
+         "entry 1: 'X y' is unknown or missing"),
+        ({"train.json": [{"id": 1, "template": "X", "label": " "}], "labels.json": {"X": 0}},
+         "ssv2", "entry 1: an empty caption"),
         ({}, "hmdb51", "there is no *_test_split1.txt"),
-        ({"a_test_split1.txt": "a.avi 3\n"}, "hmdb51", "a_test_split1.txt:1: '3' is unknown or missing"),
-        ({}, "list", "there is no *.csv or *.txt"), ({"train.json": ["x"], "labels.json": {}}, "ssv2", "train.json: entry 1: string indices"),
-        ({"train.csv": b"\xff".decode("latin-1") + good, "labels.json": ""}, "ssv2", "labels.json: Expecting value"),
+        ({"a_test_split1.txt": "a.avi 3\n"}, "hmdb51",
+         "a_test_split1.txt:1: '3' is unknown or missing"),
+        ({}, "list", "there is no *.csv or *.txt"),
+        ({"train.json": ["x"], "labels.json": {}}, "ssv2", "train.json: entry 1: string indices"),
+        ({"train.csv": b"\xff".decode("latin-1") + good, "labels.json": ""}, "ssv2",
+         "labels.json: Expecting value"),
         ({"train.txt": "word\n"}, "list", "train.txt:1: not `path label`"),
     ):  # fmt: skip
         root = tree(files | {"video.mp4": None}, root=f"case{random.random()}")
@@ -280,11 +391,17 @@ def tiny_tokenizer(folder, words):
     vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "<image>", *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 1)]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="</s>", unk_token="<unk>",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="</s>",
+        unk_token="<unk>",
         additional_special_tokens=["<image>"],
-    )  # fmt: skip
+    )
     fast.save_pretrained(folder)
     return fast, len(vocabulary)
 
@@ -294,8 +411,14 @@ WORDS = [f"word{i}" for i in range(60)]
 
 @pytest.fixture(scope="module")
 def blip2(tmp_path_factory):
-    """Blip2ForConditionalGeneration with an OPT, a few thousand parameters, and its processor, in a folder."""
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessor
+    """Blip2ForConditionalGeneration with an OPT, a few thousand parameters, and its processor, in a
+    folder."""
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        BlipImageProcessor,
+    )
 
     folder = tmp_path_factory.mktemp("blip2")
     tokenizer, size = tiny_tokenizer(folder, WORDS)
@@ -304,11 +427,21 @@ def blip2(tmp_path_factory):
         vision_config=dict(**wide, image_size=28, patch_size=7),
         qformer_config=dict(**wide, encoder_hidden_size=16, vocab_size=size),
         text_config=dict(
-            model_type="opt", hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=size,
-            word_embed_proj_dim=16, max_position_embeddings=128, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+            model_type="opt",
+            hidden_size=16,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=size,
+            word_embed_proj_dim=16,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=1,
+            pad_token_id=0,
         ),
-        num_query_tokens=4, image_token_index=3,
-    )  # fmt: skip
+        num_query_tokens=4,
+        image_token_index=3,
+    )
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config)
     for p in model.parameters():
@@ -347,7 +480,8 @@ def test_keyframes(clip_file):
 
 
 def test_blip2(manifest, blip2, tmp_path, capsys, monkeypatch):
-    """Each frame gets what the model says of it alone, whatever the batch; who cannot be read goes without."""
+    """Each frame gets what the model says of it alone, whatever the batch; who cannot be read goes
+    without."""
     monkeypatch.setattr(tgmae, "bf16_is_fast", lambda device: False)
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
@@ -375,23 +509,51 @@ def test_blip2(manifest, blip2, tmp_path, capsys, monkeypatch):
             assert text == expected.strip() and text.startswith("word")
     assert len({text for record in said[1:5] for text in record["captions"]}) > 1
     middle = [record["captions"][1] for record in said[1:5]]
-    run("caption", data, "--source", "blip2", "--model", blip2, "--frames", 1, "--force", "--workers", 0)
-    assert [record["captions"] for record in records(data)[1:5]] == [[text] for text in middle]  # the centre frame
+    run(
+        "caption",
+        data,
+        "--source",
+        "blip2",
+        "--model",
+        blip2,
+        "--frames",
+        1,
+        "--force",
+        "--workers",
+        0,
+    )
+    assert [record["captions"] for record in records(data)[1:5]] == [
+        [text] for text in middle
+    ]  # the centre frame
 
 
 def test_llm(manifest, llm, capsys, monkeypatch):
     asked = []
     answers = captions.Llm.answers
-    monkeypatch.setattr(captions.Llm, "answers", lambda self, prompt: asked.append(prompt) or answers(self, prompt))
+    monkeypatch.setattr(
+        captions.Llm, "answers", lambda self, prompt: asked.append(prompt) or answers(self, prompt)
+    )
     data = manifest(20)
     captions.write_manifest(data, [record | {"captions": []} for record in records(data)])
-    flags = "caption", data, "--source", "llm", "--model", llm, "--per-prompt", 2, "--max-new-tokens", 5
+    flags = (
+        "caption",
+        data,
+        "--source",
+        "llm",
+        "--model",
+        llm,
+        "--per-prompt",
+        2,
+        "--max-new-tokens",
+        5,
+    )
     run(*flags)
     first = records(data)
     assert len(asked) == 3 * 16 and asked[:3] == [  # once a class
-        "Describe the action circle down.", "What does a person circle down look like?",
+        "Describe the action circle down.",
+        "What does a person circle down look like?",
         "What does the act of circle down look like?",
-    ]  # fmt: skip
+    ]
     assert first[0]["captions"] == first[16]["captions"] and len(first[0]["captions"]) == 6
     assert all(set(text.split()) <= set(WORDS) | {"<unk>"} for r in first for text in r["captions"])
     run(*flags, "--force")
@@ -405,14 +567,18 @@ def test_chat_template_is_used(llm, tmp_path, manifest):
 
     tokenizer = AutoTokenizer.from_pretrained(llm)
     tokenizer.chat_template = "{% for m in messages %}word1 {{ m.content }} word2{% endfor %}"
-    args = captions.parse_args(["caption", "x", "--source", "llm", "--model", str(llm), "--max-new-tokens", "5"])
+    args = captions.parse_args(
+        ["caption", "x", "--source", "llm", "--model", str(llm), "--max-new-tokens", "5"]
+    )
     args.device = "cpu"
     teller = captions.Llm(args)
     plain = teller.answers("word7")
     teller.tokenizer = tokenizer
     seen = []
     generate = teller.model.generate
-    teller.model.generate = lambda **more: seen.append(more["input_ids"][0].tolist()) or generate(**more)
+    teller.model.generate = lambda **more: (
+        seen.append(more["input_ids"][0].tolist()) or generate(**more)
+    )
     chat = teller.answers("word7")
     words = tokenizer.convert_tokens_to_ids(["word1", "word7", "word2"])
     assert [token for token in seen[0] if token > 3] == words and len(chat) == len(plain) == 3
@@ -421,7 +587,9 @@ def test_chat_template_is_used(llm, tmp_path, manifest):
 def test_append_and_human(manifest):
     data = manifest(2)
     lines = records(data)
-    captions.write_manifest(data, [lines[0] | {"human_captions": ["as said"], "other": [1]}, lines[1]])
+    captions.write_manifest(
+        data, [lines[0] | {"human_captions": ["as said"], "other": [1]}, lines[1]]
+    )
     run("caption", data, "--source", "human", "--append")
     said = records(data)
     assert said[0]["captions"] == lines[0]["captions"] + ["as said"] and said[0]["other"] == [1]
@@ -437,7 +605,8 @@ def test_append_and_human(manifest):
 
 def test_sentences():
     for label, text in (
-        ("ApplyEyeMakeup", "Apply eye makeup."), ("apply_eye_makeup", "Apply eye makeup."), ("YoYo", "Yo yo."),
+        ("ApplyEyeMakeup", "Apply eye makeup."), ("apply_eye_makeup", "Apply eye makeup."),
+        ("YoYo", "Yo yo."),
         ("turn-on tap", "Turn-on tap."), ("playing TV games", "Playing TV games."),
     ):  # fmt: skip
         assert captions.sentence(label) == text
@@ -447,7 +616,16 @@ def test_sentences():
 
 
 def map_flags(world):
-    return "--clip", f"local-dir:{world / 'clip'}", "--image-size", 64, "--patch-size", 8, "--every", 4
+    return (
+        "--clip",
+        f"local-dir:{world / 'clip'}",
+        "--image-size",
+        64,
+        "--patch-size",
+        8,
+        "--every",
+        4,
+    )
 
 
 def test_map_equals_online_scores(world, manifest, tmp_path, monkeypatch):
@@ -465,15 +643,23 @@ def test_map_equals_online_scores(world, manifest, tmp_path, monkeypatch):
         for number, caption in enumerate(record["captions"]):
             text = tgmae.encode_text(*clip, [caption])
             torch.testing.assert_close(found.text[number].float(), text[0], atol=1e-3, rtol=0)
-            for crop in (tgmae.Crop(0, 0, 64, 64), tgmae.Crop(16, 24, 32, 32), tgmae.Crop(8, 0, 40, 40)):
+            for crop in (
+                tgmae.Crop(0, 0, 64, 64),
+                tgmae.Crop(16, 24, 32, 32),
+                tgmae.Crop(8, 0, 40, 40),
+            ):
                 video = tgmae.normalize(tgmae.crop_frames(frames, crop, crop.height)[None])
                 online = tgmae.text_scores(clip[0], video, text, 8, 1)[0]
                 cropped = tgmae.crop_map(found.similarity[number], crop, found.size, online.shape)
                 torch.testing.assert_close(cropped, online, atol=1e-3, rtol=0)
-                mirrored = tgmae.crop_map(found.similarity[number], crop._replace(flip=True), found.size, online.shape)
+                mirrored = tgmae.crop_map(
+                    found.similarity[number], crop._replace(flip=True), found.size, online.shape
+                )
                 assert torch.equal(mirrored, cropped.flip(-1))  # CLIP saw the patches as they were
     with np.load(record["map_path"], allow_pickle=False) as file:
-        assert file["captions"].tolist() == record["captions"] and all(file[k].dtype != object for k in file.files)
+        assert file["captions"].tolist() == record["captions"] and all(
+            file[k].dtype != object for k in file.files
+        )
 
 
 def test_crop_map_between_cells():
@@ -490,12 +676,15 @@ def test_crop_map_between_cells():
                 value = 0
                 for a, wa in ((y0, 1 - (y - y0)), (y0 + 1, y - y0)):
                     for b, wb in ((x0, 1 - (x - x0)), (x0 + 1, x - x0)):
-                        value += wa * wb * similarity[s, min(max(a, 0), 4), min(max(b, 0), 6)].item()
+                        value += (
+                            wa * wb * similarity[s, min(max(a, 0), 4), min(max(b, 0), 6)].item()
+                        )
                 assert cropped[s, i, 3 - j].item() == pytest.approx(value, abs=1e-5)
 
 
 def test_masks_from_maps_cover_what_online_masks_cover(world, tmp_path):
-    """Random crops, flips and times of the 200 test clips: within two points of online masks, at both ratios."""
+    """Random crops, flips and times of the 200 test clips: within two points of online masks, at
+    both ratios."""
     data = tmp_path / "test.jsonl"
     made = tgmae.read_manifest(world / "manifest.jsonl", "test")
     captions.write_manifest(data, [{"video": r["path"], "captions": r["captions"]} for r in made])
@@ -506,12 +695,18 @@ def test_masks_from_maps_cover_what_online_masks_cover(world, tmp_path):
     for i, (record, original) in enumerate(zip(tgmae.read_manifest(data), made)):
         numbers = tgmae.clip_indices(0, toy.FRAMES, config.num_frames, 4, generator=generator)
         crop = tgmae.multi_scale_crop((toy.SIZE, toy.SIZE), generator=generator)
-        videos.append(tgmae.crop_frames(tgmae.read_clip(record["path"], numbers), crop, config.image_size))
+        videos.append(
+            tgmae.crop_frames(tgmae.read_clip(record["path"], numbers), crop, config.image_size)
+        )
         found = tgmae.read_map(record["map_path"], record["captions"])
         texts.append(found.text[i % 3])
         from_map.append(tgmae.map_scores(found, i % 3, numbers[::2], crop, found.size, config.grid))
         actor = np.repeat(truth[original["video"]][0, numbers, :, :, None], 3, axis=-1)
-        areas.append(tgmae.crop_frames(torch.from_numpy(actor.astype(np.uint8) * 255), crop, config.image_size))
+        areas.append(
+            tgmae.crop_frames(
+                torch.from_numpy(actor.astype(np.uint8) * 255), crop, config.image_size
+            )
+        )
     clip = tgmae.load_clip(f"local-dir:{world / 'clip'}")[0]
     online = tgmae.text_scores(clip, tgmae.normalize(torch.stack(videos)), torch.stack(texts), 8, 2)
     area = tgmae.patchify(torch.stack(areas).float(), 8, 2).mean(-1)  # (B,N)
@@ -520,7 +715,8 @@ def test_masks_from_maps_cover_what_online_masks_cover(world, tmp_path):
         covered = [((mask * area).sum() / area.sum()).item() for mask in masks]
         agree = (masks[0] == masks[1]).float().mean().item()
         print(
-            f"ratio {ratio}: actor covered online {covered[0]:.1%}, from maps {covered[1]:.1%}; {agree:.1%} of cubes agree"
+            f"ratio {ratio}: actor covered online {covered[0]:.1%}, from maps {covered[1]:.1%}; "
+            f"{agree:.1%} of cubes agree"
         )
         assert covered[1] > covered[0] - 0.02 and covered[0] > ratio + 0.3 and agree > 0.7
 
@@ -528,7 +724,9 @@ def test_masks_from_maps_cover_what_online_masks_cover(world, tmp_path):
 def test_wide_frames_keep_whole_patches(world, tmp_path):
     frames = np.zeros((20, 48, 100, 3), np.uint8)
     toy.write_video(tmp_path / "wide.mp4", frames)
-    (tmp_path / "w.jsonl").write_text('{"video": "wide.mp4", "captions": ["a"], "start": 0.5, "end": 1.4}\n')
+    (tmp_path / "w.jsonl").write_text(
+        '{"video": "wide.mp4", "captions": ["a"], "start": 0.5, "end": 1.4}\n'
+    )
     run("maps", tmp_path / "w.jsonl", *map_flags(world))
     record = tgmae.read_manifest(tmp_path / "w.jsonl")[0]
     found = tgmae.read_map(record["map_path"], ["a"])
@@ -537,21 +735,29 @@ def test_wide_frames_keep_whole_patches(world, tmp_path):
 
 
 def test_stale_maps(world, manifest, tmp_path, capsys):
-    """Half a map or one of other captions is made anew; one of another CLIP or size only with --force."""
+    """Half a map or one of other captions is made anew; one of another CLIP or size only with
+    --force."""
     data = manifest(3)
     run("maps", data, *map_flags(world))
-    assert "about 18 frames x 64 patches = 1.15e+03 forwards of local-dir:clip" in capsys.readouterr().out
+    assert (
+        "about 18 frames x 64 patches = 1.15e+03 forwards of local-dir:clip"
+        in capsys.readouterr().out
+    )
     paths = [tmp_path / record["maps"] for record in records(data)]
     whole = [path.read_bytes() for path in paths]
     times = [path.stat().st_mtime_ns for path in paths]
     run("maps", data, *map_flags(world))
     assert times == [path.stat().st_mtime_ns for path in paths]
     paths[0].write_bytes(whole[0][:700])
-    with pytest.raises(ValueError, match=f"{paths[0].name}: not a whole text map .*maps makes it anew"):
+    with pytest.raises(
+        ValueError, match=f"{paths[0].name}: not a whole text map .*maps makes it anew"
+    ):
         tgmae.read_map(paths[0], records(data)[0]["captions"])
     with pytest.raises(ValueError, match="a text map of other captions"):
         tgmae.read_map(paths[2], ["something else"])
-    captions.write_manifest(data, [*records(data)[:2], records(data)[2] | {"captions": ["a blue star"]}])
+    captions.write_manifest(
+        data, [*records(data)[:2], records(data)[2] | {"captions": ["a blue star"]}]
+    )
     run("maps", data, *map_flags(world))
     assert paths[0].read_bytes() == whole[0] and paths[1].stat().st_mtime_ns == times[1]
     assert tgmae.read_map(paths[2], ["a blue star"]).text.shape[0] == 1
@@ -571,13 +777,18 @@ def test_maps_of_bad_videos(world, manifest, tmp_path, capsys):
     run("maps", data, *map_flags(world), "--workers", 1)
     assert "maps: 2 clips, 1 failed; 1 left as they were" in capsys.readouterr().out
     good, _, bad, silent = records(data)
-    assert "Invalid data" in bad["failed"] and "maps" in good and "maps" not in bad and "maps" not in silent
+    assert (
+        "Invalid data" in bad["failed"]
+        and "maps" in good
+        and "maps" not in bad
+        and "maps" not in silent
+    )
     (tmp_path / "none.jsonl").write_text('{"video": "a.mp4"}\n')
     assert "no clip has captions" in fails("maps", tmp_path / "none.jsonl")
     assert "--image-size 60 is not divisible" in fails("maps", data, "--image-size", 60)
 
 
-# ------------------------------------------------------------------------------------- kills and processes
+# ------------------------------------------------------------------------------ kills and processes
 
 
 def everything(folder):
@@ -603,14 +814,20 @@ def assert_same(one, other):
 
 @pytest.fixture(scope="module")
 def undisturbed(world, blip2, tmp_path_factory):
-    """A manifest of 24 toy clips without captions, and what BLIP-2 and maps make of it in one process."""
+    """A manifest of 24 toy clips without captions, and what BLIP-2 and maps make of it in one
+    process."""
 
     def fresh(name):
         folder = tmp_path_factory.mktemp(name)
         made = tgmae.read_manifest(world / "manifest.jsonl", "train")[:24]
-        captions.write_manifest(folder / "some.jsonl", [{"video": r["path"], "label": r["label"]} for r in made])
+        captions.write_manifest(
+            folder / "some.jsonl", [{"video": r["path"], "label": r["label"]} for r in made]
+        )
         return folder, (
-            (*"caption some.jsonl --source blip2 --batch-size 2 --workers 1 --model".split(), blip2),
+            (
+                *"caption some.jsonl --source blip2 --batch-size 2 --workers 1 --model".split(),
+                blip2,
+            ),
             ("maps", "some.jsonl", *map_flags(world), "--workers", 1),
         )
 
@@ -631,7 +848,8 @@ def test_processes_share_the_work(processes, undisturbed):
 
 
 def test_killed_at_random_and_run_again(undisturbed):
-    """SIGKILL at ten random moments of the work, five in each command: the outcome of an undisturbed run."""
+    """SIGKILL at ten random moments of the work, five in each command: the outcome of an
+    undisturbed run."""
     fresh, whole = undisturbed
     folder, commands = fresh("killed")
     rng = random.Random(0)
@@ -639,7 +857,9 @@ def test_killed_at_random_and_run_again(undisturbed):
         kills = 0
         while kills < 5:
             words = [sys.executable, str(ROOT / "captions.py"), *map(str, command)]
-            process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             # From the moment that the journal is open: before, there is nothing to lose.
             journal = folder / "some.jsonl.work/0.jsonl"
             before = sum(1 for _ in open(journal)) if journal.exists() else 0
@@ -663,7 +883,18 @@ def grown(path, lines):
 def test_an_unfinished_command_is_not_mixed_with_another(manifest, blip2, tmp_path, monkeypatch):
     data = manifest(4)
     captions.write_manifest(data, [record | {"captions": []} for record in records(data)])
-    flags = "caption", data, "--source", "blip2", "--model", blip2, "--batch-size", 2, "--workers", 0
+    flags = (
+        "caption",
+        data,
+        "--source",
+        "blip2",
+        "--model",
+        blip2,
+        "--batch-size",
+        2,
+        "--workers",
+        0,
+    )
     before = data.read_bytes()
     load = captions.load_keyframes
     calls = []
@@ -682,7 +913,9 @@ def test_an_unfinished_command_is_not_mixed_with_another(manifest, blip2, tmp_pa
     assert "(source blip2 -> label" in fails("caption", data, "--source", "label")
     with open(tmp_path / "some.jsonl.work/0.jsonl", "a") as file:
         file.write('{"key": "half a li}')
-    captions.write_manifest(data, records(data) + [records(data)[0] | {"start": 0.5}])  # edited meanwhile
+    captions.write_manifest(
+        data, records(data) + [records(data)[0] | {"start": 0.5}]
+    )  # edited meanwhile
     run(*flags)
     assert len(calls) == 6  # two were done, one was lost in flight, three more
     assert len(records(data)) == 5 and all(len(record["captions"]) == 3 for record in records(data))
@@ -709,7 +942,9 @@ def test_the_manifest_may_be_edited_meanwhile(world, manifest, monkeypatch):
     estimate = captions.estimate
 
     def edits(*args):
-        captions.write_manifest(data, [records(data)[1], records(data)[0] | {"mine": 1}, {"video": "new.mp4"}])
+        captions.write_manifest(
+            data, [records(data)[1], records(data)[0] | {"mine": 1}, {"video": "new.mp4"}]
+        )
         estimate(*args)
 
     monkeypatch.setattr(captions, "estimate", edits)
@@ -722,7 +957,9 @@ def test_the_manifest_may_be_edited_meanwhile(world, manifest, monkeypatch):
 
 def test_names_that_are_no_utf8(tmp_path, clip_file):
     (tmp_path / "v").mkdir()
-    name = os.fsencode(tmp_path / "v") + b"/caf\xe9 \xe2\x80\xa8x.mp4"  # Latin-1, and a Unicode line separator
+    name = (
+        os.fsencode(tmp_path / "v") + b"/caf\xe9 \xe2\x80\xa8x.mp4"
+    )  # Latin-1, and a Unicode line separator
     try:
         os.link(clip_file, name)
     except OSError:

@@ -1,9 +1,11 @@
-"""eval.py: its arithmetic against loops, tables made by hand, and transformers; its commands end to end."""
+"""eval.py: its arithmetic against loops, tables made by hand, and transformers; its commands end to
+end."""
 
 import argparse
 import itertools
 import json
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import ROOT, TINY
-from dataclasses import asdict, replace
 from PIL import Image
 from test_ranks import torchrun
 
@@ -21,7 +22,14 @@ import tgmae
 
 def run(capsys, *argv, workers=0):
     """Runs a command in this process -> what it wrote to --json, what it said."""
-    ev.main([*map(str, argv), "--json", "out.json", *(() if argv[0] == "export" else ("--workers", str(workers)))])
+    ev.main(
+        [
+            *map(str, argv),
+            "--json",
+            "out.json",
+            *(() if argv[0] == "export" else ("--workers", str(workers))),
+        ]
+    )
     return json.loads(open("out.json").read()), capsys.readouterr().out
 
 
@@ -33,7 +41,8 @@ def fails(*argv):
     return stop.value.code
 
 
-SMALL = dict(image_size=64, patch_size=16, num_frames=4, embed_dim=48, depth=2, num_heads=3, decoder_embed_dim=96,
+SMALL = dict(image_size=64, patch_size=16, num_frames=4, embed_dim=48, depth=2, num_heads=3,
+             decoder_embed_dim=96,
              decoder_depth=1, decoder_num_heads=3, text_dim=64)  # fmt: skip
 
 
@@ -46,18 +55,28 @@ def checkpoint(tmp_path):
         if value.is_floating_point():
             value.add_(0.02 * torch.randn_like(value))
     path = tmp_path / "small.pt"
-    torch.save({"config": asdict(config), "model": model.state_dict(), "args": {"clip": "x", "mask": "tube"}}, path)
+    torch.save(
+        {
+            "config": asdict(config),
+            "model": model.state_dict(),
+            "args": {"clip": "x", "mask": "tube"},
+        },
+        path,
+    )
     return path
 
 
 @pytest.fixture
 def clips(world, tmp_path):
-    """clips(train, test, **changes of a record) -> a manifest of so many toy clips of 4 classes (number % 4)."""
+    """clips(train, test, **changes of a record) -> a manifest of so many toy clips of 4 classes
+    (number % 4)."""
 
     def make(train=8, test=5, name="data.jsonl", edit=lambda record: record):
         records = []
         for split, count in (("train", train), ("test", test)):
-            for i, record in enumerate(tgmae.read_manifest(world / "manifest.jsonl", split)[:count]):
+            for i, record in enumerate(
+                tgmae.read_manifest(world / "manifest.jsonl", split)[:count]
+            ):
                 record = {
                     "video": record["path"],
                     "captions": record["captions"],
@@ -76,11 +95,17 @@ def clips(world, tmp_path):
 
 
 def test_dense_views_by_hand():
-    frames = ev.view_frames(0, 300, 16, 4, "dense", 5)  # 75 strided frames, starts 59 * v / 4 of them, rounded down
+    frames = ev.view_frames(
+        0, 300, 16, 4, "dense", 5
+    )  # 75 strided frames, starts 59 * v / 4 of them, rounded down
     assert [view[0] for view in frames] == [0, 4 * 14, 4 * 29, 4 * 44, 4 * 59]
     assert all(np.diff(view).tolist() == [4] * 15 for view in frames) and frames[4][-1] == 296
     assert ev.view_frames(0, 300, 16, 4, "dense", 1)[0][0] == 4 * 29
-    assert ev.view_frames(10, 30, 4, 2, "dense", 3) == [[10, 12, 14, 16], [16, 18, 20, 22], [22, 24, 26, 28]]
+    assert ev.view_frames(10, 30, 4, 2, "dense", 3) == [
+        [10, 12, 14, 16],
+        [16, 18, 20, 22],
+        [22, 24, 26, 28],
+    ]
     # Too short: the last strided frame again, in every view.
     assert ev.view_frames(0, 10, 4, 4, "dense", 2) == [[0, 4, 8, 8]] * 2
 
@@ -95,7 +120,9 @@ def test_tsn_views_by_hand():
     assert ev.view_frames(0, 2, 4, 2, "tsn", 1) == [[0, 0, 1, 1]]
     for n in (33, 47, 117):  # the same as sorting both halves together and dealing them out
         tick = n / 16
-        both = sorted([int(tick / 2 + tick * x) for x in range(16)] + [int(tick * x) for x in range(16)])
+        both = sorted(
+            [int(tick / 2 + tick * x) for x in range(16)] + [int(tick * x) for x in range(16)]
+        )
         assert ev.view_frames(0, n, 16, 2, "tsn", 2) == [both[0::2], both[1::2]]
 
 
@@ -106,9 +133,12 @@ def test_crops_by_hand():
 
 
 def test_views_are_averaged_after_the_softmax(checkpoint, clips):
-    """By hand: two views whose logits' mean favours class 1, and the mean of whose softmax favours class 0."""
+    """By hand: two views whose logits' mean favours class 1, and the mean of whose softmax favours
+    class 0."""
     logits = torch.tensor([[4.0, 0.0, 0.0], [0.0, 5.0, 4.9]])
-    softmax = [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in logits.tolist()]
+    softmax = [
+        [math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in logits.tolist()
+    ]
     mean = [(a + b) / 2 for a, b in zip(*softmax)]
     assert logits.mean(0).argmax() == 1 and mean.index(max(mean)) == 0
 
@@ -119,10 +149,14 @@ def test_views_are_averaged_after_the_softmax(checkpoint, clips):
             return logits.repeat(len(video) // 2, 1)
 
     records = tgmae.read_manifest(clips(), "test")
-    args = argparse.Namespace(batch_size=4, workers=0, device="cpu", amp=False, stride=2, sampling="dense")
+    args = argparse.Namespace(
+        batch_size=4, workers=0, device="cpu", amp=False, stride=2, sampling="dense"
+    )
     found = ev.test_scores(Fixed(), "test", records, args, (2, 1))
     torch.testing.assert_close(found.values, torch.tensor(mean).expand(5, 3))
-    torch.testing.assert_close(ev.view_scores(torch.nn.Identity(), logits[None]), torch.tensor([mean]))
+    torch.testing.assert_close(
+        ev.view_scores(torch.nn.Identity(), logits[None]), torch.tensor([mean])
+    )
 
 
 def test_accuracy_by_hand():
@@ -137,7 +171,10 @@ def test_recall_is_a_loop():
     a, b = torch.randint(0, 9, (37,)), torch.randint(0, 9, (61,))
     expected = dict.fromkeys(("R@1", "R@5", "R@10"), 0)
     for q, label in zip(queries.tolist(), a.tolist()):
-        cosines = [sum(x * y for x, y in zip(q, g)) / math.hypot(*q) / math.hypot(*g) for g in gallery.tolist()]
+        cosines = [
+            sum(x * y for x, y in zip(q, g)) / math.hypot(*q) / math.hypot(*g)
+            for g in gallery.tolist()
+        ]
         order = sorted(range(61), key=lambda i: -cosines[i])
         for k in (1, 5, 10):
             expected[f"R@{k}"] += any(b[i] == label for i in order[:k]) / 37
@@ -146,7 +183,8 @@ def test_recall_is_a_loop():
 
 
 def test_captions_are_retrieved_as_in_a_loop():
-    """Clips with the same caption are all right for it, and it is in the gallery once; clip 2 was not read."""
+    """Clips with the same caption are all right for it, and it is in the gallery once; clip 2 was
+    not read."""
     captions = ["a", "b", "x", "a", "c", "b", "a"]
     records = [{"captions": ["first", caption, "last"]} for caption in captions]
     texts = {caption: torch.randn(8) for caption in "abc"}
@@ -157,12 +195,23 @@ def test_captions_are_retrieved_as_in_a_loop():
     to_caption, chance, to_clip, chance2 = ev.text_rows(found, records, text_emb, "x")
     video = [(v[0] / v[0].norm() + v[1] / v[1].norm()) / 2 for v in values]
     cosine = [[torch.cosine_similarity(v, texts[c], dim=0).item() for c in "abc"] for v in video]
-    right = [max("abc", key=lambda c: row["abc".index(c)]) == captions[i] for row, i in zip(cosine, kept)]
+    right = [
+        max("abc", key=lambda c: row["abc".index(c)]) == captions[i] for row, i in zip(cosine, kept)
+    ]
     assert to_caption["R@1"] == pytest.approx(sum(right) / 6) and to_caption["R@5"] == 1.0
-    back = [captions[kept[max(range(6), key=lambda i: cosine[i]["abc".index(c)])]] == c for c in "abc"]
+    back = [
+        captions[kept[max(range(6), key=lambda i: cosine[i]["abc".index(c)])]] == c for c in "abc"
+    ]
     assert to_clip["R@1"] == pytest.approx(sum(back) / 3)
-    assert [row[side] for row in (to_caption, to_clip) for side in ("queries", "gallery")] == [6, 3, 3, 6]
-    assert chance["R@1"] == pytest.approx(1 / 3) and chance2["R@1"] == pytest.approx((3 + 2 + 1) / 6 / 3)
+    assert [row[side] for row in (to_caption, to_clip) for side in ("queries", "gallery")] == [
+        6,
+        3,
+        3,
+        6,
+    ]
+    assert chance["R@1"] == pytest.approx(1 / 3) and chance2["R@1"] == pytest.approx(
+        (3 + 2 + 1) / 6 / 3
+    )
 
 
 def test_chance_is_all_orders():
@@ -176,19 +225,27 @@ def test_chance_is_all_orders():
 
 
 def test_layer_decay_by_hand():
-    """VideoMAE's numbers for ViT-B at 0.75: block 11 at 0.75, ..., block 0 at 0.75^12, the embedding 0.75^13."""
+    """VideoMAE's numbers for ViT-B at 0.75: block 11 at 0.75, ..., block 0 at 0.75^12, the
+    embedding 0.75^13."""
     with torch.device("meta"):
         model = ev.Classifier(tgmae.PRESETS["base"], 10)
     scales = ev.layer_scales(model, 0.75)
     table = {"encoder.patch_embed.proj.weight": 0.023757, "encoder.patch_embed.proj.bias": 0.023757,
-             "fc_norm.weight": 1.0, "fc_norm.bias": 1.0, "head.weight": 1.0, "head.bias": 1.0}  # fmt: skip
+             "fc_norm.weight": 1.0, "fc_norm.bias": 1.0, "head.weight": 1.0,
+             "head.bias": 1.0}  # fmt: skip
     blocks = [
-        0.031676, 0.042235, 0.056314, 0.075085, 0.100113, 0.133484, 0.177979, 0.237305, 0.316406, 0.421875,
+        0.031676, 0.042235, 0.056314, 0.075085, 0.100113, 0.133484, 0.177979, 0.237305, 0.316406,
+        0.421875,
         0.5625, 0.75,
     ]  # fmt: skip
-    names = "norm1.weight norm1.bias norm2.weight norm2.bias attn.qkv.weight attn.q_bias attn.v_bias attn.proj.weight "
+    names = "norm1.weight norm1.bias norm2.weight norm2.bias attn.qkv.weight attn.q_bias "
+    names += "attn.v_bias attn.proj.weight "
     names += "attn.proj.bias mlp.fc1.weight mlp.fc1.bias mlp.fc2.weight mlp.fc2.bias"
-    table |= {f"encoder.blocks.{i}.{name}": value for i, value in enumerate(blocks) for name in names.split()}
+    table |= {
+        f"encoder.blocks.{i}.{name}": value
+        for i, value in enumerate(blocks)
+        for name in names.split()
+    }
     assert scales == pytest.approx(table, abs=1e-6)
 
 
@@ -196,7 +253,11 @@ def test_optimizer_groups():
     model = ev.Classifier(tgmae.Config(**SMALL), 3)
     optimizer = ev.make_optimizer(model, argparse.Namespace(layer_decay=0.5, weight_decay=0.05))
     name_of = {id(p): name for name, p in model.named_parameters()}
-    seen = {name_of[id(p)]: (g["scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    seen = {
+        name_of[id(p)]: (g["scale"], g["weight_decay"])
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
     assert seen.keys() == set(name_of.values())
     for name, (scale, decay) in seen.items():
         assert scale == ev.layer_scales(model, 0.5)[name]
@@ -271,12 +332,18 @@ def test_the_loss_is_smoothed():
 
 def test_repeats_of_a_video_are_not_mixed_with_each_other():
     samples = [
-        {"video": torch.full((2, 3, 4, 8, 8), float(i)), "target": torch.tensor(i), "name": "", "bad": []}
+        {
+            "video": torch.full((2, 3, 4, 8, 8), float(i)),
+            "target": torch.tensor(i),
+            "name": "",
+            "bad": [],
+        }
         for i in range(4)
     ]
     batch = ev.collate(samples)
     assert (
-        batch["target"].tolist() == [0, 1, 2, 3] * 2 and batch["video"].mean((1, 2, 3, 4)).tolist() == [0, 1, 2, 3] * 2
+        batch["target"].tolist() == [0, 1, 2, 3] * 2
+        and batch["video"].mean((1, 2, 3, 4)).tolist() == [0, 1, 2, 3] * 2
     )
     _, shares = ev.mix(batch["video"], batch["target"], 4, finetune_args("--cutmix", "0"))
     assert ((shares > 0).sum(1) == 2).all()
@@ -288,7 +355,9 @@ def test_samples_follow_from_the_seed(clips):
     data = ev.Augmented(records, torch.arange(8) % 4, tgmae.Config(**SMALL), args)
     first, again = data[0, 3], data[0, 3]
     assert first["video"].shape == (2, 3, 4, 64, 64) and first["target"] == 3
-    assert torch.equal(first["video"], again["video"]) and not torch.equal(first["video"][0], first["video"][1])
+    assert torch.equal(first["video"], again["video"]) and not torch.equal(
+        first["video"][0], first["video"][1]
+    )
     assert not torch.equal(first["video"], data[1, 3]["video"])
     both = ev.collate([first, data[0, 2]])
     assert both["video"].shape == (4, 3, 4, 64, 64) and both["target"].tolist() == [3, 2, 3, 2]
@@ -297,22 +366,32 @@ def test_samples_follow_from_the_seed(clips):
 def test_the_last_frame_is_the_last(clips, monkeypatch):
     """TSN's jitter just below 1 asks for no frame beyond the end."""
     records, asked, read = tgmae.read_manifest(clips(), "train"), [], tgmae.read_clip
-    monkeypatch.setattr(tgmae, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames))
+    monkeypatch.setattr(
+        tgmae, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames)
+    )
     monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, 1 - 2**-24))
     config = tgmae.Config(**{**SMALL, "num_frames": 16})
     ev.Augmented(
-        records, torch.zeros(8), config, finetune_args("--sampling", "tsn", "--randaug", "0", "--erasing", "0")
+        records,
+        torch.zeros(8),
+        config,
+        finetune_args("--sampling", "tsn", "--randaug", "0", "--erasing", "0"),
     )[0, 0]
     assert asked[0][-1] == 23
 
 
 def test_training_frames(clips, monkeypatch):
-    """tsn: a frame of each of 4 equal segments of 24; dense: 4 frames, a stride apart; drawn anew each epoch."""
+    """tsn: a frame of each of 4 equal segments of 24; dense: 4 frames, a stride apart; drawn anew
+    each epoch."""
     records, asked = tgmae.read_manifest(clips(), "train"), []
     read = tgmae.read_clip
-    monkeypatch.setattr(tgmae, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames))
+    monkeypatch.setattr(
+        tgmae, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames)
+    )
     for sampling in ("tsn", "dense"):
-        args = finetune_args("--sampling", sampling, "--repeat", "1", "--randaug", "0", "--stride", "3")
+        args = finetune_args(
+            "--sampling", sampling, "--repeat", "1", "--randaug", "0", "--stride", "3"
+        )
         data = ev.Augmented(records, torch.zeros(8, dtype=torch.long), tgmae.Config(**SMALL), args)
         asked.clear()
         for epoch in range(12):
@@ -327,29 +406,48 @@ def test_training_frames(clips, monkeypatch):
 
 def test_recipes():
     """The paper's Table 9 and DESIGN's table of protocols, by --recipe."""
-    for name, epochs, lr, views in (("k400", 75, 1e-3, "5x3"), ("ssv2", 30, 5e-4, "2x3"), ("ucf101", 100, 1e-3, "5x3"),
-                                    ("hmdb51", 50, 1e-3, "5x3"), ("diving48", 50, 1e-3, "5x3"), ("epic55", 50, 1e-3, "5x3")):  # fmt: skip
+    for name, epochs, lr, views in (("k400", 75, 1e-3, "5x3"), ("ssv2", 30, 5e-4, "2x3"),
+                                    ("ucf101", 100, 1e-3, "5x3"),
+                                    ("hmdb51", 50, 1e-3, "5x3"), ("diving48", 50, 1e-3, "5x3"),
+                                    ("epic55", 50, 1e-3, "5x3")):  # fmt: skip
         args = ev.parse_args(["finetune", "x.pt", "--data", "a.jsonl", "--recipe", name])
         assert (args.epochs, args.lr, args.views) == (epochs, lr, views)
         assert args.test_split == ("val" if name in ("k400", "ssv2", "epic55") else "test")
         assert (args.layer_decay, args.drop_path, args.mixup, args.cutmix, args.smoothing) == (
-            0.75, 0.1, 0.8, 1.0, 0.1,
-        )  # fmt: skip
-        assert args.flip == (name != "ssv2") and args.sampling == ("tsn" if name == "ssv2" else "dense")
-        assert (args.warmup_epochs, args.repeat, args.erasing, args.weight_decay) == (5, 2, 0.25, 0.05)
+            0.75,
+            0.1,
+            0.8,
+            1.0,
+            0.1,
+        )
+        assert args.flip == (name != "ssv2") and args.sampling == (
+            "tsn" if name == "ssv2" else "dense"
+        )
+        assert (args.warmup_epochs, args.repeat, args.erasing, args.weight_decay) == (
+            5,
+            2,
+            0.25,
+            0.05,
+        )
 
 
 # ---- against transformers -----------------------------------------------------------------------
 
 
 def test_logits_are_transformers(tmp_path, monkeypatch):
-    """A fine-tuned model, exported: VideoMAEForVideoClassification's logits, with its fc_norm's eps; and back."""
+    """A fine-tuned model, exported: VideoMAEForVideoClassification's logits, with its fc_norm's
+    eps; and back."""
     monkeypatch.chdir(tmp_path)
     config = tgmae.Config(**SMALL)
     model = ev.Classifier(config, 5)
     for value in model.state_dict().values():
         value.add_(0.1 * torch.randn_like(value))
-    saved = {"config": asdict(config), "model": model.state_dict(), "classes": list("abcde"), "args": {}}
+    saved = {
+        "config": asdict(config),
+        "model": model.state_dict(),
+        "classes": list("abcde"),
+        "args": {},
+    }
     torch.save(saved, "tuned.pt")
     ev.main(["export", "tuned.pt", "--out", "folder"])
     theirs = transformers.VideoMAEForVideoClassification.from_pretrained("folder").eval()
@@ -374,15 +472,24 @@ def test_export_gives_the_same_features(checkpoint, tmp_path, capsys, monkeypatc
     full = transformers.VideoMAEForPreTraining.from_pretrained("folder").eval()
     with torch.no_grad():
         expected = model.encode(video)
-        torch.testing.assert_close(bare(video.transpose(1, 2)).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            bare(video.transpose(1, 2)).last_hidden_state, expected, atol=1e-5, rtol=1e-5
+        )
         pred = full(video.transpose(1, 2), bool_masked_pos=mask).logits
         torch.testing.assert_close(pred, model(video, mask)["pred"], atol=1e-4, rtol=1e-4)
-        # And every other form of the same weights: the folder, the safetensors, the official layout.
-        conv = model.state_dict()["encoder.patch_embed.proj.weight"].view(48, 2, 16, 16, 3).permute(0, 4, 1, 2, 3)
+        # And every other form of the same weights: the folder, the safetensors, the official
+        # layout.
+        conv = (
+            model.state_dict()["encoder.patch_embed.proj.weight"]
+            .view(48, 2, 16, 16, 3)
+            .permute(0, 4, 1, 2, 3)
+        )
         official = {k: v for k, v in model.state_dict().items() if not k.startswith("predictor")}
         official["encoder.patch_embed.proj.weight"] = conv
         flags = argparse.Namespace(input_size=64, num_frames=4)
-        monkeypatch.setitem(tgmae.PRESETS, "toy", tgmae.Config(**SMALL))  # whose heads are of that width
+        monkeypatch.setitem(
+            tgmae.PRESETS, "toy", tgmae.Config(**SMALL)
+        )  # whose heads are of that width
         torch.save({"model": official, "args": flags}, "official.pth")
         for source in ("folder", "folder/tgmae.safetensors", "official.pth"):
             again, _ = ev.load_model(source)
@@ -398,7 +505,8 @@ def test_export_gives_the_same_features(checkpoint, tmp_path, capsys, monkeypatc
 
 
 def test_attention_is_transformers(tmp_path):
-    """Attention of the centre patch, of each layer: what transformers returns with output_attentions."""
+    """Attention of the centre patch, of each layer: what transformers returns with
+    output_attentions."""
     config = tgmae.Config(**SMALL)
     model = tgmae.TGMAE(config).eval()
     for value in model.encoder.state_dict().values():
@@ -412,14 +520,17 @@ def test_attention_is_transformers(tmp_path):
     found = ev.attention_maps(model, video, [0, 1], 21)
     assert found.shape == (2, 32)
     for layer in (0, 1):
-        torch.testing.assert_close(found[layer], attentions[layer][0].mean(0)[21], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            found[layer], attentions[layer][0].mean(0)[21], atol=1e-6, rtol=1e-4
+        )
 
 
 # ---- commands -----------------------------------------------------------------------------------
 
 
-def test_toy_features_are_worth_something(trained, workdir, capsys):
-    """Linear probe and retrieval: far above random weights and chance; fine-tuning above the probe."""
+def test_toy_features(trained, workdir, capsys):
+    """Linear probe and retrieval: far above random weights and chance; fine-tuning above the
+    probe."""
     found, said = run(capsys, "linear", trained, workers=2)
     probe, random, chance = found["rows"]
     assert random["encoder"].startswith("random") and chance["top-1"] == 1 / 16
@@ -434,7 +545,10 @@ def test_toy_features_are_worth_something(trained, workdir, capsys):
     assert zero_shot["R@1"] > 2 * max(random["R@1"], chance["R@1"])
     assert (zero_shot["queries"], zero_shot["gallery"]) == (200, 800)
     # Not more: the predictor has learnt from clips whose actor was masked, and now sees all of it.
-    assert to_caption["R@10"] > 1.5 * chance2["R@10"] and to_clip["queries"] == to_caption["gallery"] == 87
+    assert (
+        to_caption["R@10"] > 1.5 * chance2["R@10"]
+        and to_clip["queries"] == to_caption["gallery"] == 87
+    )
     assert chance3["R@10"] == pytest.approx(0.11, abs=0.01)
     tuned = run(capsys, "finetune", trained, "--out", "tuned", workers=2)[0]["rows"]
     assert [row["model"] for row in tuned] == ["tuned/last.pt", "tuned/best.pt", "chance"]
@@ -447,18 +561,38 @@ def test_linear_leaves_the_backbone_alone(checkpoint, clips, tmp_path, capsys, m
     monkeypatch.setattr(ev, "load_model", lambda source: kept.append(load(source)) or kept[-1])
     data = clips(12, 5)
     found, said = run(
-        capsys, "linear", checkpoint, "--data", data, "--epochs", 3, "--views", "2x1", "--train-views", "2x2"
+        capsys,
+        "linear",
+        checkpoint,
+        "--data",
+        data,
+        "--epochs",
+        3,
+        "--views",
+        "2x1",
+        "--train-views",
+        "2x2",
     )
     before = torch.load(checkpoint, weights_only=True)["model"]
     after = kept[0][0].state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
-    assert len(found["rows"]) == 2 and found["rows"][1] == {"encoder": "chance", "top-1": 0.25, "top-5": 1.0}
-    assert set(next(iter(found["rates"].values()))["held-out top-1"]) == {f"{rate:g}" for rate in ev.RATES}
+    assert (
+        all(torch.equal(before[name], after[name]) for name in before)
+        and before.keys() == after.keys()
+    )
+    assert len(found["rows"]) == 2 and found["rows"][1] == {
+        "encoder": "chance",
+        "top-1": 0.25,
+        "top-5": 1.0,
+    }
+    assert set(next(iter(found["rates"].values()))["held-out top-1"]) == {
+        f"{rate:g}" for rate in ev.RATES
+    }
     assert f"chosen {next(iter(found['rates'].values()))['rate']:g}" in said
 
 
 def test_the_rate_is_chosen_without_test_clips(monkeypatch):
-    """Of features that a rate of 1 separates and 1e-6 cannot, 1 is chosen, by rows of the training clips."""
+    """Of features that a rate of 1 separates and 1e-6 cannot, 1 is chosen, by rows of the training
+    clips."""
     y = torch.arange(40) % 4
     x = F.one_hot(y, 4).float()[:, None] + 0.01 * torch.randn(40, 1, 4)
     args = argparse.Namespace(seed=0, holdout=0.25, rates=(1e-6, 1.0), epochs=30)
@@ -478,37 +612,59 @@ def test_two_processes_are_one(command, checkpoint, clips, tmp_path):
     lines = [json.loads(line) for line in data.read_text().splitlines()]
     lines[3]["video"] = lines[13]["video"] = "broken.mp4"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    more = {"linear": ("--epochs", 5, "--random"), "retrieve": ("--random",), "finetune": ("--epochs", 0)}[command]
+    more = {
+        "linear": ("--epochs", 5, "--random"),
+        "retrieve": ("--random",),
+        "finetune": ("--epochs", 0),
+    }[command]
     source = checkpoint
     if command == "finetune":
         source, model = tmp_path / "tuned.pt", ev.Classifier(tgmae.Config(**SMALL), 4)
         torch.nn.init.normal_(model.head.weight)
         torch.save(
-            {"config": SMALL, "model": model.state_dict(), "classes": [f"class {i}" for i in range(4)]},
+            {
+                "config": SMALL,
+                "model": model.state_dict(),
+                "classes": [f"class {i}" for i in range(4)],
+            },
             source,
         )
     results = []
     for processes in (1, 2):
         flags = ("--data", data, "--views", "2x1", "--batch-size", 4, "--workers", 0, *more)
         done = torchrun(
-            processes, ROOT / "eval.py", command, source, *flags, "--json", tmp_path / f"{processes}.json",
+            processes,
+            ROOT / "eval.py",
+            command,
+            source,
+            *flags,
+            "--json",
+            tmp_path / f"{processes}.json",
             cwd=tmp_path,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("\n| --- |") == 1 and "6 of 7 clips" in done.stdout and "broken.mp4" in done.stdout
+        assert (
+            done.stdout.count("\n| --- |") == 1
+            and "6 of 7 clips" in done.stdout
+            and "broken.mp4" in done.stdout
+        )
         results.append(json.loads((tmp_path / f"{processes}.json").read_text()))
     for part in ("rows", "clips", "rates"):
         assert results[0].get(part) == results[1].get(part)
     failed = results[0]["clips"]["test"]["failed"]
-    assert [video for video, _ in failed] == ["broken.mp4"] and results[0]["clips"]["test"]["clips"] == "6 of 7 clips"
+    assert [video for video, _ in failed] == ["broken.mp4"] and results[0]["clips"]["test"][
+        "clips"
+    ] == "6 of 7 clips"
 
 
-SHORT = ("--epochs", 3, "--warmup-epochs", 1, "--batch-size", 4, "--recipe", "other", "--stride", 2, "--views", "1x1",
+SHORT = ("--epochs", 3, "--warmup-epochs", 1, "--batch-size", 4, "--recipe", "other", "--stride",
+         2, "--views", "1x1",
          "--repeat", 2, "--lr", 0.1)  # fmt: skip
 
 
 def test_finetune_resumes_exactly(checkpoint, clips, tmp_path, capsys, monkeypatch):
-    """The full recipe, stopped after an epoch and run again: the weights and the log of an undisturbed run."""
+    """The full recipe, stopped after an epoch and run again: the weights and the log of an
+    undisturbed run."""
     monkeypatch.chdir(tmp_path)
     data = clips(10, 4)
     flags = ("finetune", checkpoint, "--data", data, *SHORT, "--holdout", "0.2", "--out")
@@ -524,7 +680,9 @@ def test_finetune_resumes_exactly(checkpoint, clips, tmp_path, capsys, monkeypat
     with pytest.raises(KeyboardInterrupt):
         run(capsys, *flags, "parts")
     monkeypatch.setattr(tgmae, "save_checkpoint", save)
-    (tmp_path / "parts" / "log.jsonl").open("a").write('{"step": 5, "loss": 1}\n{"st')  # after the checkpoint
+    (tmp_path / "parts" / "log.jsonl").open("a").write(
+        '{"step": 5, "loss": 1}\n{"st'
+    )  # after the checkpoint
     found, said = run(capsys, *flags, "parts")
     assert "from step 4" in said
     whole, parts = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "parts"))
@@ -541,20 +699,34 @@ def test_finetune_resumes_exactly(checkpoint, clips, tmp_path, capsys, monkeypat
     # Warm-up from the least rate, then down to it, each times the global batch of 4 videos / 256.
     rates = [line["lr"] for line in logs[0] if "lr" in line]
     assert (
-        rates[0] == pytest.approx(1e-6 * 4 / 256) and rates[1] == pytest.approx(0.1 * 4 / 256) and rates[2] > rates[3]
+        rates[0] == pytest.approx(1e-6 * 4 / 256)
+        and rates[1] == pytest.approx(0.1 * 4 / 256)
+        and rates[2] > rates[3]
     )
     # Tested again as it is; another run is not resumed from it.
     again, _ = run(
-        capsys, "finetune", "parts/last.pt", "--data", data, "--epochs", 0, "--stride", 2, "--views", "1x1",
-        "--recipe", "other",
-    )  # fmt: skip
+        capsys,
+        "finetune",
+        "parts/last.pt",
+        "--data",
+        data,
+        "--epochs",
+        0,
+        "--stride",
+        2,
+        "--views",
+        "1x1",
+        "--recipe",
+        "other",
+    )
     assert again["rows"][0]["top-1"] == found["rows"][0]["top-1"]
     assert "of another run (lr 0.1 -> 0.2" in fails(*flags, "parts", "--lr", 0.2)
     assert "of another run (scratch False -> True" in fails(*flags, "parts", "--scratch")
 
 
 def test_finetune_begins_with_the_checkpoint(checkpoint, clips, tmp_path, capsys, monkeypatch):
-    """Or with --scratch, with random weights that are none of it. The last norm is none of either."""
+    """Or with --scratch, with random weights that are none of it. The last norm is none of
+    either."""
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr(ev, "fit", lambda args, model, *_: seen.append(model.state_dict()))
@@ -576,14 +748,20 @@ def test_finetune_under_torchrun(checkpoint, clips, tmp_path):
     lines = data.read_text().splitlines()
     lines[2] = json.dumps({**json.loads(lines[2]), "video": "broken.mp4"})
     data.write_text("\n".join(lines))
-    flags = ("--data", data, *SHORT, "--batch-size", 2, "--val-split", "test", "--workers", 1, "--out", "tuned", "--accum", 2,
+    flags = ("--data", data, *SHORT, "--batch-size", 2, "--val-split", "test", "--workers", 1,
+             "--out", "tuned", "--accum", 2,
              "--grad-checkpointing", "--sampling", "tsn")  # fmt: skip
     done = torchrun(2, ROOT / "eval.py", "finetune", checkpoint, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "8 videos = 2 process(es) x 2 x 2, 2 clips of each" in done.stdout and "split test" in done.stdout
+    assert (
+        "8 videos = 2 process(es) x 2 x 2, 2 clips of each" in done.stdout
+        and "split test" in done.stdout
+    )
     assert (tmp_path / "tuned" / "bad_videos.txt").read_text().startswith("broken.mp4\t")
     log = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
-    assert sum(line.get("bad", 0) for line in log) >= 1 and all(math.isfinite(line.get("loss", 0)) for line in log)
+    assert sum(line.get("bad", 0) for line in log) >= 1 and all(
+        math.isfinite(line.get("loss", 0)) for line in log
+    )
 
 
 def test_text_retrieval_from_maps(world, trained, workdir, clips, capsys):
@@ -615,7 +793,12 @@ def with_text(checkpoint, tmp_path):
     def make(clip):
         saved = torch.load(checkpoint, weights_only=True)
         saved["model"]["predictor.1.num_batches_tracked"] += 1
-        saved["args"] = {"clip": clip, "clip_pretrained": "openai", "mask": "tgm", "mask_ratio": 0.5}
+        saved["args"] = {
+            "clip": clip,
+            "clip_pretrained": "openai",
+            "mask": "tgm",
+            "mask_ratio": 0.5,
+        }
         saved["args"]["text_from"] = "clip" if clip.startswith("local-dir:/") else "maps"
         torch.save(saved, tmp_path / "text.pt")
         return tmp_path / "text.pt"
@@ -629,13 +812,21 @@ def test_captions_need_no_labels(world, with_text, clips, tmp_path, capsys, monk
     clip = f"local-dir:{world / 'clip'}"
     bare = clips(name="bare.jsonl", edit=lambda r: {k: v for k, v in r.items() if k != "label"})
     found, _ = run(capsys, "retrieve", with_text(clip), "--data", bare, "--text", "--views", "1x1")
-    assert [row["queries"] for row in found["rows"]] == [5, 5, 5, 5] and list(found["clips"]) == ["test"]
-    found, _ = run(capsys, "retrieve", with_text(clip), "--data", clips(), "--no-text", "--views", "1x1")
+    assert [row["queries"] for row in found["rows"]] == [5, 5, 5, 5] and list(found["clips"]) == [
+        "test"
+    ]
+    found, _ = run(
+        capsys, "retrieve", with_text(clip), "--data", clips(), "--no-text", "--views", "1x1"
+    )
     assert len(found["rows"]) == 2
     by_map = with_text("local-dir:clip 0123abcd")
-    assert "trained on text maps of CLIP local-dir:clip 0123abcd" in fails("retrieve", by_map, "--data", clips())
+    assert "trained on text maps of CLIP local-dir:clip 0123abcd" in fails(
+        "retrieve", by_map, "--data", clips()
+    )
     assert len(run(capsys, "retrieve", by_map, "--data", clips(), "--clip", clip)[0]["rows"]) == 6
-    silent = clips(name="silent.jsonl", edit=lambda r: {k: v for k, v in r.items() if k != "captions"})
+    silent = clips(
+        name="silent.jsonl", edit=lambda r: {k: v for k, v in r.items() if k != "captions"}
+    )
     assert "has no captions" in fails("retrieve", by_map, "--data", silent, "--text")
 
 
@@ -643,17 +834,22 @@ def test_the_clip_that_a_run_was_trained_with(monkeypatch):
     """Its model and its weights; --clip and --clip-pretrained come before them."""
     monkeypatch.setattr(tgmae, "load_clip", lambda *which: which)
     trained = {"args": {"clip": "ViT-B-16", "clip_pretrained": "laion", "text_from": "clip"}}
-    by_maps = {"args": {"clip": "ViT-B-16/laion 012", "clip_pretrained": "openai", "text_from": "maps"}}
+    by_maps = {
+        "args": {"clip": "ViT-B-16/laion 012", "clip_pretrained": "openai", "text_from": "maps"}
+    }
     for saved, flags, default, found in (
-        (trained, (), None, ("ViT-B-16", "laion")), (trained, ("--clip", "a b"), None, ("a b", "openai")),
-        (trained, ("--clip-pretrained", "x"), None, ("ViT-B-16", "x")), (by_maps, (), "toy", ("toy", "openai")),
-        (by_maps, ("--clip", "y", "--clip-pretrained", "z"), None, ("y", "z")), ({}, (), "toy", ("toy", "openai")),
+        (trained, (), None, ("ViT-B-16", "laion")),
+        (trained, ("--clip", "a b"), None, ("a b", "openai")),
+        (trained, ("--clip-pretrained", "x"), None, ("ViT-B-16", "x")),
+        (by_maps, (), "toy", ("toy", "openai")),
+        (by_maps, ("--clip", "y", "--clip-pretrained", "z"), None, ("y", "z")),
+        ({}, (), "toy", ("toy", "openai")),
     ):  # fmt: skip
         args = ev.parse_args(["retrieve", "x.pt", *flags, "--device", "cpu"])
         assert ev.load_clip(args, saved, default) == (found[0], (*found, "cpu"))
 
 
-def test_show_a_clip_of_a_manifest(world, with_text, clips, tmp_path, capsys, monkeypatch):
+def test_show(world, with_text, clips, tmp_path, capsys, monkeypatch):
     """The checkpoint's own CLIP, mask and ratio; or those that are asked for."""
     monkeypatch.chdir(tmp_path)
     source = with_text(f"local-dir:{world / 'clip'}")
@@ -665,7 +861,13 @@ def test_show_a_clip_of_a_manifest(world, with_text, clips, tmp_path, capsys, mo
     caption = "--caption", "a red circle moving left", "--clip", f"local-dir:{world / 'clip'}"
     found, said = run(capsys, "show", source, "--video", video, *caption, "--mask", "tgm")
     assert "a red circle moving left" in said and "reconstruction (tgm 0.5)" in said
-    assert [row["shows"].split()[0] for row in found["rows"][:5]] == ["clip", "similarity", "tube", "mgm", "tgm"]
+    assert [row["shows"].split()[0] for row in found["rows"][:5]] == [
+        "clip",
+        "similarity",
+        "tube",
+        "mgm",
+        "tgm",
+    ]
 
 
 def test_a_head_without_names(clips, tmp_path, capsys, monkeypatch):
@@ -678,13 +880,15 @@ def test_a_head_without_names(clips, tmp_path, capsys, monkeypatch):
     torch.save(state, "bare.pt")
     ev.main(["export", "bare.pt", "--out", "folder"])
     flags = ("--data", clips(8, 8), "--epochs", 0, "--views", "1x1")
-    named, bare, folder = (run(capsys, "finetune", f, *flags)[0]["rows"] for f in ("named.pt", "bare.pt", "folder"))
+    named, bare, folder = (
+        run(capsys, "finetune", f, *flags)[0]["rows"] for f in ("named.pt", "bare.pt", "folder")
+    )
     assert named[0]["top-1"] == bare[0]["top-1"] == folder[0]["top-1"] > 0
     three = clips(3, 3, name="three.jsonl")
     assert "a head of 4 classes" in fails("finetune", "bare.pt", "--data", three, "--epochs", 0)
 
 
-def test_show_on_the_toy_world(trained, workdir, capsys):
+def test_show_on_toy(trained, workdir, capsys):
     found, said = run(capsys, "show", trained, "--out", "pictures/toy", "--layers", 1, 4)
     sheet = Image.open("pictures/toy.png")
     assert len(found["rows"]) == 9 and sheet.width > 500 and sheet.height > 9 * 96
@@ -709,7 +913,9 @@ def test_show_on_footage(footage, checkpoint, tmp_path, monkeypatch, capsys):
     ev.main(["export", str(checkpoint), "--out", "folder"])
     transformers.VideoMAEModel.from_pretrained("folder").save_pretrained("encoder")
     hevc = next(
-        path for path in (footage / "odd").iterdir() if "hevc" in path.name.lower() or "h265" in path.name.lower()
+        path
+        for path in (footage / "odd").iterdir()
+        if "hevc" in path.name.lower() or "h265" in path.name.lower()
     )
     found, said = run(capsys, "show", "encoder", "--video", hevc)
     assert "has no decoder" in said and "frame differences" in said and len(found["rows"]) == 5
@@ -724,7 +930,9 @@ def test_heat_map_and_box():
     scores[1, 0, 1] = 1
     picture = ev.heat_map(scores, frames)
     bright = picture.float().sum(-1)
-    assert (bright[2:, :4, 4:] > 300).all() and (bright[:2] < 20).all() and (bright[2:, 4:] < 20).all()
+    assert (
+        (bright[2:, :4, 4:] > 300).all() and (bright[:2] < 20).all() and (bright[2:, 4:] < 20).all()
+    )
     config = tgmae.Config(**{**TINY, "image_size": 8, "patch_size": 4})
     boxed = ev.mark(frames, 4 + 3, config)  # slice 1, row 1, column 1
     assert (boxed[2:, 4, 4:] == 255).all() and not boxed[:2].any() and not boxed[:, :4].any()
@@ -738,29 +946,49 @@ def test_bad_input(checkpoint, clips, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = clips()
     assert "has no text head" in fails("retrieve", checkpoint, "--data", data, "--text")
-    bare = clips(name="bare.jsonl", edit=lambda record: {k: v for k, v in record.items() if k != "label"})
+    bare = clips(
+        name="bare.jsonl", edit=lambda record: {k: v for k, v in record.items() if k != "label"}
+    )
     for command in ("linear", "retrieve", "finetune"):
         split = "'test' " if command == "finetune" else "'train' "
         said = fails(command, checkpoint, "--data", bare)
         assert "bare.jsonl: " in said and f"clips of split {split}have no label, such as" in said
-    other = clips(name="other.jsonl", edit=lambda r: r | ({"label": "unseen"} if r["split"] == "test" else {}))
+    other = clips(
+        name="other.jsonl", edit=lambda r: r | ({"label": "unseen"} if r["split"] == "test" else {})
+    )
     for command in ("linear", "retrieve", "finetune"):
         said = fails(command, checkpoint, "--data", other)
         assert "other.jsonl, split 'test': none of its classes is known, such as 'unseen'" in said
-    assert "no clips of split 'nowhere'" in fails("linear", checkpoint, "--data", data, "--test-split", "nowhere")
-    assert "--views 5: must be like 5x3" in fails("linear", checkpoint, "--data", data, "--views", "5")
-    assert "--seed -1: must not be negative" in fails("linear", checkpoint, "--data", data, "--seed", "-1")
+    assert "no clips of split 'nowhere'" in fails(
+        "linear", checkpoint, "--data", data, "--test-split", "nowhere"
+    )
+    assert "--views 5: must be like 5x3" in fails(
+        "linear", checkpoint, "--data", data, "--views", "5"
+    )
+    assert "--seed -1: must not be negative" in fails(
+        "linear", checkpoint, "--data", data, "--seed", "-1"
+    )
     for flag, value in (("randaug", 40), ("crop-scale", 2.0), ("smoothing", 2.0), ("mixup", -1.0)):
         said = fails("finetune", checkpoint, "--data", data, f"--{flag}", value)
         assert f"--{flag} {value}: must lie in 0 to" in said
-    assert "--holdout 0.99: leaves 0 of 8" in fails("finetune", checkpoint, "--data", data, "--holdout", "0.99")
+    assert "--holdout 0.99: leaves 0 of 8" in fails(
+        "finetune", checkpoint, "--data", data, "--holdout", "0.99"
+    )
     assert "--holdout 0" in fails("linear", checkpoint, "--data", data, "--holdout", "0")
     assert "is not fine-tuned" in fails("finetune", checkpoint, "--data", data, "--epochs", "0")
-    assert "fewer than a step takes" in fails("finetune", checkpoint, "--data", data, "--batch-size", "9")
-    assert "nowhere: neither a checkpoint nor a folder" in fails("linear", "nowhere", "--data", data)
-    assert "--number 5: split 'test' has clips 0 to 4" in fails("show", checkpoint, "--data", data, "--number", 5)
+    assert "fewer than a step takes" in fails(
+        "finetune", checkpoint, "--data", data, "--batch-size", "9"
+    )
+    assert "nowhere: neither a checkpoint nor a folder" in fails(
+        "linear", "nowhere", "--data", data
+    )
+    assert "--number 5: split 'test' has clips 0 to 4" in fails(
+        "show", checkpoint, "--data", data, "--number", 5
+    )
     silent = clips(name="silent.jsonl", edit=lambda r: {"video": r["video"], "split": r["split"]})
-    assert "--layers 3: the encoder has 1 to 2" in fails("show", checkpoint, "--data", silent, "--layers", 3)
+    assert "--layers 3: the encoder has 1 to 2" in fails(
+        "show", checkpoint, "--data", silent, "--layers", 3
+    )
     assert "no such folder" in fails("linear", checkpoint, "--data", data, "--json", "no/out.json")
     assert "data.jsonl.gone" in fails("linear", checkpoint, "--data", "data.jsonl.gone")
     (tmp_path / "junk.pt").write_bytes(b"junk")
@@ -779,14 +1007,22 @@ def test_every_test_clip_fails(checkpoint, clips, tmp_path, monkeypatch, capsys)
 
 
 def test_what_is_said_and_goes_on(checkpoint, clips, tmp_path, monkeypatch, capsys):
-    """A class in test that training lacks: a miss. A clip shorter than a view: it repeats frames. Both said."""
+    """A class in test that training lacks: a miss. A clip shorter than a view: it repeats frames.
+    Both said."""
     monkeypatch.chdir(tmp_path)
 
     def edit(record):
         return record | ({"label": "unseen"} if record["video"].endswith("802.mp4") else {})
 
     data = clips(edit=edit)
-    found, said = run(capsys, "retrieve", checkpoint, "--data", data, "--stride", 8, "--views", "2x1")
+    found, said = run(
+        capsys, "retrieve", checkpoint, "--data", data, "--stride", 8, "--views", "2x1"
+    )
     assert "1 clips are of 1 classes that training lacks, such as 'unseen': misses" in said
-    assert found["rows"][0]["R@10"] == pytest.approx(0.8)  # 8 in the gallery: all are found but that one
-    assert "5 of the test clips are shorter than a view" in said and found["clips"]["test"]["shorter than a view"] == 5
+    assert found["rows"][0]["R@10"] == pytest.approx(
+        0.8
+    )  # 8 in the gallery: all are found but that one
+    assert (
+        "5 of the test clips are shorter than a view" in said
+        and found["clips"]["test"]["shorter than a view"] == 5
+    )

@@ -1,5 +1,5 @@
-"""Runs that are killed, asked to stop, moved to other numbers of processes, fed bad numbers, or out of disk or
-memory; and files that would run code."""
+"""Runs that are killed, asked to stop, moved to other numbers of processes, fed bad numbers, or out
+of disk or memory; and files that would run code."""
 
 import json
 import math
@@ -39,11 +39,20 @@ def steps(folder):
 
 
 def start(command, cwd, out=subprocess.PIPE):
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; would be inherited
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as in a shell's background; would be inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)
     words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, cwd=cwd, env=ONE_THREAD, stdout=out, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        words,
+        cwd=cwd,
+        env=ONE_THREAD,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_until(condition, process=None, seconds=120):
@@ -72,9 +81,12 @@ def assert_same_run(one, other):
     assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     moments = a["optimizer"]["state"], b["optimizer"]["state"]
-    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
+    assert all(
+        torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0]
+    )
     logs = [
-        [{k: v for k, v in line.items() if k not in ("clips_per_s", "wait")} for line in log(f)] for f in (one, other)
+        [{k: v for k, v in line.items() if k not in ("clips_per_s", "wait")} for line in log(f)]
+        for f in (one, other)
     ]
     assert logs[0] == logs[1]
 
@@ -83,7 +95,9 @@ def assert_same_run(one, other):
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "start.pt"
     config = tgmae.Config(**TINY)
-    tgmae.save_checkpoint(path, config=vars(config), model=tgmae.TGMAE(config).state_dict(), args={})
+    tgmae.save_checkpoint(
+        path, config=vars(config), model=tgmae.TGMAE(config).state_dict(), args={}
+    )
     return path
 
 
@@ -92,28 +106,58 @@ def command(request, world, checkpoint, workdir, manifest):
     """A run of 48 steps with a held-out part, but for its --out."""
     records = tgmae.read_manifest(world / "manifest.jsonl", "train")
     held = [
-        {"video": r["path"], "captions": r["captions"], "label": r["label"], "split": "held"} for r in records[20:24]
+        {"video": r["path"], "captions": r["captions"], "label": r["label"], "split": "held"}
+        for r in records[20:24]
     ]
     data = manifest(12, extra=held)
     lines = [{"split": "train", **json.loads(line)} for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = ["--data", data, "--val-split", "held", "--epochs", 8, "--warmup-epochs", 1, "--batch-size", 2, "--workers", 1,
+    flags = ["--data", data, "--val-split", "held", "--epochs", 8, "--warmup-epochs", 1,
+             "--batch-size", 2, "--workers", 1,
              "--save-steps", 4, "--no-amp"]  # fmt: skip
     if request.param == "train":
         clip = "--clip", f"local-dir:{world / 'clip'}"
-        return [ROOT / "train.py", *flags, "--mask", "tgm", "--vt", "--preset", "toy", "--stride", 4, "--blr", 0.05,
-                *clip]  # fmt: skip
-    return [ROOT / "eval.py", "finetune", checkpoint, *flags, "--test-split", "held", "--stride", 2, "--recipe", "other",
-            "--views", "1x1", "--repeat", 2, "--lr", 0.1]  # fmt: skip
+        return [
+            ROOT / "train.py",
+            *flags,
+            "--mask",
+            "tgm",
+            "--vt",
+            "--preset",
+            "toy",
+            "--stride",
+            4,
+            "--blr",
+            0.05,
+            *clip,
+        ]
+    return [
+        ROOT / "eval.py",
+        "finetune",
+        checkpoint,
+        *flags,
+        "--test-split",
+        "held",
+        "--stride",
+        2,
+        "--recipe",
+        "other",
+        "--views",
+        "1x1",
+        "--repeat",
+        2,
+        "--lr",
+        0.1,
+    ]
 
 
-# ------------------------------------------------------------------------------------------- kills, signals
+# ----------------------------------------------------------------------------------- kills, signals
 
 
 @pytest.mark.parametrize("kills", [pytest.param(4, marks=short), pytest.param(20, marks=slow)])
 def test_killed_at_any_moment(command, workdir, kills):
-    """SIGKILL: three times in the writing of a checkpoint; then half of the times at any moment of the process,
-    half while it trains. The end is that of an undisturbed run, bit for bit."""
+    """SIGKILL: three times in the writing of a checkpoint; then half of the times at any moment of
+    the process, half while it trains. The end is that of an undisturbed run, bit for bit."""
     command = [*command, "--epochs", 4 + 2 * kills]  # 6 steps each
     process = start([*command, "--out", "whole"], workdir)
     said, _ = process.communicate(timeout=600)
@@ -122,8 +166,11 @@ def test_killed_at_any_moment(command, workdir, kills):
         process = start([FAULTY, f"{moment}:2", *command, "--out", "parts"], workdir)
         said, _ = process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, said
-    # Due at steps 4, 6, 8, 12, ...: killed at 6, at 8, after 12; finetune's at 6 are two, with best.pt.
-    assert torch.load("parts/last.pt", weights_only=True)["step"] == (6 if "finetune" in command else 12)
+    # Due at steps 4, 6, 8, 12, ...: killed at 6, at 8, after 12; finetune's at 6 are two, with
+    # best.pt.
+    assert torch.load("parts/last.pt", weights_only=True)["step"] == (
+        6 if "finetune" in command else 12
+    )
     rng, hits = random.Random(kills), 0
     for kill in range(kills):
         before, began = steps("parts"), time.monotonic()
@@ -136,7 +183,9 @@ def test_killed_at_any_moment(command, workdir, kills):
             time.sleep(rng.uniform(0, until_first_step + 0.3))
         hits += process.poll() is None
         process.kill()
-        process.communicate(timeout=60)  # until the last loader, which has the other end of the pipe, is gone
+        process.communicate(
+            timeout=60
+        )  # until the last loader, which has the other end of the pipe, is gone
     assert hits >= kills * 3 / 4, "it was at its end before it could be killed: more epochs, please"
     process = start([*command, "--out", "parts"], workdir)
     said, _ = process.communicate(timeout=600)
@@ -146,8 +195,12 @@ def test_killed_at_any_moment(command, workdir, kills):
 
 
 def test_sigterm_saves_and_stops(command, workdir):
-    """To all processes of the run, as a scheduler sends it; the loaders must not die before it has saved."""
-    process = start([FAULTY, "term:8", *command, "--out", "run", "--save-steps", 0, "--save-minutes", 0], workdir)
+    """To all processes of the run, as a scheduler sends it; the loaders must not die before it has
+    saved."""
+    process = start(
+        [FAULTY, "term:8", *command, "--out", "run", "--save-steps", 0, "--save-minutes", 0],
+        workdir,
+    )
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 143, said
     assert "stopped by SIGTERM" in said and "Traceback" not in said
@@ -175,7 +228,9 @@ def test_an_unexpected_error_ends_the_run(command, workdir):
     """With its traceback, and with its loaders, which do not listen to SIGTERM."""
     process = start([FAULTY, "raise:8", *command, "--out", "run", "--workers", 2], workdir)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and said.strip().endswith("RuntimeError: nobody expects this"), said
+    assert process.returncode == 1 and said.strip().endswith("RuntimeError: nobody expects this"), (
+        said
+    )
     assert not of_group(process.pid)
 
 
@@ -198,11 +253,14 @@ def test_a_loader_whose_run_was_killed_before_it_watched(workdir, run_is_killed)
 
 
 def test_save_often_and_keep(workdir, manifest):
-    flags = ["--data", str(manifest(12)), "--preset", "toy", "--stride", "4", "--warmup-epochs", "0", "--batch-size", "2",
+    flags = ["--data", str(manifest(12)), "--preset", "toy", "--stride", "4", "--warmup-epochs",
+             "0", "--batch-size", "2",
              "--workers", "0"]  # fmt: skip
     written, save = [], tgmae.save_checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tgmae, "save_checkpoint", lambda path, **s: written.append(s["step"]) or save(path, **s))
+        patch.setattr(
+            tgmae, "save_checkpoint", lambda path, **s: written.append(s["step"]) or save(path, **s)
+        )
         train.main([*flags, "--epochs", "2", "--out", "a", "--save-steps", "4", "--keep", "2"])
         assert written == [4, 6, 8, 12]
         kept = sorted(path.name for path in Path("a").glob("*.pt"))
@@ -210,21 +268,25 @@ def test_save_often_and_keep(workdir, manifest):
         assert torch.load("a/step-00000008.pt", weights_only=True)["step"] == 8
         written.clear()
         train.main([*flags, "--epochs", "1", "--out", "b", "--save-minutes", "1e-9"])
-        assert written == [1, 2, 3, 4, 5, 6] and [p.name for p in Path("b").glob("*.pt")] == ["last.pt"]
-        # Back to an earlier one by hand: what is written from there on is kept, not what it replaces.
+        assert written == [1, 2, 3, 4, 5, 6] and [p.name for p in Path("b").glob("*.pt")] == [
+            "last.pt"
+        ]
+        # Back to an earlier one by hand: what is written from there on is kept, not what it
+        # replaces.
         written.clear()
         os.replace("a/step-00000008.pt", "a/last.pt")
         train.main([*flags, "--epochs", "2", "--out", "a", "--keep", "1"])
         assert written == [12] and len(log("a")) == 12
 
 
-# ------------------------------------------------------------------------------------------ other processes
+# ---------------------------------------------------------------------------------- other processes
 
 
 def test_share_of_a_step(monkeypatch):
     for world, forward, accum, before, share in (
         (1, 16, 1, None, (16, 16, 1)), (8, 64, 2, None, (1024, 64, 2)),
-        (4, 64, 1, 512, (512, 64, 2)), (16, 64, 1, 512, (512, 32, 1)), (1, 64, 1, 512, (512, 64, 8)),  # as many in all
+        (4, 64, 1, 512, (512, 64, 2)), (16, 64, 1, 512, (512, 32, 1)),
+        (1, 64, 1, 512, (512, 64, 8)),  # as many in all
         (3, 64, 1, 128, (128, 42, 1)), (7, 64, 1, 512, (512, 36, 2)),  # 126 of 128, 504 of 512
         (5, 2, 3, 5, (5, 1, 1)),
     ):  # fmt: skip
@@ -235,7 +297,8 @@ def test_share_of_a_step(monkeypatch):
 
 
 def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
-    """The videos of each step, of all processes together; 3 processes take 12 of 16, 2 forwards of 2 each."""
+    """The videos of each step, of all processes together; 3 processes take 12 of 16, 2 forwards of
+    2 each."""
 
     class Numbers(tgmae.TrainingClips):
         def load(self, place, seed):
@@ -261,8 +324,10 @@ def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
 
 def test_other_processes_and_compiled(workdir, manifest):
     """2 processes, then 1 that compiles, then 3: the losses of one process all along."""
-    flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube", "--batch-size", 6, "--epochs", 12,
-             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp", "--save-steps", 1]  # fmt: skip
+    flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube",
+             "--batch-size", 6, "--epochs", 12,
+             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp", "--save-steps",
+             1]  # fmt: skip
     train.main([*map(str, flags), "--out", "whole"])
 
     def goes_until(step, processes, *more):
@@ -279,7 +344,9 @@ def test_other_processes_and_compiled(workdir, manifest):
     assert f"resume  at step {first} of 24, so far of 2 process(es)" in said
     assert "global batch 6 = 1 process(es) x 6 x 1" in said
     done = torchrun(3, ROOT / "train.py", *flags, "--out", "parts", cwd=workdir)
-    assert done.returncode == 0 and "global batch 6 = 3 process(es) x 2 x 1" in done.stdout, done.stderr
+    assert done.returncode == 0 and "global batch 6 = 3 process(es) x 2 x 1" in done.stdout, (
+        done.stderr
+    )
     one, parts = log("whole"), log("parts")
     assert [line["step"] for line in parts] == list(range(1, 25))
     for a, b in zip(one, parts):
@@ -299,14 +366,19 @@ def free_port():
 
 
 def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
-    """torchrun --nnodes 1:2, two agents on loopback. A worker is killed: both start again from the last
-    checkpoint. Then a node is: the other goes on alone, to the end."""
-    flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube", "--batch-size", 3, "--epochs", 500,
-             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp", "--save-steps", 1, "--out", "run"]  # fmt: skip
-    agent = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", 1, "--max-restarts", 3, "--rdzv-backend",
-             "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test", "--local-addr", "127.0.0.1",
+    """torchrun --nnodes 1:2, two agents on loopback. A worker is killed: both start again from the
+    last checkpoint. Then a node is: the other goes on alone, to the end."""
+    flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube",
+             "--batch-size", 3, "--epochs", 500,
+             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp", "--save-steps", 1,
+             "--out", "run"]  # fmt: skip
+    agent = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", 1,
+             "--max-restarts", 3, "--rdzv-backend",
+             "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test",
+             "--local-addr", "127.0.0.1",
              "--rdzv-conf", "last_call_timeout=5", "--monitor-interval", 0.1]  # fmt: skip
-    # A store for each rendezvous: in one that all share, a new start finds the addresses of the last.
+    # A store for each rendezvous: in one that all share, a new start finds the addresses of the
+    # last.
     monkeypatch.setitem(ONE_THREAD, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     said = [open(workdir / name, "w+") for name in ("first.txt", "second.txt")]
     first = start([*agent, ROOT / "train.py", *flags], workdir, said[0])
@@ -314,7 +386,10 @@ def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
     second = start([*agent, ROOT / "train.py", *flags], workdir, said[1])
 
     def goes_on(processes):  # with its first steps args.json is whole
-        return steps("run") > at + 20 and json.loads(Path("run/args.json").read_text())["world"] == processes
+        return (
+            steps("run") > at + 20
+            and json.loads(Path("run/args.json").read_text())["world"] == processes
+        )
 
     try:
         at = -16
@@ -339,16 +414,21 @@ def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
 
 def test_machines_that_do_not_share_the_folder(monkeypatch, workdir):
     monkeypatch.setattr(tgmae, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(tgmae.dist, "all_gather_object", lambda steps, mine: steps.__setitem__(slice(2), [120, mine]))
+    monkeypatch.setattr(
+        tgmae.dist,
+        "all_gather_object",
+        lambda steps, mine: steps.__setitem__(slice(2), [120, mine]),
+    )
     args = train.parse_args(["--data", "x.jsonl", "--out", "run"])
     with pytest.raises(ValueError, match="run/last.pt: holds step 0 here, 120 for process 0"):
         tgmae.load_last(args)
 
 
-# ---------------------------------------------------------------------------------- bad numbers, disk, memory
+# ------------------------------------------------------------------------ bad numbers, disk, memory
 
 
-FEW = ("--epochs", "1", "--warmup-epochs", "0", "--preset", "toy", "--stride", "4", "--no-flip", "--workers", "0",
+FEW = ("--epochs", "1", "--warmup-epochs", "0", "--preset", "toy", "--stride", "4", "--no-flip",
+       "--workers", "0",
        "--no-amp", "--batch-size", "2")  # fmt: skip
 
 
@@ -356,11 +436,27 @@ def test_bad_numbers_on_one_of_two_processes(workdir, manifest):
     """Both leave the step out; the log names the videos of the process that had them."""
     data = manifest(12)
     bad = json.loads(data.read_text().splitlines()[3])["video"]
-    done = torchrun(2, FAULTY, f"nan:{bad}", ROOT / "train.py", "--data", data, *FEW, "--out", "run", cwd=workdir)
+    done = torchrun(
+        2,
+        FAULTY,
+        f"nan:{bad}",
+        ROOT / "train.py",
+        "--data",
+        data,
+        *FEW,
+        "--out",
+        "run",
+        cwd=workdir,
+    )
     assert done.returncode == 0, done.stderr
     lines = log("run")
     (skipped,) = [line for line in lines if "skipped" in line]
-    assert len(lines) == 3 and skipped["mae"] is None and bad in skipped["skipped"] and len(skipped["skipped"]) == 2
+    assert (
+        len(lines) == 3
+        and skipped["mae"] is None
+        and bad in skipped["skipped"]
+        and len(skipped["skipped"]) == 2
+    )
     assert all(value.isfinite().all() for value in torch.load("run/last.pt")["model"].values())
     assert "1 step(s) were not finite and left out" in done.stdout
 
@@ -382,9 +478,16 @@ def test_bad_numbers_leave_the_statistics_alone(workdir, world, manifest, monkey
     monkeypatch.setattr(train, "prepare", poisoned)
     monkeypatch.setattr(tgmae.Run, "agree", agrees)
     torch.manual_seed(0)
-    train.main(["--data", str(data), *FEW, "--vt", "--clip", f"local-dir:{world / 'clip'}", "--out", "run"])
+    train.main(
+        ["--data", str(data), *FEW, "--vt", "--clip", f"local-dir:{world / 'clip'}", "--out", "run"]
+    )
     first, second = log("run")
-    assert first["mae"] is None and first["vt"] is None and len(first["skipped"]) == 2 and "skipped" not in second
+    assert (
+        first["mae"] is None
+        and first["vt"] is None
+        and len(first["skipped"]) == 2
+        and "skipped" not in second
+    )
     saved = torch.load("run/last.pt", weights_only=True)
     assert saved["model"]["predictor.1.num_batches_tracked"] == 1
     assert all(value.isfinite().all() for value in saved["model"].values())
@@ -401,7 +504,9 @@ def test_many_bad_numbers_in_a_row_stop_the_run(workdir, manifest, monkeypatch):
         return (video * math.nan if len(count) > 7 else video), mask, text
 
     monkeypatch.setattr(train, "prepare", poisoned)
-    with pytest.raises(SystemExit, match="step 17: 10 in a row without a finite loss and gradient.*of step 6"):
+    with pytest.raises(
+        SystemExit, match="step 17: 10 in a row without a finite loss and gradient.*of step 6"
+    ):
         train.main(["--data", str(manifest(12)), *FEW, "--epochs", "5", "--out", "run"])
     assert torch.load("run/last.pt", weights_only=True)["step"] == 6
     assert [line["step"] for line in log("run") if "skipped" in line] == list(range(8, 18))
@@ -410,9 +515,12 @@ def test_many_bad_numbers_in_a_row_stop_the_run(workdir, manifest, monkeypatch):
 def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
     data = manifest(8)
     bad = json.loads(data.read_text().splitlines()[3])["video"]
-    command = [FAULTY, f"nan:{bad}", ROOT / "eval.py", "finetune", checkpoint, "--data", data, "--recipe", "other",
-               "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 2, "--stride", 2, "--views", "1x1", "--repeat", 1,
-               "--workers", 0, "--holdout", 0, "--test-split", "train", "--out", "tuned"]  # fmt: skip
+    command = [FAULTY, f"nan:{bad}", ROOT / "eval.py", "finetune", checkpoint, "--data", data,
+               "--recipe", "other",
+               "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 2, "--stride", 2, "--views",
+               "1x1", "--repeat", 1,
+               "--workers", 0, "--holdout", 0, "--test-split", "train", "--out",
+               "tuned"]  # fmt: skip
     process = start(command, workdir)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
@@ -422,7 +530,8 @@ def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
 
 
 def test_a_full_disk(workdir, manifest, monkeypatch):
-    """While a checkpoint is written, and while the log is: one line that names the file; nothing lost."""
+    """While a checkpoint is written, and while the log is: one line that names the file; nothing
+    lost."""
     flags = ["--data", str(manifest(4)), *FEW, "--out", "run"]
     train.main([*flags, "--epochs", "2"])
     before = Path("run/last.pt").read_bytes()
@@ -430,23 +539,31 @@ def test_a_full_disk(workdir, manifest, monkeypatch):
     Path("run/last.pt.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device.*run/last.pt"):
         tgmae.save_checkpoint(Path("run/last.pt"), **state)
-    assert Path("run/last.pt").read_bytes() == before and not Path("run/last.pt.partial").is_symlink()
+    assert (
+        Path("run/last.pt").read_bytes() == before and not Path("run/last.pt.partial").is_symlink()
+    )
     monkeypatch.setattr(tgmae, "append_log", lambda path, line: tgmae._append("/dev/full", "1"))
-    with pytest.raises(SystemExit, match="train.py: .*cannot be written: No space left on device: '/dev/full'"):
+    with pytest.raises(
+        SystemExit, match="train.py: .*cannot be written: No space left on device: '/dev/full'"
+    ):
         train.main([*flags, "--no-resume"])
     assert Path("run/last.pt").read_bytes() == before
 
 
 def test_out_of_memory_says_what_lowers_it(workdir, manifest, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of ...")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of ..."
+        )
 
     monkeypatch.setattr(train, "losses_and_gradients", full)
-    with pytest.raises(SystemExit, match="9 GiB; what needs less: a smaller --batch-size .*--grad-checkpointing"):
+    with pytest.raises(
+        SystemExit, match="9 GiB; what needs less: a smaller --batch-size .*--grad-checkpointing"
+    ):
         train.main(["--data", str(manifest(4)), *FEW, "--out", "run"])
 
 
-# -------------------------------------------------------------------------------------------------- trust
+# -------------------------------------------------------------------------------------------- trust
 
 
 class Evil:
@@ -455,7 +572,8 @@ class Evil:
 
 
 def test_pickles_run_no_code(workdir, world, manifest, tmp_path):
-    """A checkpoint, a CLIP, a text map, a BLIP-2 that would run code when unpickled: refused in a line."""
+    """A checkpoint, a CLIP, a text map, a BLIP-2 that would run code when unpickled: refused in a
+    line."""
     import pickle
 
     assert pickle.loads(pickle.dumps(Evil())) == 0 and Path("hacked").exists()  # it would
@@ -469,13 +587,17 @@ def test_pickles_run_no_code(workdir, world, manifest, tmp_path):
     (Path("folder") / "config.json").write_text('{"model_type": "videomae"}')
     torch.save({"x": Evil()}, "folder/pytorch_model.bin")
     Path("clip").mkdir()
-    Path("clip/open_clip_config.json").write_bytes((world / "clip/open_clip_config.json").read_bytes())
+    Path("clip/open_clip_config.json").write_bytes(
+        (world / "clip/open_clip_config.json").read_bytes()
+    )
     torch.save({"x": Evil()}, "clip/open_clip_pytorch_model.bin")
     maps = [json.loads(line) | {"maps": "evil.npz"} for line in data.read_text().splitlines()]
     Path("maps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in maps))
     made = np.empty(1, object)
     made[0] = Evil()
-    np.savez("evil.npz", **dict.fromkeys(("similarity", "frames", "text", "captions", "clip"), made))
+    np.savez(
+        "evil.npz", **dict.fromkeys(("similarity", "frames", "text", "captions", "clip"), made)
+    )
     import eval as ev
 
     few, tgm = ["--data", str(data), *FEW], ["--mask", "tgm"]
@@ -484,12 +606,16 @@ def test_pickles_run_no_code(workdir, world, manifest, tmp_path):
         (train.main, [*few, "--out", "a", "--init", "bare.pt"], "bare.pt: cannot be loaded"),
         (train.main, [*few, "--out", "a", "--init", "folder"], "folder: holds more than weights"),
         (train.main, [*few, "--out", "run"], "run/last.pt: cannot be loaded"),
-        (train.main, [*few, *tgm, "--out", "a", "--clip", "ViT-B-32", "--clip-pretrained", "evil.pt"], "evil.pt: Weights only load failed"),
-        (train.main, [*few, *tgm, "--out", "a", "--clip", "local-dir:clip"], "openai: Weights only load failed"),
-        (train.main, ["--data", "maps.jsonl", *FEW, *tgm, "--out", "a"], "evil.npz: not a whole text map"),
+        (train.main, [*few, *tgm, "--out", "a", "--clip", "ViT-B-32", "--clip-pretrained",
+                      "evil.pt"], "evil.pt: Weights only load failed"),
+        (train.main, [*few, *tgm, "--out", "a", "--clip", "local-dir:clip"],
+         "openai: Weights only load failed"),
+        (train.main, ["--data", "maps.jsonl", *FEW, *tgm, "--out", "a"],
+         "evil.npz: not a whole text map"),
         (ev.main, ["linear", "evil.pt", "--data", str(data)], "evil.pt: cannot be loaded"),
         (ev.main, ["export", "bare.pt"], "bare.pt: cannot be loaded"),
-        (captions.main, ["maps", str(data), "--clip", "local-dir:clip"], "openai: Weights only load failed"),
+        (captions.main, ["maps", str(data), "--clip", "local-dir:clip"],
+         "openai: Weights only load failed"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main(flags)
@@ -502,18 +628,25 @@ def test_checkpoints_of_other_things_are_told(workdir, manifest):
     sizes, weights = vars(tgmae.Config(**TINY)), tgmae.TGMAE(tgmae.Config(**TINY)).state_dict()
     for i, (saved, reason) in enumerate((
         ([1, 2], "holds a list"), ({"model": 5, "config": sizes}, "no dict of names"),
-        ({"model": {1: 2}, "config": sizes}, "no dict of names"), ({"model": weights, "config": 3}, "makes no model"),
-        ({"model": weights, "config": {"x": 1}}, "makes no model"), ({"model": {}, "config": sizes}, "has no"),
+        ({"model": {1: 2}, "config": sizes}, "no dict of names"),
+        ({"model": weights, "config": 3}, "makes no model"),
+        ({"model": weights, "config": {"x": 1}}, "makes no model"),
+        ({"model": {}, "config": sizes}, "has no"),
         ({"model": weights, "config": sizes | {"depth": "two"}}, "makes no model"),
         ({"model": weights, "config": sizes | {"num_heads": 5}}, "not divisible by num_heads=5"),
         ({"model": dict.fromkeys(weights, "a"), "config": sizes}, "does not fit"),
         ({"videomae.embeddings.x": torch.ones(1)}, "not VideoMAE's weights"),
-        ({"videomae.embeddings.patch_embeddings.projection.weight": torch.ones(1, 1, 1, 1, 1)}, "config.json is needed"),
+        ({"videomae.embeddings.patch_embeddings.projection.weight": torch.ones(1, 1, 1, 1, 1)},
+         "config.json is needed"),
     )):  # fmt: skip
         torch.save(saved, f"{i}.pt")
         with pytest.raises(SystemExit) as stop:
             train.main(["--data", str(manifest(4)), *FEW, "--out", "a", "--init", f"{i}.pt"])
-        assert f"{i}.pt: " in stop.value.code and reason in stop.value.code and "\n" not in stop.value.code
+        assert (
+            f"{i}.pt: " in stop.value.code
+            and reason in stop.value.code
+            and "\n" not in stop.value.code
+        )
 
 
 def test_a_gradient_that_is_not_finite(workdir, manifest, monkeypatch):
@@ -536,8 +669,8 @@ def test_a_gradient_that_is_not_finite(workdir, manifest, monkeypatch):
 
 
 def test_a_manifest_writes_nowhere_else(world, tmp_path):
-    """Names that climb out of the folder, absolute ones, and maps that are somewhere else: what is written
-    stays beside the manifest."""
+    """Names that climb out of the folder, absolute ones, and maps that are somewhere else: what is
+    written stays beside the manifest."""
     home, away = tmp_path / "home", tmp_path / "away"
     home.mkdir(), away.mkdir()
     (away / "precious.npz").write_text("precious")
@@ -546,29 +679,53 @@ def test_a_manifest_writes_nowhere_else(world, tmp_path):
         (away / name).symlink_to(clips[i])
     lines = [
         {"video": "../away/climb.mp4", "captions": ["a"], "maps": "../away/precious.npz"},
-        {"video": str(away / "absolute.mp4"), "captions": ["a"], "maps": str(away / "precious.npz")},
+        {
+            "video": str(away / "absolute.mp4"),
+            "captions": ["a"],
+            "maps": str(away / "precious.npz"),
+        },
         {"video": "../away/..mp4", "captions": ["a"]},
     ]
     data = home / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def others():
-        return {p: p.lstat().st_mtime_ns for p in tmp_path.rglob("*") if p != home and home not in p.parents}
+        return {
+            p: p.lstat().st_mtime_ns
+            for p in tmp_path.rglob("*")
+            if p != home and home not in p.parents
+        }
 
     before = others()
-    captions.main(["maps", str(data), "--clip", f"local-dir:{world / 'clip'}", "--image-size", "32", "--patch-size", "8",
-                   "--every", "8", "--workers", "0", "--force"])  # fmt: skip
+    captions.main(
+        [
+            "maps",
+            str(data),
+            "--clip",
+            f"local-dir:{world / 'clip'}",
+            "--image-size",
+            "32",
+            "--patch-size",
+            "8",
+            "--every",
+            "8",
+            "--workers",
+            "0",
+            "--force",
+        ]
+    )
     made = [Path(r["map_path"]) for r in tgmae.read_manifest(data)]
     assert all(path.exists() and (home / "maps") in path.resolve().parents for path in made)
     assert others() == before and (away / "precious.npz").read_text() == "precious"
 
 
-# ------------------------------------------------------------------------------------------------- all of it
+# ---------------------------------------------------------------------------------------- all of it
 
 
 @pytest.mark.parametrize("minutes", [pytest.param(0.5, marks=short), pytest.param(3, marks=slow)])
 def test_soak(minutes, tmp_path):
-    """Good and bad files: memory, open files, threads stay as they are, and Ctrl-C leaves no process."""
+    """Good and bad files: memory, open files, threads stay as they are, and Ctrl-C leaves no
+    process."""
     process = start([ROOT / "tests/soak.py", "--minutes", minutes], tmp_path)
     said, _ = process.communicate(timeout=minutes * 60 + 200)
     assert process.returncode == 0 and "left after Ctrl-C: none" in said, said

@@ -1,4 +1,5 @@
-"""1, 2 and 3 gloo processes with the same 12 clips: the same losses, gradients and BatchNorm statistics."""
+"""1, 2 and 3 gloo processes with the same 12 clips: the same losses, gradients and BatchNorm
+statistics."""
 
 import subprocess
 import sys
@@ -11,7 +12,11 @@ HERE = Path(__file__).parent
 
 
 def torchrun(processes, *args, cwd=HERE):
-    agent = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node".split(), processes]
+    agent = [
+        sys.executable,
+        *"-m torch.distributed.run --standalone --nproc_per_node".split(),
+        processes,
+    ]
     command = list(map(str, [*agent, *args]))
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 

@@ -9,13 +9,13 @@ import shutil
 import subprocess
 import sys
 
+import bench
 import pytest
 from conftest import ROOT
 from test_captions import blip2  # noqa: F401, a fixture
 from test_faults import free_port
 from test_tgmae import hf_config
 
-import bench
 import captions
 import eval as evaluation
 import tgmae
@@ -33,24 +33,29 @@ COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)
 
 RUN_BY = {  # what runs the toy world's commands, with flags that make some of them smaller
     "torchrun train.py --mask tgm --vt": "conftest.py trained",
-    "torchrun eval.py finetune runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features_are_worth_something",
-    "python eval.py linear runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features_are_worth_something",
-    "python eval.py retrieve runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features_are_worth_something",
-    "python eval.py show runs/toy-tgm-vt/last.pt": "test_eval.py test_show_on_the_toy_world",
-    "python eval.py show runs/toy-tgm-vt/last.pt --number 5 --out docs/clip": "test_eval.py test_show_on_the_toy_world",
-    "python eval.py show runs/toy-tgm-vt/last.pt --number 5": "test_eval.py test_show_on_the_toy_world",
-    "python eval.py show MCG-NJU/videomae-base --video FILE --caption TEXT": "test_eval.py test_show_a_clip_of_a_manifest",
+    "torchrun eval.py finetune runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features",
+    "python eval.py linear runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features",
+    "python eval.py retrieve runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features",
+    "python eval.py show runs/toy-tgm-vt/last.pt": "test_eval.py test_show_on_toy",
+    "python eval.py show runs/toy-tgm-vt/last.pt --number 5 --out docs/clip": "test_eval.py test_show_on_toy",
+    "python eval.py show runs/toy-tgm-vt/last.pt --number 5": "test_eval.py test_show_on_toy",
+    "python eval.py show MCG-NJU/videomae-base --video FILE --caption TEXT": "test_eval.py test_show",
     "python toy.py coverage": "test_toy.py test_the_mask_follows_the_words",
     "python toy.py coverage --mask-ratio 0.6": "test_toy.py test_the_mask_follows_the_words",
     "python toy.py table2 --seeds 3 --report docs": "test_toy.py test_tables_and_plots",
     "python toy.py figure4 --seeds 3 --report docs": "test_toy.py test_stopping_stops_what_runs",
-    "python toy.py ablate ratio --seeds 2 --report docs": "test_toy.py test_ablation_goes_on_where_it_stood",
-    "python captions.py maps data/toy/manifest.jsonl --clip local-dir:data/toy/clip --image-size 64 --patch-size 8 "
+    "python toy.py ablate ratio --seeds 2 --report docs": "test_toy.py test_ablation_goes_on",
+    "python captions.py maps data/toy/manifest.jsonl --clip local-dir:data/toy/clip --image-size "
+    "64 --patch-size 8 "
     "--every 4": "test_captions.py test_masks_from_maps_cover_what_online_masks_cover",
     "python train.py --mask random": "test_readme.py test_a_masker_of_ones_own_trains",
     "python tests/soak.py --minutes 30": "test_faults.py test_soak",
 }
-MEASURES_OR_TESTS = "pip install", "python tests/bench.py", "python -m pytest"  # run by CI, or by hand
+MEASURES_OR_TESTS = (
+    "pip install",
+    "python tests/bench.py",
+    "python -m pytest",
+)  # run by CI, or by hand
 
 
 def test_every_command_has_its_test():
@@ -70,7 +75,10 @@ def test_command_parses(command):
     if not words or "random" in words:  # which there is once the README's own diff is applied
         return
     if words[0] == "pip":
-        assert words == ["pip", "install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").exists()
+        assert (
+            words == ["pip", "install", "-r", "requirements.txt"]
+            and (ROOT / "requirements.txt").exists()
+        )
     elif words[:3] == ["python", "-m", "pytest"]:
         assert (ROOT / "tests").is_dir()
     else:
@@ -93,8 +101,9 @@ RUN_HERE = [block for block in BLOCKS if re.search("k400.jsonl|videomae-base", b
 
 
 def test_commands_run(world, workdir, blip2):  # noqa: F811
-    """The README's commands for datasets, many processes, nodes, Slurm and published weights, by a shell: with two
-    processes for eight and one node for four, small models for those of the hub, a Slurm that runs what it is given."""
+    """The README's commands for datasets, many processes, nodes, Slurm and published weights, by a
+    shell: with two processes for eight and one node for four, small models for those of the hub, a
+    Slurm that runs what it is given."""
     from transformers import VideoMAEForPreTraining
 
     VideoMAEForPreTraining(hf_config(tgmae.PRESETS["toy"])).save_pretrained("videomae")
@@ -104,7 +113,9 @@ def test_commands_run(world, workdir, blip2):  # noqa: F811
         records = tgmae.read_manifest(world / "manifest.jsonl", split.replace("val", "test"))[:4]
         rows = ["label,youtube_id,time_start,time_end,split,is_cc"]
         for number, record in enumerate(records):
-            rows.append(f"{record['label']},{split}{number},0,2,{split.replace('val', 'validate')},0")
+            rows.append(
+                f"{record['label']},{split}{number},0,2,{split.replace('val', 'validate')},0"
+            )
             os.symlink(record["path"], f"VIDEOS/{split}{number}_000000_000002.mp4")
         (workdir / "CSVS" / f"{split}.csv").write_text("\n".join(rows) + "\n")
     python = f"exec {shlex.quote(sys.executable)}"
@@ -119,10 +130,14 @@ def test_commands_run(world, workdir, blip2):  # noqa: F811
         os.symlink(ROOT / script, script)
     few = "--epochs 1 --warmup-epochs 0 --batch-size 2 --workers 1"
     smaller = {
-        "--nproc_per_node 8": "--nproc_per_node 2", "--nnodes 4": "--nnodes 1", "HOST:29500": f"127.0.0.1:{free_port()}",
-        "$127.0.0.1": "127.0.0.1", "MCG-NJU/videomae-base": "videomae", "--source blip2": f"--source blip2 --model {blip2}",
-        "maps k400.jsonl": "maps k400.jsonl --clip local-dir:data/toy/clip --image-size 64 --patch-size 8 --every 4",
-        "--batch-size 16": "", "train.py": f"train.py --preset toy {few} --no-resume", "eval.py finetune": f"eval.py finetune {few} --views 1x1",
+        "--nproc_per_node 8": "--nproc_per_node 2", "--nnodes 4": "--nnodes 1",
+        "HOST:29500": f"127.0.0.1:{free_port()}",
+        "$127.0.0.1": "127.0.0.1", "MCG-NJU/videomae-base": "videomae",
+        "--source blip2": f"--source blip2 --model {blip2}",
+        "maps k400.jsonl": "maps k400.jsonl --clip local-dir:data/toy/clip --image-size 64 "
+        "--patch-size 8 --every 4",
+        "--batch-size 16": "", "train.py": f"train.py --preset toy {few} --no-resume",
+        "eval.py finetune": f"eval.py finetune {few} --views 1x1",
     }  # fmt: skip
     env = os.environ | {
         "PATH": f"{workdir / 'bin'}:{os.environ['PATH']}",
@@ -132,7 +147,9 @@ def test_commands_run(world, workdir, blip2):  # noqa: F811
     for block in RUN_HERE:
         for here, there in smaller.items():
             block = block.replace(here, there)
-        done = subprocess.run(["sh", "-ec", block], env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            ["sh", "-ec", block], env=env, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         if "index" in block:  # what the other blocks begin with
             shutil.copy("k400.jsonl", "ssv2.jsonl")
@@ -160,10 +177,17 @@ def test_tables_are_those_of_the_logs(name):
 
 def test_headers_parse():
     """The commands in the scripts' own headers, too."""
-    scripts = ("train.py", train), ("toy.py", toy), ("captions.py", captions), ("eval.py", evaluation)
+    scripts = (
+        ("train.py", train),
+        ("toy.py", toy),
+        ("captions.py", captions),
+        ("eval.py", evaluation),
+    )
     for script, module in scripts:
         found = [
-            line.split("#")[0] for line in module.__doc__.splitlines() if script in line and line.startswith("    ")
+            line.split("#")[0]
+            for line in module.__doc__.splitlines()
+            if script in line and line.startswith("    ")
         ]
         assert found
         for line in found:
@@ -172,20 +196,25 @@ def test_headers_parse():
 
 @pytest.mark.parametrize("snippet", range(len(SNIPPETS)))
 def test_snippet_runs(snippet, world, monkeypatch):
-    """With the toy CLIP for the one that would be downloaded, RAFT without its weights, a shallow VideoMAE."""
+    """With the toy CLIP for the one that would be downloaded, RAFT without its weights, a shallow
+    VideoMAE."""
     import torchvision
     import transformers
 
     load_clip, raft = tgmae.load_clip, torchvision.models.optical_flow.raft_small
     monkeypatch.setattr(tgmae, "load_clip", lambda: load_clip(f"local-dir:{world / 'clip'}"))
     monkeypatch.setattr(torchvision.models.optical_flow, "raft_small", lambda weights: raft())
-    shallow = functools.partial(transformers.VideoMAEConfig, num_hidden_layers=1, decoder_num_hidden_layers=1)
+    shallow = functools.partial(
+        transformers.VideoMAEConfig, num_hidden_layers=1, decoder_num_hidden_layers=1
+    )
     monkeypatch.setattr(transformers, "VideoMAEConfig", shallow)
     found = {}
     exec(compile(SNIPPETS[snippet], "README.md", "exec"), found)
     if "loss" in found:
         assert found["loss"].isfinite()
-    assert found["mask"].float().mean() == pytest.approx({0: 0.597, 1: 0.9, 2: 0.75}[snippet], abs=1e-3)
+    assert found["mask"].float().mean() == pytest.approx(
+        {0: 0.597, 1: 0.9, 2: 0.75}[snippet], abs=1e-3
+    )
     if "random_scores" in found:  # not the same number in each slice
         assert len(set(found["mask"].view(2, 8, 196).sum(-1).flatten().tolist())) > 3
 
@@ -197,7 +226,9 @@ def test_a_masker_of_ones_own_trains(workdir):
     own = re.search(r"def random_scores.*?\n\n\n", SNIPPETS[1], re.S).group()
     for part in DIFF.split("--- ")[1:]:
         name, lines = re.match(r"[\w.]+", part).group(), part.splitlines()[1:]
-        before, after = ("".join(line[1:] + "\n" for line in lines if line[0] != sign) for sign in "+-")
+        before, after = (
+            "".join(line[1:] + "\n" for line in lines if line[0] != sign) for sign in "+-"
+        )
         text = (workdir / name).read_text()
         if name == "tgmae.py":
             text = text.replace("def tube_scores", own + "def tube_scores")
@@ -205,6 +236,8 @@ def test_a_masker_of_ones_own_trains(workdir):
         assert text.count(before) == 1, before
         (workdir / name).write_text(text.replace(before, after))
     flags = "--mask random --epochs 1 --warmup-epochs 0 --batch-size 128 --workers 1 --out run"
-    done = subprocess.run([sys.executable, "train.py", *flags.split()], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags.split()], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and "random" in done.stdout, done.stderr
     assert len((workdir / "run/log.jsonl").read_text().splitlines()) == 6

@@ -1,4 +1,5 @@
-"""Every section of tgmae.py lifts out: run alone, with what its banner names and nothing else, and used."""
+"""Every section of tgmae.py lifts out: run alone, with what its banner names and nothing else, and
+used."""
 
 import ast
 import dis
@@ -13,7 +14,9 @@ import tgmae
 
 SOURCE = (ROOT / "tgmae.py").read_text()
 HEAD, *PARTS = re.split(r"^# =+\n(?=# \w)", SOURCE, flags=re.M)
-SECTIONS = {part[2:].split(":")[0]: re.split(r"^# =+\n", part, maxsplit=1, flags=re.M) for part in PARTS}
+SECTIONS = {
+    part[2:].split(":")[0]: re.split(r"^# =+\n", part, maxsplit=1, flags=re.M) for part in PARTS
+}
 IMPORTS = {  # as a banner writes them -> statement
     f"{alias.name} as {alias.asname}" if alias.asname else alias.name: ast.unparse(
         type(node)(**vars(node) | {"names": [alias]})
@@ -22,14 +25,19 @@ IMPORTS = {  # as a banner writes them -> statement
     if isinstance(node, (ast.Import, ast.ImportFrom))
     for alias in node.names
 }
-ALONE = {"functional as TF": "torchvision.transforms.v2.functional as TF"}  # says too little by itself
+ALONE = {
+    "functional as TF": "torchvision.transforms.v2.functional as TF"
+}  # says too little by itself
 
 
 def promised(banner):
     """What a banner names -> (imports, {section: names})."""
     text = banner.replace("\n# ", " ")
     imports = re.search(r"Needs: (.*?)\.(?= [A-Z]|$)", text.strip()).group(1).split(", ")
-    named = {section: re.findall(r"\b\w+\b", names) for section, names in re.findall(r"From ([\w ]+): (.*?)\.", text)}
+    named = {
+        section: re.findall(r"\b\w+\b", names)
+        for section, names in re.findall(r"From ([\w ]+): (.*?)\.", text)
+    }
     return imports, named
 
 
@@ -40,14 +48,20 @@ def defined(body):
             names.add(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             names |= {
-                part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+                part.id
+                for part in ast.walk(node)
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
             }
     return names
 
 
 def globals_of(code):
     """Names that a section looks up outside of its functions, wherever that is."""
-    found = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    found = {
+        step.argval
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
     return found.union(*(globals_of(part) for part in code.co_consts if hasattr(part, "co_code")))
 
 
@@ -68,10 +82,20 @@ def lift(title):
         - defined(body)
         - set(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)
     )
-    asked -= {"__name__", "__module__", "__qualname__", "__annotations__", "__conditional_annotations__"}
-    assert asked == given, f"{title}: its banner lacks {asked - given}, names {given - asked} for nothing"
+    asked -= {
+        "__name__",
+        "__module__",
+        "__qualname__",
+        "__annotations__",
+        "__conditional_annotations__",
+    }
+    assert asked == given, (
+        f"{title}: its banner lacks {asked - given}, names {given - asked} for nothing"
+    )
     for section, those in named.items():
-        assert set(those) & defined(SECTIONS[section][1]), f"{title}: nothing of {those} stands in {section}"
+        assert set(those) & defined(SECTIONS[section][1]), (
+            f"{title}: nothing of {those} stands in {section}"
+        )
     exec(code, space)
     return space
 
@@ -104,7 +128,9 @@ def use_maskers(s, world, tmp_path):
 
 def use_clip(s, world, tmp_path):
     clip = s["load_clip"](f"local-dir:{world / 'clip'}")
-    assert s["encode_text"](*clip, ["a red circle moving left"]).norm().item() == pytest.approx(1, abs=1e-3)
+    assert s["encode_text"](*clip, ["a red circle moving left"]).norm().item() == pytest.approx(
+        1, abs=1e-3
+    )
 
 
 def use_transformer(s, world, tmp_path):
@@ -136,8 +162,10 @@ def use_runs(s, world, tmp_path):
 
 USES = {
     "Config": lambda s, *_: np.testing.assert_equal(s["Config"](**TINY).num_patches, 32),
-    "Reading": use_reading, "Manifest": use_manifest, "Augmentation": use_augmentation, "Cubes": use_cubes, "Maskers": use_maskers, "CLIP": use_clip,
-    "Transformer": use_transformer, "Losses": use_losses, "TGMAE": use_tgmae, "Weights in and out": use_weights,
+    "Reading": use_reading, "Manifest": use_manifest, "Augmentation": use_augmentation,
+    "Cubes": use_cubes, "Maskers": use_maskers, "CLIP": use_clip,
+    "Transformer": use_transformer, "Losses": use_losses, "TGMAE": use_tgmae,
+    "Weights in and out": use_weights,
     "Runs": use_runs,
 }  # fmt: skip
 
@@ -161,6 +189,8 @@ def test_leaves_stand_before_their_users(script):
     line = {node.name: node.lineno for node in functions}
     for node in functions:
         own = {arg.arg for arg in ast.walk(node) if isinstance(arg, ast.arg)}
-        own |= {x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        own |= {
+            x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
+        }
         used = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} - own
         assert not [name for name in used if line.get(name, 0) > node.lineno], node.name

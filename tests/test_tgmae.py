@@ -1,4 +1,5 @@
-"""The method against things that no one here wrote: transformers, nn.MultiheadAttention, naive loops."""
+"""The method against things that no one here wrote: transformers, nn.MultiheadAttention, naive
+loops."""
 
 import argparse
 import math
@@ -13,18 +14,28 @@ from torchvision.transforms.v2 import functional as TF
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 import tgmae
-from tgmae import Config, TGMAE
+from tgmae import TGMAE, Config
 
 
 def hf_config(c, **more):
     return VideoMAEConfig(
-        image_size=c.image_size, patch_size=c.patch_size, num_frames=c.num_frames, tubelet_size=c.tubelet_size,
-        hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.num_heads,
-        intermediate_size=int(c.embed_dim * c.mlp_ratio), layer_norm_eps=c.layer_norm_eps, use_mean_pooling=False,
-        decoder_hidden_size=c.decoder_embed_dim, decoder_num_hidden_layers=c.decoder_depth,
-        decoder_num_attention_heads=c.decoder_num_heads, decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
-        norm_pix_loss=c.norm_pix_loss, **more,
-    )  # fmt: skip
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        num_frames=c.num_frames,
+        tubelet_size=c.tubelet_size,
+        hidden_size=c.embed_dim,
+        num_hidden_layers=c.depth,
+        num_attention_heads=c.num_heads,
+        intermediate_size=int(c.embed_dim * c.mlp_ratio),
+        layer_norm_eps=c.layer_norm_eps,
+        use_mean_pooling=False,
+        decoder_hidden_size=c.decoder_embed_dim,
+        decoder_num_hidden_layers=c.decoder_depth,
+        decoder_num_attention_heads=c.decoder_num_heads,
+        decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
+        norm_pix_loss=c.norm_pix_loss,
+        **more,
+    )
 
 
 def random_inputs(c, batch=2, ratio=0.6):
@@ -33,9 +44,12 @@ def random_inputs(c, batch=2, ratio=0.6):
 
 
 CONFIGS = [
-    dict(image_size=32, patch_size=8, num_frames=8, embed_dim=48, depth=3, num_heads=4, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2),
-    dict(image_size=64, num_frames=4, embed_dim=96, depth=2, num_heads=3, decoder_embed_dim=48, decoder_depth=3, decoder_num_heads=4, norm_pix_loss=False),
-    dict(image_size=48, num_frames=6, tubelet_size=3, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1, mlp_ratio=2.0),
+    dict(image_size=32, patch_size=8, num_frames=8, embed_dim=48, depth=3, num_heads=4,
+         decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2),
+    dict(image_size=64, num_frames=4, embed_dim=96, depth=2, num_heads=3, decoder_embed_dim=48,
+         decoder_depth=3, decoder_num_heads=4, norm_pix_loss=False),
+    dict(image_size=48, num_frames=6, tubelet_size=3, embed_dim=32, depth=1, num_heads=2,
+         decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1, mlp_ratio=2.0),
 ]  # fmt: skip
 
 
@@ -61,7 +75,9 @@ def test_equals_transformers_both_ways(sizes):
 
     randomise(theirs)
     loaded = ours.load_state_dict(tgmae.from_videomae(theirs.state_dict()), strict=False)
-    assert not loaded.unexpected_keys and all(k.startswith("predictor.") for k in loaded.missing_keys)
+    assert not loaded.unexpected_keys and all(
+        k.startswith("predictor.") for k in loaded.missing_keys
+    )
     first = compare()
     randomise(ours)
     theirs.load_state_dict(tgmae.to_huggingface(ours))  # strict
@@ -72,18 +88,25 @@ def test_official_names(config):
     """Pre-training and fine-tuned names of the official code lead to the same weights."""
     model = TGMAE(config)
     ours = {k: v for k, v in model.state_dict().items() if not k.startswith("predictor.")}
-    conv = ours["encoder.patch_embed.proj.weight"].view(-1, 2, 8, 8, 3).permute(0, 4, 1, 2, 3)  # Conv3d's
+    conv = (
+        ours["encoder.patch_embed.proj.weight"].view(-1, 2, 8, 8, 3).permute(0, 4, 1, 2, 3)
+    )  # Conv3d's
     official = {**ours, "encoder.patch_embed.proj.weight": conv}
     back = tgmae.from_videomae(official)
     assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
     tuned = {k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")}
     tuned |= {"fc_norm.weight": torch.ones(48), "head.weight": torch.ones(5, 48)}
     back = tgmae.from_videomae(tuned)
-    assert all(torch.equal(back[k], ours[k]) for k in ours if k.startswith("encoder.")) and "head.weight" in back
+    assert (
+        all(torch.equal(back[k], ours[k]) for k in ours if k.startswith("encoder."))
+        and "head.weight" in back
+    )
     video = torch.randn(1, 3, 4, 32, 32)  # and the product with the cubes is the convolution
     bias = ours["encoder.patch_embed.proj.bias"]
     expected = F.conv3d(video, conv, bias, stride=(2, 8, 8)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(model.encoder.patch_embed(tgmae.patchify(video, 8, 2)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.encoder.patch_embed(tgmae.patchify(video, 8, 2)), expected, atol=1e-5, rtol=0
+    )
     with pytest.raises(ValueError, match="not VideoMAE's weights: names like a.b"):
         tgmae.from_videomae({"a.b": torch.ones(1)})
 
@@ -112,7 +135,9 @@ def test_load_checkpoint(config, tmp_path):
     assert torch.equal(loaded["encoder.norm.bias"], official["encoder.norm.bias"])
     # Heads are in no weight: 64 wide, in widths that were not published, and one at least.
     assert replace(read, text_dim=16, num_heads=3, decoder_num_heads=3) == config
-    fine_tuned = {k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")}
+    fine_tuned = {
+        k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")
+    }
     torch.save({"module": fine_tuned}, tmp_path / "tuned.pth")
     read, loaded, _ = tgmae.load_checkpoint(tmp_path / "tuned.pth")
     assert (read.embed_dim, read.depth, read.num_frames, read.image_size) == (48, 2, 16, 224)
@@ -134,7 +159,9 @@ def test_published_sizes_are_read(name):
     """Official weights of each published size -> that preset."""
     with torch.device("meta"):
         state = TGMAE(tgmae.PRESETS[name]).state_dict()
-        state["encoder.patch_embed.proj.weight"] = torch.empty(tgmae.PRESETS[name].embed_dim, 3, 2, 16, 16)
+        state["encoder.patch_embed.proj.weight"] = torch.empty(
+            tgmae.PRESETS[name].embed_dim, 3, 2, 16, 16
+        )
     assert tgmae._official_config(state, None) == tgmae.PRESETS[name]
 
 
@@ -146,7 +173,9 @@ def test_attention_is_multihead_attention():
     randomise(ours)
     with torch.no_grad():
         theirs.in_proj_weight.copy_(ours.qkv.weight)
-        theirs.in_proj_bias.copy_(torch.cat([ours.q_bias, torch.randn(48).double(), ours.v_bias]))  # k's cancels
+        theirs.in_proj_bias.copy_(
+            torch.cat([ours.q_bias, torch.randn(48).double(), ours.v_bias])
+        )  # k's cancels
         theirs.out_proj.weight.copy_(ours.proj.weight)
         theirs.out_proj.bias.copy_(ours.proj.bias)
     x = torch.randn(2, 11, 48).double()
@@ -169,7 +198,9 @@ def test_patchify_written_out():
 def test_target_written_out(config):
     video, mask = random_inputs(config)
     target, mean, std = tgmae.reconstruction_target(video, mask, config)
-    scale, shift = (torch.tensor(v).view(3, 1, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
+    scale, shift = (
+        torch.tensor(v).view(3, 1, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406))
+    )
     pixels = video * scale + shift
     cubes = tgmae.patchify(pixels, 8, 2)
     row = mask[1].nonzero()[3, 0]
@@ -197,7 +228,9 @@ def test_topk_mask():
     ties = torch.zeros(4000, 1, 2, 2)
     share = tgmae.topk_mask(ties, 0.5).float().mean(0)
     assert ((share - 0.5).abs() < 0.05).all()
-    again = [tgmae.topk_mask(ties, 0.5, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
+    again = [
+        tgmae.topk_mask(ties, 0.5, generator=torch.Generator().manual_seed(7)) for _ in range(2)
+    ]
     assert torch.equal(*again)
     for ratio in (0, 1, 0.02):
         with pytest.raises(ValueError, match=f"mask_ratio={ratio}"):
@@ -206,7 +239,11 @@ def test_topk_mask():
 
 def test_tube_scores_share_time():
     mask = tgmae.topk_mask(tgmae.tube_scores(2, (4, 6, 6)), 0.9).view(2, 4, 36)
-    assert (mask == mask[:, :1]).all() and mask.sum(-1).eq(32).all() and not torch.equal(mask[0], mask[1])
+    assert (
+        (mask == mask[:, :1]).all()
+        and mask.sum(-1).eq(32).all()
+        and not torch.equal(mask[0], mask[1])
+    )
 
 
 def test_motion_scores_by_area():
@@ -219,7 +256,9 @@ def test_motion_scores_by_area():
     pixels = motion[0].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, 8:44, 4:28]
     expected = F.avg_pool2d(pixels[:, None], (12, 8))[:, 0]
     torch.testing.assert_close(tgmae.crop_motion(motion[0], crop, (2, 3, 3)), expected)
-    torch.testing.assert_close(tgmae.crop_motion(motion[0], crop._replace(flip=True), (2, 3, 3)), expected.flip(-1))
+    torch.testing.assert_close(
+        tgmae.crop_motion(motion[0], crop._replace(flip=True), (2, 3, 3)), expected.flip(-1)
+    )
 
 
 def test_multi_scale_crop():
@@ -237,11 +276,14 @@ def test_multi_scale_crop():
     frames = torch.randint(0, 256, (2, 100, 140, 3), dtype=torch.uint8)
     cut = tgmae.crop_frames(frames, tgmae.Crop(10, 20, 32, 32), 32)
     assert torch.equal(cut, frames[:, 10:42, 20:52].permute(3, 0, 1, 2))
-    assert torch.equal(tgmae.crop_frames(frames, tgmae.Crop(10, 20, 32, 32, True), 32), cut.flip(-1))
+    assert torch.equal(
+        tgmae.crop_frames(frames, tgmae.Crop(10, 20, 32, 32, True), 32), cut.flip(-1)
+    )
 
 
 def test_text_scores_patch_by_patch(world, monkeypatch):
-    """One patch at a time through torchvision and CLIP itself, in float32; also in uneven chunks."""
+    """One patch at a time through torchvision and CLIP itself, in float32; also in uneven
+    chunks."""
     monkeypatch.setattr(tgmae, "bf16_is_fast", lambda device: False)
     clip, tokenizer = tgmae.load_clip(f"local-dir:{world / 'clip'}")
     record = tgmae.read_manifest(world / "manifest.jsonl", "test")[0]
@@ -278,7 +320,9 @@ def test_info_nce_by_loops():
                     if i == j or group is None or group[i] != group[j]:
                         sim[j] = math.exp(float(a[i] @ b[j] / (a[i].norm() * b[j].norm())) / 0.1)
                 total -= math.log(sim[i] / sum(sim.values()))
-        assert tgmae.info_nce(video, text, 0.1, groups=group).item() == pytest.approx(total / 10, rel=1e-9)
+        assert tgmae.info_nce(video, text, 0.1, groups=group).item() == pytest.approx(
+            total / 10, rel=1e-9
+        )
 
 
 def test_visible_cubes_do_not_enter_the_loss(config):
@@ -301,7 +345,9 @@ def test_vt_is_of_the_visible_tokens_mean(config):
     model = TGMAE(replace(config, temperature=0.2)).eval()
     video, mask = random_inputs(config, batch=5)
     text = torch.randn(5, config.text_dim)
-    visible = torch.stack([model.encode(v[None], m[None])[0] for v, m in zip(video, mask)])  # one by one
+    visible = torch.stack(
+        [model.encode(v[None], m[None])[0] for v, m in zip(video, mask)]
+    )  # one by one
     expected = tgmae.info_nce(model.predictor(visible.mean(1)), text, 0.2)
     torch.testing.assert_close(model(video, mask, text)["vt"], expected)
     torch.testing.assert_close(model(video, mask, text, watch=True, mae=False)["vt"], expected)
@@ -319,15 +365,25 @@ def test_reconstruction_of_the_target_is_the_clip(config, norm_pix_loss):
     cubes, hidden = (tgmae.patchify(made[name], 8, 2) for name in ("clip", "masked"))
     assert (hidden[mask] == 0.5).all() and torch.equal(hidden[~mask], cubes[~mask])
     predicted = tgmae.patchify(made["predicted"], 8, 2)[mask].view(2, -1, config.patch_dim)
-    torch.testing.assert_close(predicted, (0.5 + target / 6).clamp(0, 1) if norm_pix_loss else target)
-    assert made.keys() - tgmae.reconstruct(video, mask, None, config).keys() == {"reconstructed", "predicted"}
+    torch.testing.assert_close(
+        predicted, (0.5 + target / 6).clamp(0, 1) if norm_pix_loss else target
+    )
+    assert made.keys() - tgmae.reconstruct(video, mask, None, config).keys() == {
+        "reconstructed",
+        "predicted",
+    }
 
 
 def test_overfits_two_clips(config):
     model = TGMAE(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     video, mask = random_inputs(config)
-    video = F.interpolate(video.flatten(1, 2), 8).repeat_interleave(4, -1).repeat_interleave(4, -2).unflatten(1, (3, 4))
+    video = (
+        F.interpolate(video.flatten(1, 2), 8)
+        .repeat_interleave(4, -1)
+        .repeat_interleave(4, -2)
+        .unflatten(1, (3, 4))
+    )
     losses = []
     for _ in range(250):
         loss = model(video, mask)["mae"]
@@ -365,7 +421,11 @@ def test_gradients(config, mae, watch):
 def test_grad_checkpointing_changes_nothing(config, monkeypatch):
     """But how often a block runs: each of 2 + 1 goes through torch's checkpoint."""
     calls, checkpoint = [], tgmae.checkpoint
-    monkeypatch.setattr(tgmae, "checkpoint", lambda block, *a, **k: calls.append(block) or checkpoint(block, *a, **k))
+    monkeypatch.setattr(
+        tgmae,
+        "checkpoint",
+        lambda block, *a, **k: calls.append(block) or checkpoint(block, *a, **k),
+    )
     model = TGMAE(config)
     video, mask = random_inputs(config)
     grads = []
@@ -394,7 +454,8 @@ def test_bad_shapes_say_which(config):
 
 
 @pytest.mark.parametrize("bad", [
-    dict(image_size=30), dict(num_frames=3), dict(num_heads=5), dict(decoder_num_heads=7), dict(depth=0),
+    dict(image_size=30), dict(num_frames=3), dict(num_heads=5), dict(decoder_num_heads=7),
+    dict(depth=0),
     dict(drop_path=1.0), dict(temperature=-1),
 ])  # fmt: skip
 def test_bad_config_prints_the_value(bad):
@@ -409,15 +470,26 @@ def test_presets_are_videomae():
         for name, c in tgmae.PRESETS.items()
         if name in ("small", "base")
     }
-    assert sizes["base"] == pytest.approx(86.2, abs=0.1) and sizes["small"] == pytest.approx(21.9, abs=0.1)
+    assert sizes["base"] == pytest.approx(86.2, abs=0.1) and sizes["small"] == pytest.approx(
+        21.9, abs=0.1
+    )
     assert tgmae.PRESETS["base"].grid == (8, 14, 14) and tgmae.PRESETS["base"].patch_dim == 1536
 
 
 def test_drop_path_and_bf16_run():
     c = Config(
-        image_size=32, patch_size=8, num_frames=4, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=32,
-        decoder_depth=1, decoder_num_heads=2, drop_path=0.5, text_dim=8,
-    )  # fmt: skip
+        image_size=32,
+        patch_size=8,
+        num_frames=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        decoder_embed_dim=32,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        drop_path=0.5,
+        text_dim=8,
+    )
     model, (video, mask) = TGMAE(c), random_inputs(c)
     assert not torch.equal(model.encode(video), model.encode(video))
     assert torch.equal(model.eval().encode(video), model.encode(video))

@@ -12,7 +12,6 @@ import xml.etree.ElementTree
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
 
 import captions
@@ -50,7 +49,9 @@ def test_auc_by_pairs():
 
 
 def test_world_is_what_it_says(world):
-    train, test = (tgmae.read_manifest(world / "manifest.jsonl", split) for split in ("train", "test"))
+    train, test = (
+        tgmae.read_manifest(world / "manifest.jsonl", split) for split in ("train", "test")
+    )
     assert (len(train), len(test)) == (800, 200)
     labels = {record["label"] for record in train}
     assert len(labels) == 16 and labels == {record["label"] for record in test}
@@ -65,7 +66,9 @@ def test_world_is_what_it_says(world):
         assert not any(other in record["distractor_captions"][0] for other in toy.ACTORS)
         # The actor moves where the label says, and the drawn colour is where the mask is.
         actor, distractor = truth[record["video"]]
-        ys, xs = (np.array([c.mean() for c in axis]) for axis in zip(*(np.nonzero(m) for m in actor)))
+        ys, xs = (
+            np.array([c.mean() for c in axis]) for axis in zip(*(np.nonzero(m) for m in actor))
+        )
         moved = np.array([xs[-1] - xs[0], ys[-1] - ys[0]])
         assert moved @ np.array(toy.DIRECTIONS[direction]) > 15 and abs(moved).min() < 3
         frame = tgmae.read_clip(record["path"], [12])[0].numpy()
@@ -122,7 +125,11 @@ def test_the_first_process_makes_the_default_world(monkeypatch):
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         monkeypatch.setattr(tgmae, "rank_and_world", lambda: (rank, world))
         assert str(toy.manifest_of("toy")) == "data/toy/manifest.jsonl"
-    assert built == ["data/toy"] * 2 and len(waited) == 2 and str(toy.manifest_of("x.jsonl")) == "x.jsonl"
+    assert (
+        built == ["data/toy"] * 2
+        and len(waited) == 2
+        and str(toy.manifest_of("x.jsonl")) == "x.jsonl"
+    )
 
 
 # captions.py: index and label captions.
@@ -161,7 +168,9 @@ def test_index_and_label_captions(tmp_path, capsys):
     ]
     lines = out.read_text().splitlines()
     out.write_text(
-        lines[0].replace("Apply lipstick.", "Mine.").replace('"split"', '"unknown": 7, "split"') + "\n" + lines[1]
+        lines[0].replace("Apply lipstick.", "Mine.").replace('"split"', '"unknown": 7, "split"')
+        + "\n"
+        + lines[1]
     )
     run_captions("caption", out, "--source", "label")  # what is there stays
     first = json.loads(out.read_text().splitlines()[0])
@@ -173,15 +182,22 @@ def test_index_and_label_captions(tmp_path, capsys):
 def test_index_names_are_labels(footage, tmp_path):
     run_captions("index", "folder", footage / "asl", "--out", tmp_path / "asl.jsonl")
     records = tgmae.read_manifest(tmp_path / "asl.jsonl", "train")
-    assert len(records) == 20 and records[0]["label"] == "again" and tgmae.probe_video(records[0]["path"]).frames == 77
+    assert (
+        len(records) == 20
+        and records[0]["label"] == "again"
+        and tgmae.probe_video(records[0]["path"]).frames == 77
+    )
 
 
 def test_bad_manifests_name_the_line(tmp_path):
     path = tmp_path / "m.jsonl"
     for line, reason in (
-        ("not json", "m.jsonl:2: not JSON"), ('{"label": "x"}', 'm.jsonl:2: no "video"'), ("[1]", 'm.jsonl:2: no "video"'),
-        ('{"video": "a", "captions": [""]}', "m.jsonl:2: captions"), ('{"video": "a", "captions": "x"}', "m.jsonl:2: captions"),
-        ('{"video": "a", "captions": null}', "m.jsonl:2: captions"), ('{"video": "a", "maps": 3}', "m.jsonl:2: maps"),
+        ("not json", "m.jsonl:2: not JSON"), ('{"label": "x"}', 'm.jsonl:2: no "video"'),
+        ("[1]", 'm.jsonl:2: no "video"'),
+        ('{"video": "a", "captions": [""]}', "m.jsonl:2: captions"),
+        ('{"video": "a", "captions": "x"}', "m.jsonl:2: captions"),
+        ('{"video": "a", "captions": null}', "m.jsonl:2: captions"),
+        ('{"video": "a", "maps": 3}', "m.jsonl:2: maps"),
     ):  # fmt: skip
         path.write_text('{"video": "a.mp4"}\n' + line + "\n")
         with pytest.raises(ValueError, match=reason):
@@ -216,11 +232,21 @@ def test_the_rows_are_the_papers():
         args = train.parse_args(["--mask", row.mask, *toy.LOSSES[row.loss], *map(str, row.flags)])
         of[title] = args.mask, args.mae, args.vt
     assert list(of.values())[1:] == [
-        ("tube", True, False), ("tube", False, True), ("tube", True, True),
-        ("mgm", True, False), ("mgm", False, True), ("mgm", True, True), ("tgm", True, False), ("tgm", True, True),
-    ]  # fmt: skip
-    rows = [row for rows in (toy.TABLE2, toy.FIGURE4, *toy.ABLATIONS.values()) for row in rows.values()]
-    assert len({row.name for row in rows}) == len(set(rows)) == 9 + 4 + 1 + 1 + 5  # shared ones run once
+        ("tube", True, False),
+        ("tube", False, True),
+        ("tube", True, True),
+        ("mgm", True, False),
+        ("mgm", False, True),
+        ("mgm", True, True),
+        ("tgm", True, False),
+        ("tgm", True, True),
+    ]
+    rows = [
+        row for rows in (toy.TABLE2, toy.FIGURE4, *toy.ABLATIONS.values()) for row in rows.values()
+    ]
+    assert (
+        len({row.name for row in rows}) == len(set(rows)) == 9 + 4 + 1 + 1 + 5
+    )  # shared ones run once
     with pytest.raises(SystemExit):
         toy.parse_args(["ablate"])
     with pytest.raises(SystemExit):
@@ -240,7 +266,10 @@ def test_captions_of_the_class():
 def test_worlds_of_other_captions_have_no_maps(world, tmp_path):
     """Those that the user made are of the world's own captions."""
     small = small_world(world, tmp_path / "small")
-    lines = [json.loads(line) | {"maps": "a.npz"} for line in (small / "manifest.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) | {"maps": "a.npz"}
+        for line in (small / "manifest.jsonl").read_text().splitlines()
+    ]
     (small / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     args = toy.parse_args(["table2", "--out", str(small), "--runs", str(tmp_path / "runs")])
     toy.Experiments(args).make_world("stills")
@@ -250,44 +279,78 @@ def test_worlds_of_other_captions_have_no_maps(world, tmp_path):
     assert os.path.exists(made[0]["path"])
 
 
-def test_ablation_goes_on_where_it_stood(world, tmp_path, monkeypatch, capsys):
+def test_ablation_goes_on(world, tmp_path, monkeypatch, capsys):
     small = small_world(world, tmp_path / "small")
     flags = [
-        "ablate", "num-captions", "--out", small, "--runs", tmp_path / "runs", "--seeds", 1, "--epochs", 1,
+        "ablate", "num-captions", "--out", small, "--runs", tmp_path / "runs", "--seeds", 1,
+        "--epochs", 1,
         "--jobs", 2,
     ]  # fmt: skip
     flags = list(map(str, flags))
     toy.main(flags)
     table = capsys.readouterr().out.split("\n")
     assert table[0] == "| num-captions | linear probe | fine-tuned | retrieval R@1 | seeds |"
-    log = [json.loads(line) for line in (tmp_path / "runs/num-captions.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (tmp_path / "runs/num-captions.jsonl").read_text().splitlines()
+    ]
     assert [line["row"] for line in log] == ["3 captions", "1 caption"]
     for line, words in zip(log, table[2:]):
-        assert 0 <= line["linear"] <= 1 and words.endswith("| 1 |") and f"| {100 * line['linear']:.1f} |" in words
-    for folder, captions_ in (("tgm-mae-vt-frames-seed0", 0), ("tgm-mae-vt-num-captions-1-frames-seed0", 1)):
+        assert (
+            0 <= line["linear"] <= 1
+            and words.endswith("| 1 |")
+            and f"| {100 * line['linear']:.1f} |" in words
+        )
+    for folder, captions_ in (
+        ("tgm-mae-vt-frames-seed0", 0),
+        ("tgm-mae-vt-num-captions-1-frames-seed0", 1),
+    ):
         folder = tmp_path / "runs" / folder
         args = json.loads((folder / "args.json").read_text())
-        assert args["num_captions"] == captions_ and args["epochs"] == 1 and args["vt"] and args["mask"] == "tgm"
+        assert (
+            args["num_captions"] == captions_
+            and args["epochs"] == 1
+            and args["vt"]
+            and args["mask"] == "tgm"
+        )
     lines = (folder / "stages.jsonl").read_text().splitlines()
     assert [json.loads(line)["stage"] for line in lines] == list(toy.STAGES)
-    (folder / "stages.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before its end
+    (folder / "stages.jsonl").write_text(
+        "\n".join(lines[:-1]) + "\n"
+    )  # as if stopped before its end
     called = []
     call = toy.Experiments.call
-    monkeypatch.setattr(toy.Experiments, "call", lambda self, c, *a: called.append(c[1]) or call(self, c, *a))
+    monkeypatch.setattr(
+        toy.Experiments, "call", lambda self, c, *a: called.append(c[1]) or call(self, c, *a)
+    )
     toy.main(flags)
     first, *again = capsys.readouterr().out.split("\n")
-    assert called == ["finetune"] and again == table and first.startswith("7 of 8 stages are there already")
+    assert (
+        called == ["finetune"]
+        and again == table
+        and first.startswith("7 of 8 stages are there already")
+    )
     with pytest.raises(SystemExit, match="of another world or --epochs"):
         toy.main([*flags, "--epochs", "2"])
     (folder / "stages.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     (folder / "last.pt").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"finetune.log: eval.py ended with exit code 1: eval.py: .*last.pt"):
+    with pytest.raises(
+        SystemExit, match=r"finetune.log: eval.py ended with exit code 1: eval.py: .*last.pt"
+    ):
         toy.main(flags)
 
 
 def test_tables_and_plots(world, tmp_path, capsys):
     """Of made results: means and deviations, what is missing, and plots whose words are words."""
-    flags = ["--out", world, "--runs", tmp_path / "runs", "--report", tmp_path / "docs", "--seeds", 3]
+    flags = [
+        "--out",
+        world,
+        "--runs",
+        tmp_path / "runs",
+        "--report",
+        tmp_path / "docs",
+        "--seeds",
+        3,
+    ]
     args_of = list(map(str, flags))
     args = toy.parse_args(args_of)
     experiments, rng, made = toy.Experiments(args), np.random.default_rng(0), {}
@@ -295,9 +358,15 @@ def test_tables_and_plots(world, tmp_path, capsys):
         for seed in range(2 if title == "mgm, VT" else 3):
             folder = experiments.folder(row, seed)
             folder.mkdir(parents=True)
-            stages = [{"stage": stage, "seconds": 1, "of": experiments.settings} for stage in toy.STAGES]
-            (folder / "stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in stages))
-            vt = [{"step": i, "epoch": i // 4, "vt": float(v)} for i, v in enumerate(rng.random(12))]
+            stages = [
+                {"stage": stage, "seconds": 1, "of": experiments.settings} for stage in toy.STAGES
+            ]
+            (folder / "stages.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in stages)
+            )
+            vt = [
+                {"step": i, "epoch": i // 4, "vt": float(v)} for i, v in enumerate(rng.random(12))
+            ]
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in vt))
             for name, key in (("linear", "top-1"), ("finetune", "top-1"), ("retrieve", "R@1")):
                 made[title, seed, name] = round(float(rng.random()), 3)
@@ -313,16 +382,22 @@ def test_tables_and_plots(world, tmp_path, capsys):
         seeds = range(2 if title == "mgm, VT" else 3)
         cells = [
             f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
-            for values in ([made[title, seed, name] for seed in seeds] for name in ("linear", "finetune", "retrieve"))
+            for values in (
+                [made[title, seed, name] for seed in seeds]
+                for name in ("linear", "finetune", "retrieve")
+            )
         ]
         assert f"| {title} | {' | '.join(cells)} | {len(seeds)} |" in said
     ends = [
-        [statistics.fmean(made["tgm, MAE", seed, "vt"][part]) for seed in range(3)] for part in (slice(4), slice(8, 12))
+        [statistics.fmean(made["tgm, MAE", seed, "vt"][part]) for seed in range(3)]
+        for part in (slice(4), slice(8, 12))
     ]
     cells = [f"{np.mean(end):.2f} ± {np.std(end, ddof=1):.2f}" for end in ends]
     assert f"| tgm, watched | {' | '.join(cells)} | 3 |" in said
     for name in ("table2", "figure4"):
-        text = "".join(xml.etree.ElementTree.parse(tmp_path / "docs" / f"{name}.svg").getroot().itertext())
+        text = "".join(
+            xml.etree.ElementTree.parse(tmp_path / "docs" / f"{name}.svg").getroot().itertext()
+        )
         assert all(title in text for title in (toy.TABLE2 if name == "table2" else toy.FIGURE4))
     assert len((tmp_path / "docs/table2.jsonl").read_text().splitlines()) == 26
     assert "table2" in (tmp_path / "docs/table2.md").read_text()
@@ -330,9 +405,12 @@ def test_tables_and_plots(world, tmp_path, capsys):
 
 def test_stopping_stops_what_runs(world, tmp_path):
     small = small_world(world, tmp_path / "small")
-    command = [sys.executable, ROOT / "toy.py", "figure4", "--out", small, "--runs", tmp_path / "runs", "--seeds", "1",
+    command = [sys.executable, ROOT / "toy.py", "figure4", "--out", small, "--runs",
+               tmp_path / "runs", "--seeds", "1",
                "--epochs", "500"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
+    )
     log, ends = tmp_path / "runs/tube-mae-frames-seed0/log.jsonl", time.monotonic() + 100
     while not log.exists() or log.read_text().count("\n") < 3:
         assert process.poll() is None and time.monotonic() < ends

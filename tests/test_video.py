@@ -13,11 +13,15 @@ from tgmae import VideoError
 def decode_all(path):
     """Every frame in order, the simplest way there is."""
     with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.best("video"))]
+        return [
+            frame.to_ndarray(format="rgb24")
+            for frame in container.decode(container.streams.best("video"))
+        ]
 
 
 def texture(frames, size, step, seed=0):
-    """A textured square that moves by `step` (x, y) pixels a frame over a grey, still background."""
+    """A textured square that moves by `step` (x, y) pixels a frame over a grey, still
+    background."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (12, 12, 3)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
     clip = np.full((frames, size, size, 3), 128, np.uint8)
@@ -38,7 +42,11 @@ def numbered(tmp_path_factory):
 def test_frames_are_those_of_a_plain_decode(numbered):
     whole = decode_all(numbered)
     info = tgmae.probe_video(numbered)
-    assert info.frames == len(whole) == 60 and info.size == (160, 160) and info.fps == pytest.approx(12)
+    assert (
+        info.frames == len(whole) == 60
+        and info.size == (160, 160)
+        and info.fps == pytest.approx(12)
+    )
     for wanted in ([0], [59], [30, 31, 31, 50], range(0, 60, 7), [11, 12, 13], [24], [59, 59]):
         clip = tgmae.read_clip(numbered, wanted)
         assert clip.dtype == torch.uint8 and clip.shape == (len(wanted), 160, 160, 3)
@@ -46,7 +54,8 @@ def test_frames_are_those_of_a_plain_decode(numbered):
 
 
 def test_only_what_is_needed_is_decoded(tmp_path):
-    """A key frame every 12, then P and, unless wanted, none of the B frames, to which nothing refers."""
+    """A key frame every 12, then P and, unless wanted, none of the B frames, to which nothing
+    refers."""
     options = {"g": "12", "bf": "2", "x264-params": "b-pyramid=none:b-adapt=0"}
     toy.write_video(tmp_path / "clip.mp4", texture(60, 160, (1, 0)), options=options)
     with av.open(str(tmp_path / "clip.mp4")) as container:
@@ -54,7 +63,8 @@ def test_only_what_is_needed_is_decoded(tmp_path):
     assert kinds.startswith("IBBPBBPBBPBP" * 4)
     with tgmae.open_video(tmp_path / "clip.mp4") as video:
         for wanted, references in (
-            ([50, 52], [48, 51, 54]), ([3, 4, 5], [0, 6]), ([11, 12], [0, 3, 6, 9]), ([11, 14], [0, 3, 6, 9, 12, 15]),
+            ([50, 52], [48, 51, 54]), ([3, 4, 5], [0, 6]), ([11, 12], [0, 3, 6, 9]),
+            ([11, 14], [0, 3, 6, 9, 12, 15]),
             ([0, 59], [48, 51, 54, 57]), ([7, 46], [0, 3, 6, 9, 36, 39, 42, 45, 47]),
         ):  # fmt: skip
             decoded = [number for number, _ in tgmae._decode(video, wanted)]
@@ -62,11 +72,15 @@ def test_only_what_is_needed_is_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("codec, name, options", [
-    ("libx264", "open-gop.mp4", {"g": "15", "x264-params": "open-gop=1:b-pyramid=normal:bframes=5:scenecut=0"}),
+    ("libx264", "open-gop.mp4", {"g": "15",
+                                 "x264-params": "open-gop=1:b-pyramid=normal:"
+                                                 "bframes=5:scenecut=0"}),
     ("libx264", "refresh.mkv", {"g": "250", "x264-params": "intra-refresh=1"}),
     ("libx264", "fields.mp4", {"g": "20", "flags": "+ilme+ildct"}),
-    ("libx264", "stream.ts", {"g": "20"}), ("libx264", "old.avi", {"g": "20"}), ("libx264", "flash.flv", {"g": "12"}),
-    ("libx265", "layers.mp4", {"x265-params": "log-level=none:keyint=20:bframes=4:temporal-layers=3"}),
+    ("libx264", "stream.ts", {"g": "20"}), ("libx264", "old.avi", {"g": "20"}),
+    ("libx264", "flash.flv", {"g": "12"}),
+    ("libx265", "layers.mp4", {"x265-params": "log-level=none:keyint=20:bframes=4:"
+                                                    "temporal-layers=3"}),
     ("mpeg4", "b.mp4", {"g": "12", "bf": "2"}), ("mpeg2video", "dvd.mpg", {"g": "12", "bf": "2"}),
     ("libvpx-vp9", "vp9.webm", {"deadline": "realtime", "g": "20"}),
 ])  # fmt: skip
@@ -78,7 +92,11 @@ def test_any_frames_of_any_codec_are_those_of_a_plain_decode(tmp_path, codec, na
     assert tgmae.probe_video(tmp_path / name).frames == len(whole) == 60
     for trial in range(12):
         start, step = rng.integers(0, 60), rng.integers(1, 8)
-        wanted = sorted(rng.integers(0, 60, 6)) if trial % 3 == 0 else np.arange(start, 60, step).tolist()
+        wanted = (
+            sorted(rng.integers(0, 60, 6))
+            if trial % 3 == 0
+            else np.arange(start, 60, step).tolist()
+        )
         clip = tgmae.read_clip(tmp_path / name, wanted)
         assert all(np.array_equal(frame, whole[n]) for frame, n in zip(clip, wanted)), wanted
 
@@ -94,19 +112,29 @@ def test_one_opening_for_range_and_clips(numbered, monkeypatch):
     assert torch.equal(late, tgmae.read_clip(numbered, [40, 44]))
     assert torch.equal(early, tgmae.read_clip(numbered, [3, 10]))
     assert torch.equal(motion, tgmae.read_clip(numbered, [40, 44], motion=True)[1])
-    with tgmae.open_video(numbered) as video, pytest.raises(ValueError, match="opened without motion"):
+    with (
+        tgmae.open_video(numbered) as video,
+        pytest.raises(ValueError, match="opened without motion"),
+    ):
         tgmae.read_clip(video, [0], motion=True)
 
 
 def test_motion_has_the_length_that_was_drawn(tmp_path):
     path = tmp_path / "square.mp4"
-    toy.write_video(path, texture(10, 128, (5, 3)), options={"refs": "1", "bf": "0", "g": "250", "crf": "10"})
+    toy.write_video(
+        path, texture(10, 128, (5, 3)), options={"refs": "1", "bf": "0", "g": "250", "crf": "10"}
+    )
     _, motion = tgmae.read_clip(path, range(10), motion=True)
     assert motion.shape == (10, 16, 16) and motion.dtype == torch.float32
-    inside = motion[4, 6:10, 7:11]  # rows 48..80, columns 56..88; the square is at rows 36..84, columns 44..92
+    inside = motion[
+        4, 6:10, 7:11
+    ]  # rows 48..80, columns 56..88; the square is at rows 36..84, columns 44..92
     assert inside == pytest.approx(np.hypot(5, 3), abs=0.01)
-    assert motion[4, :3].max() == 0 and motion[4, :, :4].max() == 0  # above and left the background stands still
-    # The key frame has no vectors: it borrows from the nearest of the frames that has, which is the next.
+    assert (
+        motion[4, :3].max() == 0 and motion[4, :, :4].max() == 0
+    )  # above and left the background stands still
+    # The key frame has no vectors: it borrows from the nearest of the frames that has, which is the
+    # next.
     assert torch.equal(motion[0], motion[1]) and motion[0].max() > 4
     _, some = tgmae.read_clip(path, [4, 4, 9], motion=True)
     assert torch.equal(some[:2, 6:10, 7:11], motion[[4, 4], 6:10, 7:11]) and some[2].max() > 4
@@ -125,7 +153,9 @@ def test_fill_missing_by_hand():
         2,
     ]  # number 2: 1 is nearer; number 3: 2
     assert tgmae._fill_missing(motion[1:4])[:, 0, 0].tolist() == [1, 1, 1]
-    assert tgmae._fill_missing(np.stack([motion[1], motion[0], motion[4]]))[1, 0, 0] == 2  # a tie: the later
+    assert (
+        tgmae._fill_missing(np.stack([motion[1], motion[0], motion[4]]))[1, 0, 0] == 2
+    )  # a tie: the later
     assert (tgmae._fill_missing(motion)[:, 0, 1] == 0).all()
     # A key frame has no field at all.
     assert tgmae._fill_missing([None, motion[1], None, motion[4]])[:, 0, 0].tolist() == [1, 1, 2, 2]
@@ -149,7 +179,11 @@ def test_without_vectors_frames_are_compared(tmp_path, codec, options):
     grey = frames.float().mean(-1)
     expected = (grey[1] - grey[0]).abs().view(16, 8, 16, 8).mean((1, 3))
     torch.testing.assert_close(motion[1], expected)
-    assert torch.equal(motion[2], motion[3]) and torch.equal(motion[0], motion[1]) and motion[1].max() > 5
+    assert (
+        torch.equal(motion[2], motion[3])
+        and torch.equal(motion[0], motion[1])
+        and motion[1].max() > 5
+    )
 
 
 def test_clip_indices():
@@ -167,7 +201,11 @@ def test_frame_range(numbered):
 
 
 def test_bad_files_are_named(tmp_path, numbered):
-    cases = {"empty.mp4": b"", "text.mp4": b"not a video" * 100, "cut.mp4": numbered.read_bytes()[:2000]}
+    cases = {
+        "empty.mp4": b"",
+        "text.mp4": b"not a video" * 100,
+        "cut.mp4": numbered.read_bytes()[:2000],
+    }
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
         for call in (tgmae.probe_video, lambda path: tgmae.read_clip(path, [0]), tgmae.frame_range):
@@ -178,7 +216,9 @@ def test_bad_files_are_named(tmp_path, numbered):
         tgmae.probe_video(tmp_path / "missing.mp4")
     with av.open(str(tmp_path / "sound.mka"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -201,8 +241,10 @@ def test_files_without_timestamps(tmp_path):
 
 @pytest.mark.parametrize("name, frames, size", [
     ("odd/av1_video.mkv", 125, (360, 640)), ("odd/bt709_full_range.mp4", 30, (720, 1280)),
-    ("odd/h265_video.mp4", 10, (128, 128)), ("odd/nasa_13013.mp4", 390, (270, 480)), ("odd/unordered.mov", 4, (50, 50)),
-    ("odd/video_90.mov", 3, (568, 320)), ("sports/baseball.mp4", 167, (360, 640)), ("asl/eat.mkv", 47, (480, 640)),
+    ("odd/h265_video.mp4", 10, (128, 128)), ("odd/nasa_13013.mp4", 390, (270, 480)),
+    ("odd/unordered.mov", 4, (50, 50)),
+    ("odd/video_90.mov", 3, (568, 320)), ("sports/baseball.mp4", 167, (360, 640)),
+    ("asl/eat.mkv", 47, (480, 640)),
 ])  # fmt: skip
 def test_real_footage(footage, name, frames, size):
     path = footage / name
@@ -218,7 +260,8 @@ def test_real_footage(footage, name, frames, size):
 
 @pytest.mark.parametrize("name", ["odd/h264_10bits.mp4", "odd/h265_10bits.mp4"])
 def test_ten_bit_footage(footage, name):
-    """Against the luma itself: BT.601's weights of our RGB give back the 10-bit Y, scaled to 8 bits."""
+    """Against the luma itself: BT.601's weights of our RGB give back the 10-bit Y, scaled to 8
+    bits."""
     clip = tgmae.read_clip(footage / name, [0, 15]).double()
     with av.open(str(footage / name)) as container:
         planes = [frame.planes[0] for frame in container.decode(video=0)]
@@ -247,9 +290,12 @@ class _OneClip(torch.utils.data.Dataset):
 
 
 def test_a_process_forked_after_reading_reads_too(tmp_path):
-    """PyAV keeps scaling threads that a forked loader process does not have: it must not wait for them."""
+    """PyAV keeps scaling threads that a forked loader process does not have: it must not wait for
+    them."""
     path = tmp_path / "clip.mp4"
-    toy.write_video(path, np.random.default_rng(0).integers(0, 256, (10, 256, 256, 3)).astype(np.uint8))
+    toy.write_video(
+        path, np.random.default_rng(0).integers(0, 256, (10, 256, 256, 3)).astype(np.uint8)
+    )
     with av.open(str(path)) as container:
         next(container.decode(video=0)).to_ndarray(format="rgb24")
     here = _OneClip(path)[0]
