@@ -1,9 +1,10 @@
 """Makes a dataset's videos into what train.py trains on at full speed: manifest, captions, text
 maps.
 
-    python captions.py index k400 VIDEOS --annotations CSVS --out k400.jsonl    # which clips
-    torchrun --nproc_per_node 8 captions.py caption k400.jsonl --source blip2   # what they show, 3.2
-    torchrun --nproc_per_node 8 captions.py maps k400.jsonl                     # and where, 3.3
+    # Which clips there are; what they show (3.2); where they show it (3.3):
+    python captions.py index k400 VIDEOS --annotations CSVS --out k400.jsonl
+    torchrun --nproc_per_node 8 captions.py caption k400.jsonl --source blip2
+    torchrun --nproc_per_node 8 captions.py maps k400.jsonl
 
 A manifest is JSON lines, one clip each, `video` and `maps` relative to the manifest's folder:
     {"video": "a.mp4", "label": "abseiling", "split": "train", "captions": ["..."],
@@ -39,8 +40,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
+import dataset
 import tgmae
-from tgmae import VideoError, rank_and_world
+import weights
+from dataset import VideoError
+from train import (
+    end_with_parent,
+    load_clip,
+    naming,
+    one_line_errors,
+    progress,
+    rank_and_world,
+    replacing,
+    start_processes,
+)
 
 VIDEOS = set(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
 SPLITS = {name: name for name in ("train", "val", "test")}
@@ -102,7 +115,7 @@ def journal_of(manifest):
 def write_text(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     how = {"encoding": "utf-8", "errors": "surrogateescape"}  # names that are no UTF-8
-    with tgmae.replacing(path, "w", **how) as file:
+    with replacing(path, "w", **how) as file:
         file.write(text)
 
 
@@ -146,10 +159,10 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
         batch_size=None,
         num_workers=min(workers, len(todo)),
         collate_fn=itself,
-        worker_init_fn=tgmae.end_with_parent,
+        worker_init_fn=end_with_parent,
     )
     name = settings["command"] + (f", one of {world} processes" if world > 1 else "")
-    bar = tgmae.progress(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0)
+    bar = progress(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0)
     with bar, open(folder / f"{rank}.jsonl", "a", encoding="utf-8") as journal:
         journal.write("\n")  # ends a line that a kill cut short
         for keys, loaded in zip(todo, loader):
@@ -160,7 +173,7 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
             if good:
                 outcomes = compute(list(good), list(good.values()))
                 lines += [{"key": key} | outcome for key, outcome in zip(good, outcomes)]
-            with tgmae.naming(journal.name):
+            with naming(journal.name):
                 journal.write("".join(json.dumps(line) + "\n" for line in lines))
                 journal.flush()
             bar.update(len(keys))
@@ -203,7 +216,7 @@ def conclude(manifest, command, outcomes, update):
     have added to it. ValueError if all failed."""
     if rank_and_world()[0]:
         return
-    records, failures, done = tgmae.read_manifest(manifest), [], 0
+    records, failures, done = dataset.read_manifest(manifest), [], 0
     for key, record in zip(keys_of(records), records):
         if key not in outcomes:
             continue
@@ -475,7 +488,7 @@ def read_annotations(args):
 
 def check_video(path):
     """Decodes a frame, or raises VideoError."""
-    tgmae.read_clip(path, [0])
+    dataset.read_clip(path, [0])
 
 
 def index(args):
@@ -582,14 +595,14 @@ def keyframes(first, stop, count):
 
 def load_keyframes(records, count, key):
     record = records[key]
-    with tgmae.open_video(record["path"]) as video:
-        span = tgmae.frame_range(video, record.get("start"), record.get("end"))
-        return tgmae.read_clip(video, keyframes(*span, count))
+    with dataset.open_video(record["path"]) as video:
+        span = dataset.frame_range(video, record.get("start"), record.get("end"))
+        return dataset.read_clip(video, keyframes(*span, count))
 
 
 def from_pretrained(kind, model, **more):
     """A transformers class from a hub name or a local folder; ValueError with the ways out."""
-    online = Path(model).is_dir() or tgmae.work_offline_if_no_hub()
+    online = Path(model).is_dir() or weights.work_offline_if_no_hub()
     import transformers
 
     try:
@@ -685,7 +698,7 @@ class Llm(Captioner):
 
 
 def caption(args):
-    records = tgmae.read_manifest(args.manifest)
+    records = dataset.read_manifest(args.manifest)
     wanted = dict(zip(keys_of(records), records))
     if not (args.force or args.append):
         wanted = {key: record for key, record in wanted.items() if not record.get("captions")}
@@ -741,7 +754,7 @@ def clip_id(args, clip):
         clip.state_dict().items()
     ):  # rounded alike, whatever precision it runs in
         digest.update(value.cpu().bfloat16().reshape(-1).view(torch.uint8).numpy())
-    return f"{tgmae.clip_name(args.clip, args.clip_pretrained)} {digest.hexdigest()[:12]}"
+    return f"{dataset.clip_name(args.clip, args.clip_pretrained)} {digest.hexdigest()[:12]}"
 
 
 def map_size(size, image_size, patch_size):
@@ -751,14 +764,14 @@ def map_size(size, image_size, patch_size):
 
 def map_numbers(video, record, every):
     """Numbers of the frames that the map of a clip holds."""
-    return list(range(*tgmae.frame_range(video, record.get("start"), record.get("end")), every))
+    return list(range(*dataset.frame_range(video, record.get("start"), record.get("end")), every))
 
 
 def is_current(args, path, record, made_by, numbers):
     """Whether the wanted map is there. Half a map, or one of other captions, is made anew; one of
     another CLIP or geometry may be wanted by somebody: ValueError."""
     try:
-        saved = tgmae.read_map(path, record["captions"])
+        saved = dataset.read_map(path, record["captions"])
     except ValueError:  # none at all, most often
         return False
     resized = map_size(saved.size, args.image_size, args.patch_size)
@@ -777,12 +790,12 @@ def load_frames(args, made_by, clips, paths, key):
     """-> numbers, frames (F,3,H',W') uint8, size of the source; None if its map is there
     already."""
     record, images = clips[key], []
-    with tgmae.open_video(record["path"]) as video:
+    with dataset.open_video(record["path"]) as video:
         numbers = map_numbers(video, record, args.every)
         if not args.force and is_current(args, paths[key], record, made_by, numbers):
             return None
         for i in range(0, len(numbers), PIECE):
-            frames = tgmae.read_clip(video, numbers[i : i + PIECE])
+            frames = dataset.read_clip(video, numbers[i : i + PIECE])
             size = tuple(frames.shape[1:3])
             resized = map_size(size, args.image_size, args.patch_size)
             images.append(TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True))
@@ -813,7 +826,7 @@ def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
         similarity = similarity_map(clip, frames, text, args.patch_size, args.device)
         path = paths[key]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tgmae.replacing(path) as file:
+        with replacing(path) as file:
             np.savez(
                 file,
                 similarity=similarity.half().numpy(),
@@ -835,9 +848,9 @@ def estimate(args, clip, made_by, clips, world):
     counts, captions = [], []
     for record in some:
         try:
-            with tgmae.open_video(record["path"]) as video:
+            with dataset.open_video(record["path"]) as video:
                 numbers = map_numbers(video, record, args.every)
-                frames = tgmae.read_clip(video, numbers[:2])
+                frames = dataset.read_clip(video, numbers[:2])
         except VideoError:
             continue  # reported when its turn comes
         counts.append(len(numbers))
@@ -865,7 +878,7 @@ def estimate(args, clip, made_by, clips, world):
 
 
 def maps(args):
-    records = tgmae.read_manifest(args.manifest)
+    records = dataset.read_manifest(args.manifest)
     clips, paths = {}, {}
     for key, record in zip(keys_of(records), records):
         if record.get("captions"):
@@ -880,7 +893,7 @@ def maps(args):
             f"--image-size {args.image_size} is not divisible by --patch-size {args.patch_size}"
         )
     rank, world = rank_and_world()
-    clip = tgmae.load_clip(args.clip, args.clip_pretrained, args.device)
+    clip = load_clip(args.clip, args.clip_pretrained, args.device)
     made_by = clip_id(args, clip[0])
     done = read_journal(journal_of(args.manifest))
     made_before = (key for key, path in paths.items() if path.exists() and not args.force)
@@ -992,9 +1005,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # names that are no UTF-8
-    with tgmae.one_line_errors("captions.py", "a smaller --batch-size, --model or --clip"):
+    with one_line_errors("captions.py", "a smaller --batch-size, --model or --clip"):
         # On the CPU: what they tell each other is little, and the slowest may need days longer.
-        tgmae.start_processes(args, "gloo", timedelta(days=30))
+        start_processes(args, "gloo", timedelta(days=30))
         {"index": index, "caption": caption, "maps": maps}[args.command](args)
         barrier()
 

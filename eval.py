@@ -5,7 +5,7 @@
     torchrun eval.py finetune runs/toy-tgm-vt/last.pt  # the whole network
     python eval.py show runs/toy-tgm-vt/last.pt        # masks, reconstruction, attention
     python eval.py export runs/toy-tgm-vt/last.pt      # for transformers
-    torchrun --nproc_per_node 8 eval.py finetune MCG-NJU/videomae-base --data k400.jsonl --recipe k400
+    torchrun --nproc_per_node 8 eval.py finetune MCG-NJU/videomae-base --data k400.jsonl
 
 CHECKPOINT is of train.py, of finetune or export, an official VideoMAE .pth, or a folder or hub name
 of transformers' VideoMAE; sizes are read from it. Testing gives the same metrics under any number
@@ -44,9 +44,36 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+import dataset
 import tgmae
-import toy
-from tgmae import MASK_RATIOS, Crop, TrainingClips, VideoError, rank_and_world
+import weights
+from dataset import Crop, VideoError
+from tgmae import MASK_RATIOS
+from train import (
+    RUN_FLAGS,
+    Run,
+    TrainingClips,
+    add_run_flags,
+    append_log,
+    check_flags,
+    gather_objects,
+    init_loader,
+    learning_rate,
+    load_clip,
+    load_last,
+    manifest_of,
+    one_line_errors,
+    progress,
+    rank_and_world,
+    reconstruct,
+    refuse_another_run,
+    replacing,
+    save_checkpoint,
+    seed_of,
+    share_step,
+    start_processes,
+    training_batches,
+)
 
 # Fine-tuning and testing, a recipe a dataset: Table 9, and VideoMAE's FINETUNE.md for the rest.
 _PAPER = {
@@ -89,9 +116,7 @@ def view_grid(flag, text):
 
 
 def check_finetune(args):
-    tgmae.check_flags(
-        args, not_negative=("lr", "min_lr", "weight_decay", "epochs", *tgmae.RUN_FLAGS)
-    )
+    check_flags(args, not_negative=("lr", "min_lr", "weight_decay", "epochs", *RUN_FLAGS))
     if args.epochs and not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(
             f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
@@ -113,7 +138,7 @@ def check_finetune(args):
 
 
 def check_args(args):
-    tgmae.check_flags(
+    check_flags(
         args, positive=("stride", "batch_size", "repeat", "accum"), not_negative=("seed", "workers")
     )
     if args.command == "show":
@@ -210,7 +235,7 @@ def finetune_flags(add, late):
         help="less memory for a third more time",
     )
     late("--out", "run folder (CHECKPOINT's folder/finetune-DATA)")
-    tgmae.add_run_flags(add)
+    add_run_flags(add)
 
 
 def linear_flags(add, late):
@@ -347,7 +372,7 @@ def pooled(model, video):
 def load_model(source):
     """-> model in eval mode, what else the checkpoint holds. ValueError if its weights do not make
     one."""
-    config, state, saved = tgmae.load_checkpoint(source)
+    config, state, saved = weights.load_checkpoint(source)
     fine_tuned = "head.weight" in state
     model = Classifier(config, len(state["head.weight"])) if fine_tuned else tgmae.TGMAE(config)
     if "encoder.norm.weight" not in state:  # transformers' encoder with use_mean_pooling has none
@@ -390,7 +415,7 @@ def say(line):
 
 def labelled(manifest, split):
     """Records of a split, of which each must have a label: ValueError."""
-    records = tgmae.read_manifest(manifest, split)
+    records = dataset.read_manifest(manifest, split)
     bare = [record["video"] for record in records if record.get("label") in (None, "")]
     if bare:
         count = f"{len(bare)} of {len(records)} clips of split {split!r}"
@@ -474,18 +499,18 @@ class Views(Dataset):
     def __getitem__(self, number):
         record, args, c = self.records[number], self.args, self.config
         try:
-            with tgmae.open_video(record["path"]) as video:
-                first, stop = tgmae.frame_range(video, record.get("start"), record.get("end"))
+            with dataset.open_video(record["path"]) as video:
+                first, stop = dataset.frame_range(video, record.get("start"), record.get("end"))
                 clips = view_frames(
                     first, stop, c.num_frames, args.stride, args.sampling, self.grid[0]
                 )
                 wanted = sorted(set(sum(clips, [])))  # all views in one decode
-                frames = tgmae.read_clip(video, wanted)
+                frames = dataset.read_clip(video, wanted)
         except VideoError as error:
             return number, None, str(error), False
         crops = view_crops(frames.shape[1:3], self.grid[1])
         rows = [[wanted.index(frame) for frame in clip] for clip in clips]
-        views = [tgmae.crop_frames(frames[r], crop, c.image_size) for r in rows for crop in crops]
+        views = [dataset.crop_frames(frames[r], crop, c.image_size) for r in rows for crop in crops]
         span = c.num_frames if args.sampling == "tsn" else (c.num_frames - 1) * args.stride + 1
         return number, torch.stack(views), None, stop - first < span
 
@@ -516,10 +541,10 @@ def compute_clips(split, records, args, config, grid, compute):
         batch_sampler=batches,
         collate_fn=list,
         num_workers=workers,
-        worker_init_fn=tgmae.init_loader,
+        worker_init_fn=init_loader,
     )
     done, values, failed = [], [], []
-    for batch in tgmae.progress(loader, desc=f"{split} clips", unit="batch", disable=rank > 0):
+    for batch in progress(loader, desc=f"{split} clips", unit="batch", disable=rank > 0):
         failed += [(number, why) for number, video, why, _ in batch if video is None]
         read = [item for item in batch if item[1] is not None]
         if not read:
@@ -529,7 +554,7 @@ def compute_clips(split, records, args, config, grid, compute):
             out = compute(tgmae.normalize(video.flatten(0, 1)))
         values.append(out.float().cpu().unflatten(0, video.shape[:2]))  # (b,V,...)
         done += [(number, short) for number, _, _, short in read]
-    parts = tgmae.gather_objects((done, values, failed))
+    parts = gather_objects((done, values, failed))
     done, values, failed = (sum(part, []) for part in zip(*parts))
     if not done:
         raise ValueError(
@@ -572,7 +597,7 @@ def report(args, rows, notes, clips, **more):
             for split, found in clips.items()
         }
         result = {"rows": rows, "notes": notes, "clips": counts, "settings": vars(args), **more}
-        with tgmae.replacing(args.json, "w") as file:
+        with replacing(args.json, "w") as file:
             file.write(json.dumps(result, indent=1) + "\n")
 
 
@@ -645,7 +670,7 @@ def choose_rate(x, y, num_classes, args):
 
 
 def linear(args):
-    train, test, classes, train_target, test_target = splits_of(args, toy.manifest_of(args.data))
+    train, test, classes, train_target, test_target = splits_of(args, manifest_of(args.data))
     rows, chosen, held_out = [], {}, []
     for name, model, _ in encoders(args):
         how, features = (args, model.config), functools.partial(pooled, model)
@@ -717,7 +742,7 @@ def middle(captions):
     return captions[len(captions) // 2]
 
 
-def load_clip(args, saved, default=None):
+def clip_of(args, saved, default=None):
     """-> name, (clip, tokenizer): by --clip, else what CHECKPOINT was trained with, else
     `default`."""
     trained = saved.get("args", {})
@@ -728,10 +753,8 @@ def load_clip(args, saved, default=None):
     if not name:
         maps = f"{args.checkpoint} was trained on text maps of CLIP {trained.get('clip')}"
         raise ValueError(f"--clip: needed, since {maps}")
-    weights = (
-        args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
-    )
-    return name, tgmae.load_clip(name, weights, args.device)
+    tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
+    return name, load_clip(name, tag, args.device)
 
 
 def caption_embeddings(records, args, saved):
@@ -739,8 +762,8 @@ def caption_embeddings(records, args, saved):
     CHECKPOINT was trained with; else by that CLIP."""
     if args.clip is None and all("map_path" in record for record in records):
         trained = saved.get("args", {}).get("clip")
-        maps = [tgmae.read_map(record["map_path"], record["captions"]) for record in records]
-        short = tgmae.clip_name(trained, saved["args"].get("clip_pretrained"))
+        maps = [dataset.read_map(record["map_path"], record["captions"]) for record in records]
+        short = dataset.clip_name(trained, saved["args"].get("clip_pretrained"))
         other = next(
             (m.clip for m in maps if m.clip != trained and not m.clip.startswith(short + " ")), None
         )
@@ -750,7 +773,7 @@ def caption_embeddings(records, args, saved):
                 "--clip says which"
             )
         return torch.stack([middle(m.text) for m in maps]).float()
-    _, clip = load_clip(args, saved)
+    _, clip = clip_of(args, saved)
     captions = [middle(record["captions"]) for record in records]
     parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
     return torch.cat([tgmae.encode_text(*clip, part).cpu() for part in parts])
@@ -792,8 +815,8 @@ def text_rows(found, records, text_emb, checkpoint):
 
 
 def retrieve(args):
-    manifest = toy.manifest_of(args.data)
-    query = tgmae.read_manifest(manifest, args.test_split)
+    manifest = manifest_of(args.data)
+    query = dataset.read_manifest(manifest, args.test_split)
     by_class = not args.text or any(
         record.get("label") for record in query
     )  # captions need no labels
@@ -881,9 +904,9 @@ class Augmented(TrainingClips):
     def load(self, place, seed):
         record, args, c = self.records[place], self.args, self.config
         # torchvision draws from the global generator
-        with torch.random.fork_rng(devices=[]), tgmae.open_video(record["path"]) as video:
+        with torch.random.fork_rng(devices=[]), dataset.open_video(record["path"]) as video:
             torch.manual_seed(seed)
-            first, stop = tgmae.frame_range(video, record.get("start"), record.get("end"))
+            first, stop = dataset.frame_range(video, record.get("start"), record.get("end"))
             if args.sampling == "tsn":
                 jitter = torch.rand(
                     c.num_frames
@@ -893,8 +916,8 @@ class Augmented(TrainingClips):
                     for i, u in enumerate(jitter)
                 ]
             else:
-                numbers = tgmae.clip_indices(first, stop, c.num_frames, args.stride)
-            frames = tgmae.read_clip(video, numbers).permute(0, 3, 1, 2)  # (T,3,H,W)
+                numbers = dataset.clip_indices(first, stop, c.num_frames, args.stride)
+            frames = dataset.read_clip(video, numbers).permute(0, 3, 1, 2)  # (T,3,H,W)
             if min(frames.shape[2:]) > MAX_SOURCE:
                 frames = v2.functional.resize(frames, [MAX_SOURCE], antialias=True)
             videos = [self.augment(frames).transpose(0, 1) for _ in range(args.repeat)]
@@ -966,8 +989,8 @@ def test_scores(model, split, records, args, grid):
 
 
 # What a run that goes on may change.
-FREE = """workers device json resume out views view_grid test_split amp grad_checkpointing batch_size accum
-save_steps save_minutes keep""".split()
+FREE = """workers device json resume out views view_grid test_split amp grad_checkpointing
+batch_size accum save_steps save_minutes keep""".split()
 
 
 def forward_backward(net, stream, run, accum, num_classes, videos):
@@ -979,7 +1002,7 @@ def forward_backward(net, stream, run, accum, num_classes, videos):
         videos += batch["names"]
         run.note_bad(batch["bad"])
         # Drop path and mixing draw from here, so a run that goes on draws the same.
-        torch.manual_seed(tgmae.seed_of(args.seed, run.step, micro, run.rank, 2))
+        torch.manual_seed(seed_of(args.seed, run.step, micro, run.rank, 2))
         video, target = (
             batch[name].to(args.device, non_blocking=True) for name in ("video", "target")
         )
@@ -1000,15 +1023,15 @@ def validate(run, epoch, model, val, target):
     top = accuracy(found.values, target[found.kept])
     if run.rank == 0:
         line = {f"val {name}": value for name, value in top.items()}
-        tgmae.append_log(run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **line})
+        append_log(run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **line})
     return top["top-1"]
 
 
 def fit(args, model, classes, train, val):
     """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in
     --out."""
-    saved = tgmae.load_last(args)
-    share = tgmae.share_step(args.batch_size, args.accum, saved and saved["videos"])
+    saved = load_last(args)
+    share = share_step(args.batch_size, args.accum, saved and saved["videos"])
     data = Augmented(train, targets(train, classes, args.split), model.config, args)
     val_target = targets(val, classes, "held-out clips") if val else None
     steps_per_epoch = len(data) // share.videos
@@ -1023,7 +1046,7 @@ def fit(args, model, classes, train, val):
     step, best = 0, -1.0
     if saved:
         keys = (key for key in settings if key not in FREE)
-        tgmae.refuse_another_run(args, saved["args"], settings, keys)
+        refuse_another_run(args, saved["args"], settings, keys)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best = saved["step"], saved["best"]
@@ -1048,12 +1071,12 @@ def fit(args, model, classes, train, val):
         f"{args.repeat} clips of each; learning rate {peak:.3g}; {args.device}, "
         f"{'bf16' if args.amp else 'fp32'}; run folder {args.out}"
     )
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    with tgmae.Run(args, step, steps_per_epoch) as run:
-        stream = tgmae.training_batches(data, share, args, step, steps_per_epoch, collate)
+    net = DistributedDataParallel(model) if world > 1 else model
+    with Run(args, step, steps_per_epoch) as run:
+        stream = training_batches(data, share, args, step, steps_per_epoch, collate)
         while run.step < run.total:
             net.train()
-            lr = tgmae.learning_rate(run.step, warmup, run.total, peak, least, first=least)
+            lr = learning_rate(run.step, warmup, run.total, peak, least, first=least)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             began, videos = time.perf_counter(), []
@@ -1080,7 +1103,7 @@ def fit(args, model, classes, train, val):
             if val and run.step % steps_per_epoch == 0:
                 before, best = best, max(best, validate(run, epoch, model, val, val_target))
                 if best > before and run.rank == 0:
-                    tgmae.save_checkpoint(run.out / "best.pt", step=run.step, **state())
+                    save_checkpoint(run.out / "best.pt", step=run.step, **state())
             run.save(lambda: state() | {"optimizer": optimizer.state_dict()})
     if world > 1:
         dist.barrier()  # before others read what process 0 writes
@@ -1134,7 +1157,7 @@ def train_classifier(args, manifest, test):
 
 
 def finetune(args):
-    manifest = toy.manifest_of(args.data)
+    manifest = manifest_of(args.data)
     test = labelled(manifest, args.test_split)
     models, classes = (train_classifier if args.epochs else as_it_is)(args, manifest, test)
     target = targets(test, classes, f"{manifest}, split {args.test_split!r}")
@@ -1200,7 +1223,7 @@ def clip_to_show(args, config):
     if args.video:
         record = {"path": args.video, "video": args.video}
     else:
-        records = tgmae.read_manifest(toy.manifest_of(args.data), args.test_split)
+        records = dataset.read_manifest(manifest_of(args.data), args.test_split)
         if not 0 <= args.number < len(records):
             last = len(records) - 1
             raise ValueError(
@@ -1209,15 +1232,15 @@ def clip_to_show(args, config):
         record = records[args.number]
     caption = args.caption or middle(record.get("captions") or [None])
     start = record.get("start") if args.start is None else args.start
-    first, stop = tgmae.frame_range(record["path"], start, record.get("end"))
+    first, stop = dataset.frame_range(record["path"], start, record.get("end"))
     (numbers,) = view_frames(first, stop, config.num_frames, args.stride, args.sampling, 1)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", tgmae.NoMotionVectors)
-        frames, motion = tgmae.read_clip(record["path"], numbers, motion=True)
-    none = any(warning.category is tgmae.NoMotionVectors for warning in caught)
+        warnings.simplefilter("always", dataset.NoMotionVectors)
+        frames, motion = dataset.read_clip(record["path"], numbers, motion=True)
+    none = any(warning.category is dataset.NoMotionVectors for warning in caught)
     (crop,) = view_crops(frames.shape[1:3], 1)
-    video = tgmae.crop_frames(frames, crop, config.image_size)
-    motion = tgmae.crop_motion(motion, crop, config.grid)
+    video = dataset.crop_frames(frames, crop, config.image_size)
+    motion = dataset.crop_motion(motion, crop, config.grid)
     what = (
         "frame differences: the codec has no motion vectors"
         if none
@@ -1234,7 +1257,7 @@ def to_uint8(video):
 def reconstruction_panels(model, video, mask, of):
     c = model.config
     with torch.no_grad():
-        made = tgmae.reconstruct(video, mask, model(video, mask)["pred"].float(), c)
+        made = reconstruct(video, mask, model(video, mask)["pred"].float(), c)
     if not c.norm_pix_loss:
         return [(f"reconstruction ({of})", to_uint8(made["reconstructed"]))]
     labels = {
@@ -1291,7 +1314,7 @@ def panels_of(args, model, saved):
             if args.data == "toy" and not args.video
             else "ViT-B-32-quickgelu"
         )
-        called, clip = load_clip(args, saved, default)
+        called, clip = clip_of(args, saved, default)
         text = tgmae.encode_text(*clip, [caption])
         scores["tgm"] = like = tgmae.text_scores(
             clip[0], video, text, c.patch_size, c.tubelet_size
@@ -1314,7 +1337,7 @@ def panels_of(args, model, saved):
     for way, score in scores.items():
         share, lowest = (ratio, own.get("bottom_k")) if way == chosen else (MASK_RATIOS[way], False)
         masks[way] = tgmae.topk_mask(score, share, bottom_k=lowest, generator=generator)
-        masked = tgmae.reconstruct(video, masks[way], None, c)["masked"]
+        masked = reconstruct(video, masks[way], None, c)["masked"]
         panels.append(
             (
                 f"{way} mask, {share:g}: {words[way]}{', the lowest' if lowest else ''}",
@@ -1426,7 +1449,7 @@ def huggingface_of(model):
         if fine_tuned
         else transformers.VideoMAEForPreTraining
     )(theirs)
-    net.load_state_dict(tgmae.to_huggingface(model))
+    net.load_state_dict(weights.to_huggingface(model))
     return (net if fine_tuned or model.has_decoder else net.videomae).eval()
 
 
@@ -1484,9 +1507,9 @@ def export(args):
 
 def main(argv=None):
     less = "a smaller --batch-size (finetune: with a larger --accum, --grad-checkpointing), --amp"
-    with tgmae.one_line_errors("eval.py", less):
+    with one_line_errors("eval.py", less):
         args = parse_args(argv)
-        rank, _ = tgmae.start_processes(args)
+        rank, _ = start_processes(args)
         if args.command in ("show", "export") and rank:
             return  # one process draws and writes
         run = {

@@ -37,7 +37,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import dataset
 import tgmae
+from train import (
+    last_line,
+    one_line_errors,
+    progress,
+    rank_and_world,
+    replacing,
+)
 
 SIZE, FRAMES, FPS = 64, 24, 12
 TELLING = (
@@ -262,7 +270,7 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 2e-3, total_steps=steps, pct_start=0.1
     )
-    bar = tgmae.progress(range(steps), desc="toy CLIP", unit="step")
+    bar = progress(range(steps), desc="toy CLIP", unit="step")
     for _ in bar:
         images, captions, groups = _crops(rng, stills, batch)
         image, text = (
@@ -310,13 +318,13 @@ def _clip_of(out, seed, clips, number):
     return record, [(frames[i], actor_mask[i], distractor_mask[i], actor, distractor) for i in some]
 
 
-def _build(out, clips, seed):
+def _build(out, clips, seed, clip_steps):
     records, stills, truth = [], [], {}
     (out / "clips").mkdir()
     total = clips + clips // 4
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and x264 let go of the interpreter
         made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total))
-        for record, extra in tgmae.progress(made, desc="toy world", unit="clip", total=total):
+        for record, extra in progress(made, desc="toy world", unit="clip", total=total):
             records.append(record)
             if record["split"] == "train":
                 stills += extra
@@ -324,13 +332,13 @@ def _build(out, clips, seed):
                 truth[record["video"]] = extra
     (out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     np.savez_compressed(out / "truth.npz", **truth)
-    train_clip(out / "clip", stills, seed=seed)
+    train_clip(out / "clip", stills, seed=seed, steps=clip_steps)
 
 
-def build(out="data/toy", clips=800, seed=0):
+def build(out="data/toy", clips=800, seed=0, clip_steps=300):
     """Makes the world in folder `out` unless it is there: manifest.jsonl, clips/, clip/ (the CLIP)
     and truth.npz (masks of the test split). `clips` training clips and a quarter as many test
-    clips.
+    clips; `clip_steps` steps of the CLIP's training.
 
     Built beside and renamed at the end, so that an interrupted build never looks finished."""
     out = Path(out)
@@ -341,7 +349,7 @@ def build(out="data/toy", clips=800, seed=0):
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _build(work, clips, seed)
+        _build(work, clips, seed, clip_steps)
         (work / "world.json").write_text(json.dumps({"clips": clips, "seed": seed}))
         work.chmod(0o755)
         os.rename(work, out)
@@ -358,7 +366,7 @@ def manifest_of(data):
     first process makes where it is not there yet."""
     if data != "toy":
         return Path(data)
-    rank, world = tgmae.rank_and_world()
+    rank, world = rank_and_world()
     if rank == 0:
         build("data/toy")
     if world > 1:
@@ -395,12 +403,12 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
     background."""
     config, folder = tgmae.PRESETS["toy"], Path(folder)
     t, h, w = config.grid
-    records = tgmae.read_manifest(folder / "manifest.jsonl", "test")[:clips]
+    records = dataset.read_manifest(folder / "manifest.jsonl", "test")[:clips]
     truth = read_truth(folder)
     numbers = [i * stride for i in range(config.num_frames)]
     videos, motions, masks = [], [], []
     for record in records:
-        frames, motion = tgmae.read_clip(record["path"], numbers, motion=True)
+        frames, motion = dataset.read_clip(record["path"], numbers, motion=True)
         videos.append(frames.permute(3, 0, 1, 2))
         motions.append(motion)
         masks.append(torch.from_numpy(truth[record["video"]][:, numbers]))
@@ -559,7 +567,7 @@ class Experiments:
         for record in map(json.loads, (self.args.out / "manifest.jsonl").read_text().splitlines()):
             record.pop("maps", None)  # of other captions: every row asks CLIP itself
             lines.append(json.dumps(record | {"captions": CAPTION_SOURCES[source](record)}) + "\n")
-        with tgmae.replacing(data / "manifest.jsonl", "w") as file:
+        with replacing(data / "manifest.jsonl", "w") as file:
             file.write("".join(lines))
 
     def run(self, row, seed, stages):
@@ -608,7 +616,7 @@ class Experiments:
             code = process.wait()
             self.running.discard(process)
         if code:
-            reason = tgmae.last_line(log.read_text() or "no output")
+            reason = last_line(log.read_text() or "no output")
             raise ValueError(f"{log}: {script} ended with exit code {code}: {reason}")
 
     def go(self, rows, stages, report):
@@ -623,7 +631,7 @@ class Experiments:
                 f"{done} of {total} stages are there already, made by the code as it was: "
                 f"{self.runs}"
             )
-        self.bar = tgmae.progress(total=total, initial=done, unit="stage", smoothing=0)
+        self.bar = progress(total=total, initial=done, unit="stage", smoothing=0)
         with self.bar, ThreadPoolExecutor(self.jobs) as pool:
             try:
                 for job in as_completed([pool.submit(self.run, *what) for what in todo]):
@@ -838,7 +846,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    with tgmae.one_line_errors("toy.py", "fewer --jobs"):
+    with one_line_errors("toy.py", "fewer --jobs"):
         build(args.out, args.clips, args.seed)
         if args.command == "build":
             made = json.loads((args.out / "world.json").read_text())

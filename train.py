@@ -12,29 +12,38 @@ clip, mask and reconstruction. Run again, any command goes on from where its las
 """
 
 import argparse
+import atexit
 import contextlib
+import itertools
 import json
 import math
+import multiprocessing as mp
 import os
+import signal
 import sys
 import time
 import warnings
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 # Loader processes share the cores with us: threads without work must sleep, not spin. Read when
 # torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
 
+import dataset
 import tgmae
-import toy
-from tgmae import MASK_RATIOS, PRESETS, TrainingClips
+import weights
+from tgmae import MASK_RATIOS, PRESETS
 
 TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1, "batch_size": 16, "blr": 0.016,
        "min_lr": 1e-4,
@@ -42,6 +51,469 @@ TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1, "batch_size": 16, "blr
 REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, "blr": 1.5e-4,
         "min_lr": 1e-5,
         "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
+
+# ==================================================================================================
+# What fine-tuning (eval.py) and captions.py share with this script: processes, schedule, the place
+# of a video that cannot be read, log, checkpoints, steps with bad numbers, stopping and going on.
+# ==================================================================================================
+
+
+def end_loaders():
+    """At exit: multiprocessing asks loaders that are left to end, by SIGTERM, which init_loader
+    ignores, and waits."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+    for child in mp.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def start_processes(args, backend=None, timeout=timedelta(minutes=30)):
+    """Joins torchrun's process group, if it is torchrun that started us; settles args.device
+    ("auto") and args.amp (None). -> rank, world size. The first process may need `timeout` to build
+    the toy world."""
+    if args.device == "auto":
+        there = {
+            "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available(),
+            "cpu": True,
+        }
+        args.device = next(name for name in there if there[name])
+    try:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=args.device)
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # an AssertionError from a torch that is built without CUDA
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    if args.amp is None:
+        args.amp = tgmae.bf16_is_fast(args.device)
+    atexit.register(end_loaders)
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group(
+        backend or ("nccl" if args.device == "cuda" else "gloo"), timeout=timeout
+    )
+    return dist.get_rank(), dist.get_world_size()
+
+
+def rank_and_world():
+    """(rank, world size) of this process; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def manifest_of(data):
+    """For --data of the scripts: the path of a manifest, or "toy": the world in data/toy, which the
+    first process makes where it is not there yet."""
+    if data != "toy":
+        return Path(data)
+    rank, world = rank_and_world()
+    if rank == 0:
+        import toy
+
+        toy.build("data/toy")
+    if world > 1:
+        dist.barrier()
+    return Path("data/toy/manifest.jsonl")
+
+
+def load_clip(name, pretrained, device):
+    """tgmae.load_clip, for --clip and --clip-pretrained: without a hub it says so in seconds, and
+    errors name the flags and the ways out."""
+    on_disk = name.startswith("local-dir:") or Path(str(pretrained)).is_file()
+    online = on_disk or weights.work_offline_if_no_hub()
+    try:
+        return tgmae.load_clip(name, pretrained, device)
+    except ValueError as error:
+        reason = str(error.__cause__).strip().splitlines()[0]
+        reason = reason if online else "the hub cannot be reached"
+        raise ValueError(
+            f"--clip {name} --clip-pretrained {pretrained}: {reason}. Ways out: --clip-pretrained "
+            "FILE (weights on disk), --clip local-dir:FOLDER (an open_clip folder), or a manifest "
+            "with text maps"
+        ) from error
+
+
+def gather_objects(mine):
+    """What each process holds, in order of ranks."""
+    parts = [mine] * rank_and_world()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, mine)
+    return parts
+
+
+def progress(*args, **more):
+    """A tqdm bar; where it goes to a file, a line every ten seconds."""
+    return tqdm(*args, mininterval=0.5 if sys.stderr.isatty() else 10, **more)
+
+
+def seed_of(*numbers):
+    """A seed that follows from the numbers alone: those of the run, the epoch, the sample, ..."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def learning_rate(step, warmup, total, peak, last, first=0.0):
+    """-> the rate of `step`, counted from 0, of `total`: `warmup` steps linear from `first` to
+    `peak`, then a cosine to `last`, as VideoMAE's cosine_scheduler."""
+    if step < warmup:
+        return first + (peak - first) * step / max(1, warmup - 1)
+    return last + (peak - last) * 0.5 * (
+        1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))
+    )
+
+
+MAX_REPLACEMENTS = 100  # bad videos in a row before all are thought to be bad
+
+
+class TrainingClips(torch.utils.data.Dataset):
+    """A dataset of (epoch, index) -> sample. A subclass has load(place, seed), which makes a dict
+    of record number `place`; the seed follows from (the run's seed, epoch, index) alone, never from
+    a worker's history, so a run that is resumed sees the same samples. A video that cannot be read
+    gives its place to another, drawn from the same numbers; the sample's "bad" lists [(video, why),
+    ...]. replace_bad=False: it is a VideoError instead."""
+
+    def __init__(self, records, seed, *, replace_bad=True):
+        self.records, self.run_seed = records, seed
+        self.attempts = min(len(records), MAX_REPLACEMENTS) if replace_bad else 1
+
+    def __len__(self):
+        return len(self.records)
+
+    def _places(self, epoch, index):
+        """`index`, then the others in random order."""
+        yield index
+        generator = torch.Generator().manual_seed(seed_of(self.run_seed, epoch, index, 0))
+        yield from (
+            i for i in torch.randperm(len(self), generator=generator).tolist() if i != index
+        )
+
+    def __getitem__(self, epoch_and_index):
+        (epoch, index), bad = epoch_and_index, []
+        for place in itertools.islice(self._places(epoch, index), self.attempts):
+            try:
+                return {**self.load(place, seed_of(self.run_seed, epoch, index, 1)), "bad": bad}
+            except dataset.VideoError as error:
+                bad.append((self.records[place]["video"], str(error)))
+        raise dataset.VideoError(
+            f"{len(bad)} video(s) in a row cannot be read, the last: {bad[-1][1]}"
+        )
+
+
+class Share(NamedTuple):
+    """A step's videos, and how the processes share them."""
+
+    videos: int  # of a step
+    forward: int  # of a process in a forward
+    accum: int  # forwards a step
+
+
+def share_step(forward, accum, videos=None):
+    """Splits a step over the processes that there are: `accum` forwards of `forward` videos each;
+    or, where a run goes on, the `videos` that its steps had, at most `forward` at a time. A
+    remainder that cannot be split evenly is left out of every step. More processes than videos:
+    ValueError."""
+    _, world = rank_and_world()
+    videos = videos or forward * accum * world
+    mine = videos // world
+    if not mine:
+        raise ValueError(f"{world} processes cannot share a step of {videos} video(s)")
+    accum = -(-mine // forward)
+    return Share(videos, mine // accum, accum)
+
+
+def end_with_parent(_=None):
+    """worker_init_fn of loader processes: ends one whose parent was killed before it started. torch
+    watches only the parent that a loader finds at its start."""
+    if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
+        os._exit(1)
+
+
+def init_loader(_=None):
+    """worker_init_fn of a run's loader processes. A scheduler sends SIGTERM to all processes, but a
+    run needs its loaders until it has saved; they end when it does."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
+
+
+def training_batches(data, share, args, step, steps_per_epoch, collate):
+    """Batches of samples for this process, share.accum of them a step, from global step `step` on
+    to the end of the last epoch. An epoch's order follows from the seed alone, whatever the number
+    of processes. The loader processes are the same all along, and go on into the next epoch."""
+    rank, world = rank_and_world()
+
+    def order():
+        for epoch in range(step // steps_per_epoch, args.epochs):
+            generator = torch.Generator().manual_seed(args.seed + epoch)
+            indices = torch.randperm(len(data), generator=generator).tolist()
+            for place in range(max(0, step - epoch * steps_per_epoch), steps_per_epoch):
+                mine = indices[place * share.videos : (place + 1) * share.videos][rank::world]
+                yield from ((epoch, index) for index in mine[: share.forward * share.accum])
+
+    return iter(
+        DataLoader(
+            data,
+            share.forward,
+            sampler=order(),
+            num_workers=args.workers,
+            collate_fn=collate,
+            pin_memory=args.device == "cuda",
+            worker_init_fn=init_loader,
+        )
+    )
+
+
+def add_run_flags(add):
+    """The flags of a Run, for train.py and eval.py finetune."""
+    add(
+        "--save-steps",
+        type=int,
+        default=0,
+        help="steps between checkpoints (0: none between epochs)",
+    )
+    add(
+        "--save-minutes",
+        type=float,
+        default=10,
+        help="minutes between checkpoints (0: none between epochs)",
+    )
+    add(
+        "--keep", type=int, default=0, help="how many checkpoints stay as step-N.pt, beside last.pt"
+    )
+    yes_no = argparse.BooleanOptionalAction
+    add("--resume", action=yes_no, default=True, help="go on from the run folder's last.pt")
+
+
+RUN_FLAGS = "save_steps", "save_minutes", "keep"
+
+
+def check_flags(args, *, positive=(), not_negative=()):
+    """ValueError that names the first of these flags, of those that there are, with a value that
+    cannot be."""
+    for name in (*positive, *not_negative):
+        value = getattr(args, name, 1)
+        if value < 0 or value == 0 and name in positive:
+            flag, must = (
+                name.replace("_", "-"),
+                "be positive" if name in positive else "not be negative",
+            )
+            raise ValueError(f"--{flag} {value}: must {must}")
+
+
+def load_last(args):
+    """The checkpoint from which the run in --out goes on, None if it begins. The same one for all
+    processes: a ValueError where a machine sees another."""
+    path = Path(args.out) / "last.pt"
+    saved = weights.load_file(path) if args.resume and path.exists() else None
+    if saved and not {"args", "step", "videos"} <= saved.keys():
+        raise ValueError(
+            f"{path}: not a checkpoint that a run goes on from; another --out, or --no-resume"
+        )
+    steps = gather_objects(saved["step"] if saved else 0)
+    if len(set(steps)) > 1:
+        here = steps[rank_and_world()[0]]
+        raise ValueError(
+            f"{path}: holds step {here} here, {steps[0]} for process 0: machines share --out"
+        )
+    return saved
+
+
+def refuse_another_run(args, then, now, keys):
+    """ValueError if what the run in --out was made with differs in one of the keys."""
+    changed = [f"{key} {then.get(key)} -> {now[key]}" for key in keys if then.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{args.out}/last.pt is of another run ({', '.join(changed)}): another --out, or "
+            "--no-resume to start over"
+        )
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Within it an OSError, such as a full disk's, names `path`, which by itself it does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot be written: {error.strerror or error}", str(path)
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb", **more):
+    """Yields a file beside `path` to write to, then flushes and renames it: whatever happens,
+    `path` is whole."""
+    partial = Path(f"{path}.partial")
+    with naming(path):
+        try:
+            with open(partial, mode, **more) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _append(path, text):
+    with naming(path), open(path, "a") as file:
+        file.write(text)
+
+
+def append_log(path, line):
+    """Adds a dict to a file of JSON lines."""
+    _append(path, json.dumps(line) + "\n")
+
+
+def _cut_log(path, step):
+    """Drops the lines after `step`: those steps will be taken again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with replacing(path, "w") as file:
+        file.write("".join(kept))
+
+
+def save_checkpoint(path, *, keep=0, **state):
+    """Writes `state` to `path`. With keep, a link to it stays as step-N.pt, and only the newest
+    `keep` of these do."""
+    with replacing(path) as file:
+        torch.save(state, file)
+    if keep:
+        numbered = path.with_name(f"step-{state['step']:08}.pt")
+        numbered.unlink(missing_ok=True)
+        os.link(path, numbered)
+        written = sorted(path.parent.glob("step-*.pt"), key=lambda file: file.stat().st_mtime)
+        for old in written[:-keep]:
+            old.unlink()
+
+
+MAX_NON_FINITE = 10  # steps in a row without finite numbers before a run stops
+
+
+class Run:
+    """A training run: its folder and log, where it stands, and when it saves, leaves out a step,
+    stops. Inside `with`, SIGTERM asks it to save and stop. All processes call agree, log and save
+    together."""
+
+    def __init__(self, args, step, steps_per_epoch):
+        self.args, self.step, self.steps_per_epoch = args, step, steps_per_epoch
+        self.total = args.epochs * steps_per_epoch
+        self.out = Path(args.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.rank, self.world = rank_and_world()
+        if self.rank == 0:
+            _cut_log(self.out / "log.jsonl", step)
+        self.skipped = 0  # steps in a row
+        self.signalled = self.stopping = False
+        self.saved_step, self.saved_at = step, time.monotonic()
+        self.bar = progress(total=self.total, initial=step, unit="step", disable=self.rank > 0)
+
+    def __enter__(self):
+        def ask(*_):
+            self.signalled = True
+
+        self.before = signal.signal(signal.SIGTERM, ask)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.before)
+        self.bar.close()
+
+    def note_bad(self, bad):
+        """Lists videos that could not be read in bad_videos.txt, once each, with the reason."""
+        path = self.out / "bad_videos.txt"
+        if bad:
+            known = path.read_text() if path.exists() else ""
+            new = {video: why for video, why in bad if f"\n{video}\t" not in f"\n{known}"}
+            _append(path, "".join(f"{video}\t{why}\n" for video, why in new.items()))
+
+    def agree(self, sums, norms, videos):
+        """Losses and counts of this process's step (n,), norms of the gradient, the step's videos
+        -> sums over all processes, and, if a number of any process is not finite, the videos to
+        blame: then every process must leave the step out. They are those of the processes whose
+        first sum is not finite, or of all if there is none."""
+        suspect = not sums[0].isfinite()
+        broken = not sums.isfinite().all() or not all(map(math.isfinite, norms))
+        sums = torch.cat([sums, sums.new_tensor([broken, suspect, self.signalled])])
+        if self.world > 1:
+            dist.all_reduce(sums)
+        *_, broken, suspects, signalled = sums.tolist()
+        self.stopping = signalled > 0
+        blamed = gather_objects(videos if suspect or not suspects else []) if broken else []
+        return sums[:-3], sorted(set(itertools.chain(*blamed)))
+
+    def log(self, line, blamed=()):
+        """Ends a step: its line in log.jsonl. ValueError after too many in a row without finite
+        numbers."""
+        self.step += 1
+        self.skipped = self.skipped + 1 if blamed else 0
+        line = {key: value if math.isfinite(value) else None for key, value in line.items()}
+        self.bar.set_postfix(
+            {key: line[key] for key in ("mae", "vt", "loss", "wait") if key in line}, refresh=False
+        )
+        self.bar.update()
+        if self.rank == 0:
+            append_log(self.out / "log.jsonl", line | ({"skipped": blamed} if blamed else {}))
+        if self.skipped == MAX_NON_FINITE:
+            raise ValueError(
+                f"step {self.step}: {self.skipped} in a row without a finite loss and gradient, "
+                f"the videos are in {self.out}/log.jsonl; {self.out}/last.pt is as it was, of "
+                f"step {self.saved_step}"
+            )
+
+    def save(self, state):
+        """Writes last.pt, state() and all, if that is due: at the end of an epoch, after
+        --save-steps or --save-minutes, when asked to stop (then SystemExit); not between steps that
+        were left out."""
+        args, last = self.args, self.step == self.total
+        due = self.step % self.steps_per_epoch == 0 or self.stopping
+        due |= args.save_steps > 0 and self.step % args.save_steps == 0
+        due |= args.save_minutes > 0 and time.monotonic() - self.saved_at >= 60 * args.save_minutes
+        if due and (last or not self.skipped):
+            if self.rank == 0:
+                save_checkpoint(self.out / "last.pt", keep=args.keep, step=self.step, **state())
+            self.saved_step, self.saved_at = self.step, time.monotonic()
+        if self.stopping and not last:
+            if self.world > 1:
+                dist.barrier()  # until process 0 has written
+            self.bar.close()
+            if self.rank == 0:
+                print(
+                    f"stopped by SIGTERM; {self.out}/last.pt holds step {self.saved_step}",
+                    file=sys.stderr,
+                )
+            sys.exit(
+                128 + signal.SIGTERM
+            )  # as for a process that the signal ends: the run is not finished
+
+
+def last_line(error):
+    """What an exception says, in one line: a loader process puts its traceback in front of the
+    message."""
+    if isinstance(error, torch.OutOfMemoryError):  # followed by a page of advice
+        return ". ".join(str(error).split(". ")[:2])
+    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return text.removeprefix("dataset.VideoError: ").removeprefix("ValueError: ")
+
+
+@contextlib.contextmanager
+def one_line_errors(script, less):
+    """For a script's main: a user's mistake is one line and exit code 1, and so is a lack of
+    memory, with what needs `less`; anything else keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{script}: {last_line(error)}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{script}: {last_line(error)}; what needs less: {less}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ==================================================================================================
+# Command line.
+# ==================================================================================================
 
 
 def check_args(args):
@@ -54,9 +526,9 @@ def check_args(args):
         "clip_grad",
         "workers",
         "seed",
-        *tgmae.RUN_FLAGS,
+        *RUN_FLAGS,
     )
-    tgmae.check_flags(args, positive=positive, not_negative=not_negative)
+    check_flags(args, positive=positive, not_negative=not_negative)
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
     if not (args.mae or args.vt):
@@ -160,7 +632,7 @@ def parse_args(argv=None):
     add("--compile", action=yes_no, default=False, help="torch.compile encoder and decoder")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
     add("--out", default=argparse.SUPPRESS, help="run folder (runs/DATA-MASK...)")
-    tgmae.add_run_flags(add)
+    add_run_flags(add)
     args = parser.parse_args(argv)
 
     given, defaults = vars(args), TOY if args.data == "toy" else REAL
@@ -195,29 +667,31 @@ class Clips(TrainingClips):
         generator = torch.Generator().manual_seed(seed)
         motion = args.mask == "mgm"
         with (
-            tgmae.open_video(record["path"], motion=motion) as video,
+            dataset.open_video(record["path"], motion=motion) as video,
             warnings.catch_warnings(record=True) as caught,
         ):
-            warnings.simplefilter("always", tgmae.NoMotionVectors)
-            span = tgmae.frame_range(video, record.get("start"), record.get("end"))
-            numbers = tgmae.clip_indices(*span, c.num_frames, args.stride, generator=generator)
-            read = tgmae.read_clip(video, numbers, motion=motion)
+            warnings.simplefilter("always", dataset.NoMotionVectors)
+            span = dataset.frame_range(video, record.get("start"), record.get("end"))
+            numbers = dataset.clip_indices(*span, c.num_frames, args.stride, generator=generator)
+            read = dataset.read_clip(video, numbers, motion=motion)
         frames, motion = read if motion else (read, None)
         chosen = self.draw_captions(record, args.repeat, generator)
         text_map = None
         if self.text_from == "maps":
-            text_map = tgmae.read_map(record["map_path"], record["captions"], args.clip)
+            text_map = dataset.read_map(record["map_path"], record["captions"], args.clip)
         videos, masks = [], []
         for i in range(args.repeat):  # clips of the same frames
-            crop = tgmae.multi_scale_crop(frames.shape[1:3], flip=args.flip, generator=generator)
-            videos.append(tgmae.crop_frames(frames, crop, c.image_size))
+            crop = dataset.multi_scale_crop(frames.shape[1:3], flip=args.flip, generator=generator)
+            videos.append(dataset.crop_frames(frames, crop, c.image_size))
             if args.mask == "tube":
                 scores = tgmae.tube_scores(1, c.grid, generator=generator)
             elif args.mask == "mgm":
-                scores = tgmae.motion_scores(tgmae.crop_motion(motion, crop, c.grid)[None], c.grid)
+                scores = tgmae.motion_scores(
+                    dataset.crop_motion(motion, crop, c.grid)[None], c.grid
+                )
             elif text_map:
                 firsts = numbers[:: c.tubelet_size]
-                scores = tgmae.map_scores(
+                scores = dataset.map_scores(
                     text_map, chosen[i], firsts, crop, frames.shape[1:3], c.grid
                 )[None]
             else:
@@ -235,7 +709,7 @@ class Clips(TrainingClips):
             "name": record["video"],
             "group": place,
             "seed": seed,
-            "no_motion": any(w.category is tgmae.NoMotionVectors for w in caught),
+            "no_motion": any(w.category is dataset.NoMotionVectors for w in caught),
         }
 
     def draw_captions(self, record, count, generator):
@@ -343,7 +817,7 @@ weight_decay seed epochs repeat""".split()
 
 def settings(args, data):
     """What args.json and checkpoints keep of a run."""
-    world = tgmae.rank_and_world()[1]
+    world = rank_and_world()[1]
     own = {
         "clips": len(data),
         "text_from": data.text_from,
@@ -358,7 +832,7 @@ def go_on(saved, model, optimizer, args, data):
     processes it was."""
     config = asdict(model.config)
     now = settings(args, data) | config
-    tgmae.refuse_another_run(args, saved["args"] | saved["config"], now, (*SAME, *config))
+    refuse_another_run(args, saved["args"] | saved["config"], now, (*SAME, *config))
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     found = saved["step"], saved["args"]["world"]
@@ -367,12 +841,41 @@ def go_on(saved, model, optimizer, args, data):
 
 
 @torch.no_grad()
+def reconstruct(video, mask, pred, config):
+    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), pred (B,Nm,P) of TGMAE.forward, or None ->
+    dict of videos (B,3,T,H,W) in [0,1]: `clip`, `masked` (in grey), and with pred `reconstructed`,
+    in which masked cubes have their true mean and std put back, and `predicted`, in which they have
+    not: 0.5 + pred/6 (4.7). Without norm_pix_loss these two are the same."""
+    c = config
+    std, mean = (
+        video.new_tensor(v).view(3, 1, 1, 1) for v in (tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN)
+    )
+    cubes = tgmae.patchify(
+        video * std + mean, c.patch_size, c.tubelet_size
+    )  # (B,N,P), pixels in [0,1]
+    _, ids_mask = tgmae.split_mask(mask, video.device)
+    ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)  # (B,Nm,P)
+    volumes = {"clip": cubes, "masked": cubes.scatter(1, ids_mask, 0.5)}
+    if pred is not None:
+        _, mean, std = tgmae.reconstruction_target(video, mask, c)
+        pixels = (pred.unflatten(-1, (-1, 3)) * std + mean).flatten(2)  # (B,Nm,P)
+        volumes["reconstructed"] = cubes.scatter(1, ids_mask, pixels)
+        volumes["predicted"] = cubes.scatter(
+            1, ids_mask, 0.5 + pred / 6 if c.norm_pix_loss else pixels
+        )
+    return {
+        name: tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size).clamp(0, 1)
+        for name, volume in volumes.items()
+    }
+
+
+@torch.no_grad()
 def draw_samples(path, model, video, mask, captions, mae):
     """samples.png: for each clip its frames, the frames with the mask, and, if a decoder was
     trained, the reconstruction, in which masked cubes have their own mean and std put back."""
     c = model.config
     model.eval()
-    videos = tgmae.reconstruct(video, mask, model(video, mask)["pred"].float() if mae else None, c)
+    videos = reconstruct(video, mask, model(video, mask)["pred"].float() if mae else None, c)
     names = [name for name in ("clip", "masked", "reconstructed") if name in videos]
     every = max(1, c.num_frames // 8)  # at most 8 frames side by side
     rows = torch.stack([videos[name][:, :, ::every] for name in names], 1)  # (B, rows, C, t, S, S)
@@ -414,8 +917,8 @@ def find_maps(args, manifest, records):
     )
     if gone:
         raise ValueError(f"{gone}: no such text map; {again}")
-    first = tgmae.read_map(records[0]["map_path"], records[0]["captions"])
-    wanted = tgmae.clip_name(args.clip, args.clip_pretrained)
+    first = dataset.read_map(records[0]["map_path"], records[0]["captions"])
+    wanted = dataset.clip_name(args.clip, args.clip_pretrained)
     if args.clip_given and not first.clip.startswith(wanted + " "):
         raise ValueError(
             f"--clip: {wanted} is not the CLIP of the text maps, {first.clip}; {again}, with "
@@ -427,9 +930,9 @@ def find_maps(args, manifest, records):
 
 def load_data(args, rank, world):
     """-> training records, validation records or None, and where text comes from: see Clips."""
-    manifest = toy.manifest_of(args.data)
-    records = tgmae.read_manifest(manifest, args.split)
-    val = tgmae.read_manifest(manifest, args.val_split) if args.val_split else None
+    manifest = manifest_of(args.data)
+    records = dataset.read_manifest(manifest, args.split)
+    val = dataset.read_manifest(manifest, args.val_split) if args.val_split else None
     # VT is watched where that costs no download that nobody asked for: on the toy world, or with
     # --clip.
     with_text = args.mask == "tgm" or args.vt or args.data == "toy" or args.clip_given
@@ -472,14 +975,10 @@ def load_data(args, rank, world):
 def build_model(args, text_from, record, *, init=True):
     """-> model on the device, with the weights of --init unless init=False, and (clip, tokenizer),
     or None where there are text maps, or no text."""
-    clip = (
-        tgmae.load_clip(args.clip, args.clip_pretrained, args.device)
-        if text_from == "clip"
-        else None
-    )
+    clip = load_clip(args.clip, args.clip_pretrained, args.device) if text_from == "clip" else None
     config = replace(PRESETS[args.preset], temperature=args.temperature)
     if text_from:
-        maps = None if clip else tgmae.read_map(record["map_path"], record["captions"])
+        maps = None if clip else dataset.read_map(record["map_path"], record["captions"])
         text_dim = (tgmae.encode_text(*clip, ["a"]) if clip else maps.text).shape[1]
         config = replace(config, text_dim=text_dim)
     tgmae.topk_mask(
@@ -488,13 +987,13 @@ def build_model(args, text_from, record, *, init=True):
     torch.manual_seed(args.seed)
     model = tgmae.TGMAE(config)
     if args.init and init:
-        theirs, weights, _ = tgmae.load_checkpoint(args.init)
+        theirs, state, _ = weights.load_checkpoint(args.init)
         if theirs.text_dim != config.text_dim:  # its predictor was for another CLIP
-            weights = {
-                name: value for name, value in weights.items() if not name.startswith("predictor.")
+            state = {
+                name: value for name, value in state.items() if not name.startswith("predictor.")
             }
         try:
-            missing = model.load_state_dict(weights, strict=False).missing_keys
+            missing = model.load_state_dict(state, strict=False).missing_keys
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise ValueError(
@@ -509,7 +1008,7 @@ def build_model(args, text_from, record, *, init=True):
 
 def describe(args, model, data, share, steps_per_epoch, step, processes_then):
     """Prints what the run is, and, if it goes on from `step`, of how many processes it was."""
-    world = tgmae.rank_and_world()[1]
+    world = rank_and_world()[1]
     c = model.config
     count = {
         name: sum(p.numel() for p in part.parameters()) / 1e6
@@ -564,7 +1063,7 @@ def validate(net, data, clip, args, rank, world):
         num_workers=args.workers,
         collate_fn=collate,
         drop_last=True,
-        worker_init_fn=tgmae.init_loader,
+        worker_init_fn=init_loader,
     )
     losses = []
     for batch in loader:
@@ -610,7 +1109,7 @@ def log_line(args, text_from, world, sums, step, epoch, lr, norm, took, waited):
 
 
 def train(args, share, saved, model, clip, data, val):
-    rank, world = tgmae.rank_and_world()
+    rank, world = rank_and_world()
     steps_per_epoch = len(data) // share.videos
     # Both rates, like VideoMAE's, are given per 256 clips.
     peak, last = (rate * share.videos * args.repeat / 256 for rate in (args.blr, args.min_lr))
@@ -624,11 +1123,8 @@ def train(args, share, saved, model, clip, data, val):
     ):  # each by itself: between them the mask's counts are read, which breaks a graph
         model.encoder.compile()
         model.decoder.compile()
-    net = model
-    if (
-        world > 1
-    ):  # no device_ids: inputs stay where they are; the predictor's buffers are equal anyway
-        net = DistributedDataParallel(model, broadcast_buffers=False)
+    # No device_ids: the mask stays on the CPU.
+    net = DistributedDataParallel(model) if world > 1 else model
     clipped = clip_together(model, args)
 
     def state():
@@ -641,12 +1137,12 @@ def train(args, share, saved, model, clip, data, val):
             "args": settings(args, data),
         }
 
-    with tgmae.Run(args, step, steps_per_epoch) as run:
+    with Run(args, step, steps_per_epoch) as run:
         if rank == 0:
             (run.out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
-        stream = tgmae.training_batches(data, share, args, step, steps_per_epoch, collate)
+        stream = training_batches(data, share, args, step, steps_per_epoch, collate)
         while run.step < run.total:
-            lr = tgmae.learning_rate(run.step, warmup, run.total, peak, last)
+            lr = learning_rate(run.step, warmup, run.total, peak, last)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
@@ -691,9 +1187,7 @@ def train(args, share, saved, model, clip, data, val):
             if val and run.step % steps_per_epoch == 0:
                 losses = validate(net, val, clip, args, rank, world)
                 if rank == 0:
-                    tgmae.append_log(
-                        run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **losses}
-                    )
+                    append_log(run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **losses})
             run.save(state)
 
 
@@ -734,13 +1228,11 @@ def finish(args, model, clip, data):
 def main(argv=None):
     less = "a smaller --batch-size (with a larger --accum), --grad-checkpointing, --amp, "
     less += "a smaller --preset"
-    with tgmae.one_line_errors("train.py", less):
+    with one_line_errors("train.py", less):
         args = parse_args(argv)
-        rank, world = tgmae.start_processes(args)
-        saved = tgmae.load_last(args)
-        share = tgmae.share_step(
-            args.batch_size // args.repeat, args.accum, saved and saved["videos"]
-        )
+        rank, world = start_processes(args)
+        saved = load_last(args)
+        share = share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
         args.batch_size, args.accum = share.forward * args.repeat, share.accum
         records, val, text_from = load_data(args, rank, world)
         model, clip = build_model(args, text_from, records[0], init=not saved)

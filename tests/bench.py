@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import captions
+import dataset
 import tgmae
 import toy
 import train
@@ -298,18 +299,18 @@ SPAN, STRIDE = 64, 4  # frames that a clip covers, one in STRIDE of them is take
 
 
 def resized(frames, crop):
-    return tgmae.crop_frames(frames, crop, 224)
+    return dataset.crop_frames(frames, crop, 224)
 
 
 def ours(path, start, crop, motion=False):
     """As train.py reads a clip; the file's packets are counted anew each time."""
-    tgmae._INDICES.clear()
-    with tgmae.open_video(path, motion=motion) as video:
-        tgmae.frame_range(video)
-        read = tgmae.read_clip(video, range(start, start + SPAN, STRIDE), motion=motion)
+    dataset._INDICES.clear()
+    with dataset.open_video(path, motion=motion) as video:
+        dataset.frame_range(video)
+        read = dataset.read_clip(video, range(start, start + SPAN, STRIDE), motion=motion)
     resized(read[0] if motion else read, crop)
     if motion:
-        tgmae.motion_scores(tgmae.crop_motion(read[1], crop, (8, 14, 14))[None], (8, 14, 14))
+        tgmae.motion_scores(dataset.crop_motion(read[1], crop, (8, 14, 14))[None], (8, 14, 14))
 
 
 def with_decord(path, start, crop):
@@ -328,7 +329,7 @@ def with_torchcodec(path, start, crop):
 
 def bare_decode(path, start, crop):
     """libav from the nearest key frame on, frames thrown away."""
-    (index,) = tgmae._INDICES.values()  # whoever came before has counted the frames
+    (index,) = dataset._INDICES.values()  # whoever came before has counted the frames
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -365,7 +366,7 @@ def bench_load(folder, args):
         for gop in (250, 12):
             path = folder / f"{height}-{gop}.mp4"
             toy.write_video(path, clip, fps=30, options={"crf": "23", "g": str(gop)})
-            crop = tgmae.Crop(
+            crop = dataset.Crop(
                 height // 16, width // 8, int(0.875 * height), int(0.875 * height), True
             )
             each = [
@@ -402,7 +403,7 @@ def manifest_of(path, count, **record):
 def clips_of(path, count, *flags):
     manifest = manifest_of(path, count)
     args = train.parse_args(["--data", str(manifest), *map(str, flags)])
-    return train.Clips(tgmae.read_manifest(manifest), tgmae.PRESETS["base"], args, text_from=None)
+    return train.Clips(dataset.read_manifest(manifest), tgmae.PRESETS["base"], args, text_from=None)
 
 
 def repeats(path, name, args):
@@ -469,7 +470,7 @@ def loading_step(data, mask, args, *flags):
     words = f"--data {data} --mask {mask} --mask-ratio 0.6 --vt --batch-size {args.batch}"
     words += f" --preset {args.preset}"
     made = train.parse_args([*words.split(), "--device", args.device, *flags])
-    records, _, text = train.load_data(made, *tgmae.start_processes(made))
+    records, _, text = train.load_data(made, *train.start_processes(made))
     model, clip = train.build_model(made, text, records[0])
     clips, optimizer = (
         train.Clips(records, model.config, made, text_from=text),

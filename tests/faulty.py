@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-import tgmae  # noqa: E402
+import train  # noqa: E402
 
 
 def die():
@@ -51,7 +51,7 @@ def dies_at(moment, number):
 
 
 def poisons(name):
-    load = tgmae.TrainingClips.__getitem__
+    load = train.TrainingClips.__getitem__
 
     def loads(self, key):
         sample = load(self, key)
@@ -59,7 +59,7 @@ def poisons(name):
             sample["video"] = sample["video"] * math.nan
         return sample
 
-    tgmae.TrainingClips.__getitem__ = loads
+    train.TrainingClips.__getitem__ = loads
 
 
 def unexpected():
@@ -67,14 +67,14 @@ def unexpected():
 
 
 def after_step(step, happens):
-    log = tgmae.Run.log
+    log = train.Run.log
 
     def logs(run, *rest):
         log(run, *rest)
         if run.step == step:
             happens()
 
-    tgmae.Run.log = logs
+    train.Run.log = logs
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import TINY  # noqa: E402
 
 import tgmae  # noqa: E402
-import train  # noqa: E402
+import train  # noqa: E402  # noqa: E402
 
 
 def main(out):
@@ -35,7 +35,7 @@ def main(out):
         model.zero_grad()
         model.predictor.requires_grad_(vt)
         if world > 1:
-            net = DistributedDataParallel(model, broadcast_buffers=False)
+            net = DistributedDataParallel(model)
         result = net(video[mine], mask[mine], text[mine] if vt else None, groups=groups[mine])
         (result["mae"] + result.get("vt", 0)).backward()
         mae = result["mae"].detach().clone()
@@ -64,7 +64,7 @@ def main(out):
         model = tgmae.TGMAE(config).double()
         train.freeze_unused(model, args, has_text)
         optimizer = train.make_optimizer(model, args)
-        net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+        net = DistributedDataParallel(model) if world > 1 else model
         for group in optimizer.param_groups:
             group["lr"] = 1e-2
         losses = []

@@ -16,6 +16,7 @@ from conftest import ROOT
 from test_ranks import torchrun
 
 import captions
+import dataset
 import tgmae
 import toy
 
@@ -349,7 +350,7 @@ def test_folder_and_check(tree, tmp_path, capsys):
 
 def test_annotation_mistakes_name_file_and_line(tree, tmp_path):
     good = "label,youtube_id,time_start,time_end,split\n"
-    for files, dataset, reason in (
+    for files, name, reason in (
         ({}, "k400", "there is no train.csv or validate.csv or val.csv or test.csv"),
         ({"train.csv": "label,youtube_id\na,b\n"}, "k400",
          "train.csv:2: 'split' is unknown or missing"),
@@ -376,7 +377,7 @@ def test_annotation_mistakes_name_file_and_line(tree, tmp_path):
         ({"train.txt": "word\n"}, "list", "train.txt:1: not `path label`"),
     ):  # fmt: skip
         root = tree(files | {"video.mp4": None}, root=f"case{random.random()}")
-        assert reason in fails("index", dataset, root, "--out", tmp_path / "x.jsonl"), files
+        assert reason in fails("index", name, root, "--out", tmp_path / "x.jsonl"), files
     assert "nowhere: no such folder" in fails("index", tmp_path / "nowhere")
     assert not (tmp_path / "x.jsonl").exists()
 
@@ -500,7 +501,7 @@ def test_blip2(manifest, blip2, tmp_path, capsys, monkeypatch):
         Blip2Processor.from_pretrained(blip2),
     )
     for record in said[1:5]:
-        frames = tgmae.read_clip(str(tmp_path / record["video"]), [4, 12, 20])
+        frames = dataset.read_clip(str(tmp_path / record["video"]), [4, 12, 20])
         for text, frame in zip(record["captions"], frames, strict=True):
             pixels = processor(images=frame.permute(2, 0, 1), return_tensors="pt")["pixel_values"]
             expected = processor.decode(
@@ -634,25 +635,25 @@ def test_map_equals_online_scores(world, manifest, tmp_path, monkeypatch):
     data = manifest(3)
     run("maps", data, *map_flags(world))
     clip = tgmae.load_clip(f"local-dir:{world / 'clip'}")
-    for record in tgmae.read_manifest(data):
-        found = tgmae.read_map(record["map_path"], record["captions"])
+    for record in dataset.read_manifest(data):
+        found = dataset.read_map(record["map_path"], record["captions"])
         assert found.similarity.shape == (3, 6, 8, 8) and found.similarity.dtype == torch.float16
         assert found.frames.tolist() == [0, 4, 8, 12, 16, 20] and found.text.shape == (3, 64)
         assert found.size == found.resized == (64, 64) and found.patch_size == 8
-        frames = tgmae.read_clip(record["path"], found.frames.tolist())
+        frames = dataset.read_clip(record["path"], found.frames.tolist())
         for number, caption in enumerate(record["captions"]):
             text = tgmae.encode_text(*clip, [caption])
             torch.testing.assert_close(found.text[number].float(), text[0], atol=1e-3, rtol=0)
             for crop in (
-                tgmae.Crop(0, 0, 64, 64),
-                tgmae.Crop(16, 24, 32, 32),
-                tgmae.Crop(8, 0, 40, 40),
+                dataset.Crop(0, 0, 64, 64),
+                dataset.Crop(16, 24, 32, 32),
+                dataset.Crop(8, 0, 40, 40),
             ):
-                video = tgmae.normalize(tgmae.crop_frames(frames, crop, crop.height)[None])
+                video = tgmae.normalize(dataset.crop_frames(frames, crop, crop.height)[None])
                 online = tgmae.text_scores(clip[0], video, text, 8, 1)[0]
-                cropped = tgmae.crop_map(found.similarity[number], crop, found.size, online.shape)
+                cropped = dataset.crop_map(found.similarity[number], crop, found.size, online.shape)
                 torch.testing.assert_close(cropped, online, atol=1e-3, rtol=0)
-                mirrored = tgmae.crop_map(
+                mirrored = dataset.crop_map(
                     found.similarity[number], crop._replace(flip=True), found.size, online.shape
                 )
                 assert torch.equal(mirrored, cropped.flip(-1))  # CLIP saw the patches as they were
@@ -665,8 +666,8 @@ def test_map_equals_online_scores(world, manifest, tmp_path, monkeypatch):
 def test_crop_map_between_cells():
     """Bilinear at the centre of each patch of the crop, by a naive loop."""
     similarity = torch.randn(2, 5, 7).double()
-    crop, size, grid = tgmae.Crop(13, 31, 90, 60, flip=True), (100, 140), (2, 3, 4)
-    cropped = tgmae.crop_map(similarity, crop, size, grid)
+    crop, size, grid = dataset.Crop(13, 31, 90, 60, flip=True), (100, 140), (2, 3, 4)
+    cropped = dataset.crop_map(similarity, crop, size, grid)
     for s in range(2):
         for i in range(3):
             for j in range(4):
@@ -682,32 +683,35 @@ def test_crop_map_between_cells():
                 assert cropped[s, i, 3 - j].item() == pytest.approx(value, abs=1e-5)
 
 
-def test_masks_from_maps_cover_what_online_masks_cover(world, tmp_path):
+@pytest.mark.slow
+def test_masks_from_maps_cover_what_online_masks_cover(full_world, tmp_path):
     """Random crops, flips and times of the 200 test clips: within two points of online masks, at
     both ratios."""
     data = tmp_path / "test.jsonl"
-    made = tgmae.read_manifest(world / "manifest.jsonl", "test")
+    made = dataset.read_manifest(full_world / "manifest.jsonl", "test")
     captions.write_manifest(data, [{"video": r["path"], "captions": r["captions"]} for r in made])
-    run("maps", data, *map_flags(world))
-    config, truth = tgmae.PRESETS["toy"], toy.read_truth(world)
+    run("maps", data, *map_flags(full_world))
+    config, truth = tgmae.PRESETS["toy"], toy.read_truth(full_world)
     generator = torch.Generator().manual_seed(0)
     videos, texts, from_map, areas = [], [], [], []
-    for i, (record, original) in enumerate(zip(tgmae.read_manifest(data), made)):
-        numbers = tgmae.clip_indices(0, toy.FRAMES, config.num_frames, 4, generator=generator)
-        crop = tgmae.multi_scale_crop((toy.SIZE, toy.SIZE), generator=generator)
+    for i, (record, original) in enumerate(zip(dataset.read_manifest(data), made)):
+        numbers = dataset.clip_indices(0, toy.FRAMES, config.num_frames, 4, generator=generator)
+        crop = dataset.multi_scale_crop((toy.SIZE, toy.SIZE), generator=generator)
         videos.append(
-            tgmae.crop_frames(tgmae.read_clip(record["path"], numbers), crop, config.image_size)
+            dataset.crop_frames(dataset.read_clip(record["path"], numbers), crop, config.image_size)
         )
-        found = tgmae.read_map(record["map_path"], record["captions"])
+        found = dataset.read_map(record["map_path"], record["captions"])
         texts.append(found.text[i % 3])
-        from_map.append(tgmae.map_scores(found, i % 3, numbers[::2], crop, found.size, config.grid))
+        from_map.append(
+            dataset.map_scores(found, i % 3, numbers[::2], crop, found.size, config.grid)
+        )
         actor = np.repeat(truth[original["video"]][0, numbers, :, :, None], 3, axis=-1)
         areas.append(
-            tgmae.crop_frames(
+            dataset.crop_frames(
                 torch.from_numpy(actor.astype(np.uint8) * 255), crop, config.image_size
             )
         )
-    clip = tgmae.load_clip(f"local-dir:{world / 'clip'}")[0]
+    clip = tgmae.load_clip(f"local-dir:{full_world / 'clip'}")[0]
     online = tgmae.text_scores(clip, tgmae.normalize(torch.stack(videos)), torch.stack(texts), 8, 2)
     area = tgmae.patchify(torch.stack(areas).float(), 8, 2).mean(-1)  # (B,N)
     for ratio in (0.25, 0.6):
@@ -728,8 +732,8 @@ def test_wide_frames_keep_whole_patches(world, tmp_path):
         '{"video": "wide.mp4", "captions": ["a"], "start": 0.5, "end": 1.4}\n'
     )
     run("maps", tmp_path / "w.jsonl", *map_flags(world))
-    record = tgmae.read_manifest(tmp_path / "w.jsonl")[0]
-    found = tgmae.read_map(record["map_path"], ["a"])
+    record = dataset.read_manifest(tmp_path / "w.jsonl")[0]
+    found = dataset.read_map(record["map_path"], ["a"])
     assert found.similarity.shape == (1, 3, 8, 17) and found.frames.tolist() == [6, 10, 14]
     assert (found.size, found.resized) == ((48, 100), (64, 136))
 
@@ -752,15 +756,15 @@ def test_stale_maps(world, manifest, tmp_path, capsys):
     with pytest.raises(
         ValueError, match=f"{paths[0].name}: not a whole text map .*maps makes it anew"
     ):
-        tgmae.read_map(paths[0], records(data)[0]["captions"])
+        dataset.read_map(paths[0], records(data)[0]["captions"])
     with pytest.raises(ValueError, match="a text map of other captions"):
-        tgmae.read_map(paths[2], ["something else"])
+        dataset.read_map(paths[2], ["something else"])
     captions.write_manifest(
         data, [*records(data)[:2], records(data)[2] | {"captions": ["a blue star"]}]
     )
     run("maps", data, *map_flags(world))
     assert paths[0].read_bytes() == whole[0] and paths[1].stat().st_mtime_ns == times[1]
-    assert tgmae.read_map(paths[2], ["a blue star"]).text.shape[0] == 1
+    assert dataset.read_map(paths[2], ["a blue star"]).text.shape[0] == 1
     for flags, what in (
         ([*map_flags(world)[:-1], 2], "npz: frames [0, 4"),
         (map_flags(world)[:2], "npz: size [64, 64], now [224"),
@@ -768,7 +772,7 @@ def test_stale_maps(world, manifest, tmp_path, capsys):
         said = fails("maps", data, *flags)
         assert what in said and "--force makes all anew" in said
     run("maps", data, *map_flags(world)[:-1], 2, "--force")
-    assert tgmae.read_map(paths[1], records(data)[1]["captions"]).similarity.shape[1] == 12
+    assert dataset.read_map(paths[1], records(data)[1]["captions"]).similarity.shape[1] == 12
 
 
 def test_maps_of_bad_videos(world, manifest, tmp_path, capsys):
@@ -819,7 +823,7 @@ def undisturbed(world, blip2, tmp_path_factory):
 
     def fresh(name):
         folder = tmp_path_factory.mktemp(name)
-        made = tgmae.read_manifest(world / "manifest.jsonl", "train")[:24]
+        made = dataset.read_manifest(world / "manifest.jsonl", "train")[:24]
         captions.write_manifest(
             folder / "some.jsonl", [{"video": r["path"], "label": r["label"]} for r in made]
         )
@@ -837,6 +841,7 @@ def undisturbed(world, blip2, tmp_path_factory):
     return fresh, everything(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_work(processes, undisturbed):
     fresh, whole = undisturbed
@@ -847,6 +852,7 @@ def test_processes_share_the_work(processes, undisturbed):
     assert_same(whole, everything(folder))
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_run_again(undisturbed):
     """SIGKILL at ten random moments of the work, five in each command: the outcome of an
     undisturbed run."""
@@ -951,8 +957,8 @@ def test_the_manifest_may_be_edited_meanwhile(world, manifest, monkeypatch):
     run("maps", data, *map_flags(world))
     one, two, new = records(data)
     assert "maps" in one and "maps" in two and two["mine"] == 1 and new == {"video": "new.mp4"}
-    for record in tgmae.read_manifest(data)[:2]:
-        tgmae.read_map(record["map_path"], record["captions"])
+    for record in dataset.read_manifest(data)[:2]:
+        dataset.read_map(record["map_path"], record["captions"])
 
 
 def test_names_that_are_no_utf8(tmp_path, clip_file):
@@ -966,5 +972,5 @@ def test_names_that_are_no_utf8(tmp_path, clip_file):
         pytest.skip("this file system takes UTF-8 names only")
     run("index", tmp_path / "v", "--out", tmp_path / "n.jsonl", "--check")
     run("caption", tmp_path / "n.jsonl", "--source", "label")
-    (record,) = tgmae.read_manifest(tmp_path / "n.jsonl")
-    assert os.fsencode(record["path"]) == name and tgmae.probe_video(record["path"]).frames == 50
+    (record,) = dataset.read_manifest(tmp_path / "n.jsonl")
+    assert os.fsencode(record["path"]) == name and dataset.probe_video(record["path"]).frames == 50

@@ -20,12 +20,12 @@ from conftest import ROOT, TINY
 from test_ranks import torchrun
 
 import captions
+import dataset
 import tgmae
 import train
 
 FAULTY = Path(__file__).with_name("faulty.py")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-short, slow = pytest.mark.short, pytest.mark.slow
 
 
 def log(folder):
@@ -95,7 +95,7 @@ def assert_same_run(one, other):
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "start.pt"
     config = tgmae.Config(**TINY)
-    tgmae.save_checkpoint(
+    train.save_checkpoint(
         path, config=vars(config), model=tgmae.TGMAE(config).state_dict(), args={}
     )
     return path
@@ -104,7 +104,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(params=["train", "finetune"])
 def command(request, world, checkpoint, workdir, manifest):
     """A run of 48 steps with a held-out part, but for its --out."""
-    records = tgmae.read_manifest(world / "manifest.jsonl", "train")
+    records = dataset.read_manifest(world / "manifest.jsonl", "train")
     held = [
         {"video": r["path"], "captions": r["captions"], "label": r["label"], "split": "held"}
         for r in records[20:24]
@@ -154,8 +154,8 @@ def command(request, world, checkpoint, workdir, manifest):
 # ----------------------------------------------------------------------------------- kills, signals
 
 
-@pytest.mark.parametrize("kills", [pytest.param(4, marks=short), pytest.param(20, marks=slow)])
-def test_killed_at_any_moment(command, workdir, kills):
+@pytest.mark.slow
+def test_killed_at_any_moment(command, workdir, kills=20):
     """SIGKILL: three times in the writing of a checkpoint; then half of the times at any moment of
     the process, half while it trains. The end is that of an undisturbed run, bit for bit."""
     command = [*command, "--epochs", 4 + 2 * kills]  # 6 steps each
@@ -194,6 +194,7 @@ def test_killed_at_any_moment(command, workdir, kills):
     assert not list(Path("parts").glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_stops(command, workdir):
     """To all processes of the run, as a scheduler sends it; the loaders must not die before it has
     saved."""
@@ -214,6 +215,7 @@ def test_sigterm_saves_and_stops(command, workdir):
     assert_same_run("whole", "run")
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(command, workdir):
     process = start([*command, "--out", "run", "--workers", 2], workdir)
     wait_until(lambda: steps("run") >= 5, process)
@@ -224,6 +226,7 @@ def test_ctrl_c_leaves_no_process(command, workdir):
     wait_until(lambda: not of_group(process.pid), seconds=20)
 
 
+@pytest.mark.slow
 def test_an_unexpected_error_ends_the_run(command, workdir):
     """With its traceback, and with its loaders, which do not listen to SIGTERM."""
     process = start([FAULTY, "raise:8", *command, "--out", "run", "--workers", 2], workdir)
@@ -238,7 +241,7 @@ def test_an_unexpected_error_ends_the_run(command, workdir):
 def test_a_loader_whose_run_was_killed_before_it_watched(workdir, run_is_killed):
     def loader():
         time.sleep(0.5)
-        tgmae.init_loader()
+        train.init_loader()
         Path("goes on").touch()
 
     def run():
@@ -256,10 +259,10 @@ def test_save_often_and_keep(workdir, manifest):
     flags = ["--data", str(manifest(12)), "--preset", "toy", "--stride", "4", "--warmup-epochs",
              "0", "--batch-size", "2",
              "--workers", "0"]  # fmt: skip
-    written, save = [], tgmae.save_checkpoint
+    written, save = [], train.save_checkpoint
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            tgmae, "save_checkpoint", lambda path, **s: written.append(s["step"]) or save(path, **s)
+            train, "save_checkpoint", lambda path, **s: written.append(s["step"]) or save(path, **s)
         )
         train.main([*flags, "--epochs", "2", "--out", "a", "--save-steps", "4", "--keep", "2"])
         assert written == [4, 6, 8, 12]
@@ -290,17 +293,17 @@ def test_share_of_a_step(monkeypatch):
         (3, 64, 1, 128, (128, 42, 1)), (7, 64, 1, 512, (512, 36, 2)),  # 126 of 128, 504 of 512
         (5, 2, 3, 5, (5, 1, 1)),
     ):  # fmt: skip
-        monkeypatch.setattr(tgmae, "rank_and_world", lambda: (0, world))
-        assert tgmae.share_step(forward, accum, before) == share
+        monkeypatch.setattr(train, "rank_and_world", lambda: (0, world))
+        assert train.share_step(forward, accum, before) == share
     with pytest.raises(ValueError, match="5 processes cannot share a step of 4"):
-        tgmae.share_step(2, 1, 4)
+        train.share_step(2, 1, 4)
 
 
 def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
     """The videos of each step, of all processes together; 3 processes take 12 of 16, 2 forwards of
     2 each."""
 
-    class Numbers(tgmae.TrainingClips):
+    class Numbers(train.TrainingClips):
         def load(self, place, seed):
             return {"place": place}
 
@@ -309,9 +312,9 @@ def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
     for world in (1, 2, 3, 8):
         seen[world] = [set() for _ in range(6)]
         for rank in range(world):
-            monkeypatch.setattr(tgmae, "rank_and_world", lambda: (rank, world))
-            share = tgmae.share_step(4, 1, 16)
-            batches = list(tgmae.training_batches(data, share, args, 0, 3, list))
+            monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
+            share = train.share_step(4, 1, 16)
+            batches = list(train.training_batches(data, share, args, 0, 3, list))
             assert len(batches) == 6 * share.accum
             for i, batch in enumerate(batches):
                 mine = {sample["place"] for sample in batch}
@@ -322,6 +325,7 @@ def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
     assert len(set.union(*seen[1][:3])) == 48
 
 
+@pytest.mark.slow
 def test_other_processes_and_compiled(workdir, manifest):
     """2 processes, then 1 that compiles, then 3: the losses of one process all along."""
     flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube",
@@ -365,6 +369,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
     """torchrun --nnodes 1:2, two agents on loopback. A worker is killed: both start again from the
     last checkpoint. Then a node is: the other goes on alone, to the end."""
@@ -413,15 +418,15 @@ def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
 
 
 def test_machines_that_do_not_share_the_folder(monkeypatch, workdir):
-    monkeypatch.setattr(tgmae, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(train, "rank_and_world", lambda: (1, 2))
     monkeypatch.setattr(
-        tgmae.dist,
+        train.dist,
         "all_gather_object",
         lambda steps, mine: steps.__setitem__(slice(2), [120, mine]),
     )
     args = train.parse_args(["--data", "x.jsonl", "--out", "run"])
     with pytest.raises(ValueError, match="run/last.pt: holds step 0 here, 120 for process 0"):
-        tgmae.load_last(args)
+        train.load_last(args)
 
 
 # ------------------------------------------------------------------------ bad numbers, disk, memory
@@ -432,6 +437,7 @@ FEW = ("--epochs", "1", "--warmup-epochs", "0", "--preset", "toy", "--stride", "
        "--no-amp", "--batch-size", "2")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bad_numbers_on_one_of_two_processes(workdir, manifest):
     """Both leave the step out; the log names the videos of the process that had them."""
     data = manifest(12)
@@ -469,14 +475,14 @@ def test_bad_numbers_leave_the_statistics_alone(workdir, world, manifest, monkey
         video, mask, text = prepare(batch, clip, args, config)
         return (video if states else video * math.nan), mask, text
 
-    agree = tgmae.Run.agree
+    agree = train.Run.agree
 
     def agrees(run, *numbers):
         states.append(None)
         return agree(run, *numbers)
 
     monkeypatch.setattr(train, "prepare", poisoned)
-    monkeypatch.setattr(tgmae.Run, "agree", agrees)
+    monkeypatch.setattr(train.Run, "agree", agrees)
     torch.manual_seed(0)
     train.main(
         ["--data", str(data), *FEW, "--vt", "--clip", f"local-dir:{world / 'clip'}", "--out", "run"]
@@ -512,6 +518,7 @@ def test_many_bad_numbers_in_a_row_stop_the_run(workdir, manifest, monkeypatch):
     assert [line["step"] for line in log("run") if "skipped" in line] == list(range(8, 18))
 
 
+@pytest.mark.slow
 def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
     data = manifest(8)
     bad = json.loads(data.read_text().splitlines()[3])["video"]
@@ -538,11 +545,11 @@ def test_a_full_disk(workdir, manifest, monkeypatch):
     state = torch.load("run/last.pt", weights_only=True)
     Path("run/last.pt.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device.*run/last.pt"):
-        tgmae.save_checkpoint(Path("run/last.pt"), **state)
+        train.save_checkpoint(Path("run/last.pt"), **state)
     assert (
         Path("run/last.pt").read_bytes() == before and not Path("run/last.pt.partial").is_symlink()
     )
-    monkeypatch.setattr(tgmae, "append_log", lambda path, line: tgmae._append("/dev/full", "1"))
+    monkeypatch.setattr(train, "append_log", lambda path, line: train._append("/dev/full", "1"))
     with pytest.raises(
         SystemExit, match="train.py: .*cannot be written: No space left on device: '/dev/full'"
     ):
@@ -674,7 +681,7 @@ def test_a_manifest_writes_nowhere_else(world, tmp_path):
     home, away = tmp_path / "home", tmp_path / "away"
     home.mkdir(), away.mkdir()
     (away / "precious.npz").write_text("precious")
-    clips = [r["path"] for r in tgmae.read_manifest(world / "manifest.jsonl")[:3]]
+    clips = [r["path"] for r in dataset.read_manifest(world / "manifest.jsonl")[:3]]
     for i, name in enumerate(("climb.mp4", "absolute.mp4", "..mp4")):
         (away / name).symlink_to(clips[i])
     lines = [
@@ -714,7 +721,7 @@ def test_a_manifest_writes_nowhere_else(world, tmp_path):
             "--force",
         ]
     )
-    made = [Path(r["map_path"]) for r in tgmae.read_manifest(data)]
+    made = [Path(r["map_path"]) for r in dataset.read_manifest(data)]
     assert all(path.exists() and (home / "maps") in path.resolve().parents for path in made)
     assert others() == before and (away / "precious.npz").read_text() == "precious"
 
@@ -722,8 +729,8 @@ def test_a_manifest_writes_nowhere_else(world, tmp_path):
 # ---------------------------------------------------------------------------------------- all of it
 
 
-@pytest.mark.parametrize("minutes", [pytest.param(0.5, marks=short), pytest.param(3, marks=slow)])
-def test_soak(minutes, tmp_path):
+@pytest.mark.slow
+def test_soak(tmp_path, minutes=1):
     """Good and bad files: memory, open files, threads stay as they are, and Ctrl-C leaves no
     process."""
     process = start([ROOT / "tests/soak.py", "--minutes", minutes], tmp_path)

@@ -17,6 +17,7 @@ from test_faults import free_port
 from test_tgmae import hf_config
 
 import captions
+import dataset
 import eval as evaluation
 import tgmae
 import toy
@@ -100,6 +101,7 @@ def test_command_parses(command):
 RUN_HERE = [block for block in BLOCKS if re.search("k400.jsonl|videomae-base", block)]
 
 
+@pytest.mark.slow
 def test_commands_run(world, workdir, blip2):  # noqa: F811
     """The README's commands for datasets, many processes, nodes, Slurm and published weights, by a
     shell: with two processes for eight and one node for four, small models for those of the hub, a
@@ -110,7 +112,7 @@ def test_commands_run(world, workdir, blip2):  # noqa: F811
     for folder in ("bin", "VIDEOS", "CSVS"):
         os.mkdir(folder)
     for split in ("train", "val"):
-        records = tgmae.read_manifest(world / "manifest.jsonl", split.replace("val", "test"))[:4]
+        records = dataset.read_manifest(world / "manifest.jsonl", split.replace("val", "test"))[:4]
         rows = ["label,youtube_id,time_start,time_end,split,is_cc"]
         for number, record in enumerate(records):
             rows.append(

@@ -1,44 +1,52 @@
-"""Every section of tgmae.py lifts out: run alone, with what its banner names and nothing else, and
-used."""
+"""Every section of tgmae.py and dataset.py lifts out: run alone, with what its banner names and
+nothing else, and used. The method's ten lines run, and each file reads from top to bottom."""
 
 import ast
 import dis
 import re
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
 
+import dataset
 import tgmae
 
-SOURCE = (ROOT / "tgmae.py").read_text()
-HEAD, *PARTS = re.split(r"^# =+\n(?=# \w)", SOURCE, flags=re.M)
-SECTIONS = {
-    part[2:].split(":")[0]: re.split(r"^# =+\n", part, maxsplit=1, flags=re.M) for part in PARTS
-}
-IMPORTS = {  # as a banner writes them -> statement
-    f"{alias.name} as {alias.asname}" if alias.asname else alias.name: ast.unparse(
-        type(node)(**vars(node) | {"names": [alias]})
-    )
-    for node in ast.parse(HEAD).body
-    if isinstance(node, (ast.Import, ast.ImportFrom))
-    for alias in node.names
-}
-ALONE = {
-    "functional as TF": "torchvision.transforms.v2.functional as TF"
-}  # says too little by itself
+MODULES = {"tgmae": tgmae, "dataset": dataset}
+ROOMS = {}  # module -> {section: (banner, body)}
+for name in MODULES:
+    _, *parts = re.split(r"^# =+\n(?=# \w)", (ROOT / f"{name}.py").read_text(), flags=re.M)
+    split = (re.split(r"^# =+\n", part, maxsplit=1, flags=re.M) for part in parts)
+    ROOMS[name] = {banner[2:].split(":")[0]: (banner, body) for banner, body in split}
+PLACES = [(room, title) for room, sections in ROOMS.items() for title in sections]
 
 
-def promised(banner):
-    """What a banner names -> (imports, {section: names})."""
-    text = banner.replace("\n# ", " ")
-    imports = re.search(r"Needs: (.*?)\.(?= [A-Z]|$)", text.strip()).group(1).split(", ")
-    named = {
-        section: re.findall(r"\b\w+\b", names)
-        for section, names in re.findall(r"From ([\w ]+): (.*?)\.", text)
-    }
-    return imports, named
+def imports_of(room):
+    """{as a banner writes it: statement}."""
+    found = {}
+    for node in ast.parse((ROOT / f"{room}.py").read_text()).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                long = f"{alias.name} as {alias.asname}" if alias.asname else alias.name
+                found[long] = ast.unparse(type(node)(**vars(node) | {"names": [alias]}))
+    found["torchvision.transforms.v2.functional as TF"] = found.get("functional as TF")
+    return found
+
+
+def promised(room, banner):
+    """What a banner names -> (imports, {section: names}): `Needs: a, b.`, `From Section name.`, and
+    both for a part of the section: `For part: a, from Section name.`"""
+    imports, names = set(), {}
+    for sentence in re.split(r"\.\s+(?=[A-Z])", banner.replace("\n# ", " ").strip(" #\n") + " "):
+        match = re.match(r"(?:Needs|For [\w ]+): (.*)|(From .*)", sentence.strip(" ."))
+        if not match:
+            continue
+        plain, *others = re.split(r"\b[Ff]rom ", match.group(1) or match.group(2))
+        imports |= set(filter(None, plain.strip(" ,").split(", ")))
+        for other in others:
+            section = next(title for title in ROOMS[room] if other.startswith(title + " "))
+            names.setdefault(section, set()).update(other[len(section) :].strip(" ,").split(", "))
+    return imports, names
 
 
 def defined(body):
@@ -47,150 +55,175 @@ def defined(body):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names |= {
-                part.id
-                for part in ast.walk(node)
-                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
-            }
+            inside = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+            names |= {part.id for part in inside if isinstance(part.ctx, ast.Store)}
     return names
 
 
 def globals_of(code):
     """Names that a section looks up outside of its functions, wherever that is."""
-    found = {
-        step.argval
-        for step in dis.get_instructions(code)
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
+    looks = {"LOAD_GLOBAL", "LOAD_NAME"}
+    found = {step.argval for step in dis.get_instructions(code) if step.opname in looks}
     return found.union(*(globals_of(part) for part in code.co_consts if hasattr(part, "co_code")))
 
 
-def lift(title):
+def lift(room, title):
     """A section in a namespace of its own."""
-    banner, body = SECTIONS[title]
-    imports, named = promised(banner)
-    space = {"__name__": "lifted"}
+    banner, body = ROOMS[room][title]
+    imports, named = promised(room, banner)
+    space, statements = {"__name__": "lifted"}, imports_of(room)
     for name in imports:
-        short = next((key for key, long in ALONE.items() if long == name), name)
-        exec(IMPORTS[short], space)
-    names = {name for others in named.values() for name in others if hasattr(tgmae, name)}
-    space |= {name: getattr(tgmae, name) for name in names}
+        exec(statements[name], space)
+    for section, names in named.items():
+        assert names <= defined(ROOMS[room][section][1]), f"{title}: {names}, of {section}"
+        space |= {name: getattr(MODULES[room], name) for name in names}
     given = space.keys() - {"__name__", "__builtins__"}
     code = compile(body, title, "exec", dont_inherit=True)
-    asked = (
-        globals_of(code)
-        - defined(body)
-        - set(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)
-    )
-    asked -= {
-        "__name__",
-        "__module__",
-        "__qualname__",
-        "__annotations__",
-        "__conditional_annotations__",
-    }
-    assert asked == given, (
-        f"{title}: its banner lacks {asked - given}, names {given - asked} for nothing"
-    )
-    for section, those in named.items():
-        assert set(those) & defined(SECTIONS[section][1]), (
-            f"{title}: nothing of {those} stands in {section}"
-        )
+    builtins = __builtins__ if isinstance(__builtins__, dict) else vars(__builtins__)
+    known = {"__module__", "__qualname__", "__annotations__", "__conditional_annotations__"}
+    asked = globals_of(code) - defined(body) - builtins.keys() - known
+    lacks, extra = asked - given, given - asked
+    assert not lacks and not extra, f"{title}: its banner lacks {lacks}, names {extra} for nothing"
     exec(code, space)
     return space
 
 
-def use_reading(s, world, tmp_path):
-    path = tgmae.read_manifest(world / "manifest.jsonl")[0]["path"]
-    assert torch.equal(s["read_clip"](path, [0, 4]), tgmae.read_clip(path, [0, 4]))
+def use_reading(s, world):
+    path = dataset.read_manifest(world / "manifest.jsonl")[0]["path"]
+    assert torch.equal(s["read_clip"](path, [0, 4]), dataset.read_clip(path, [0, 4]))
 
 
-def use_manifest(s, world, tmp_path):
-    assert len(s["read_manifest"](world / "manifest.jsonl", "test")) == 200
+def use_manifest(s, world):
+    assert len(s["read_manifest"](world / "manifest.jsonl", "test")) == 16
     with pytest.raises(ValueError, match="not a whole text map"):
         s["read_map"](world / "manifest.jsonl", [])
 
 
-def use_augmentation(s, world, tmp_path):
+def use_crop(s, world):
     frames = torch.randint(0, 256, (4, 48, 64, 3), dtype=torch.uint8)
     crop = s["multi_scale_crop"]((48, 64), generator=torch.Generator().manual_seed(0))
     assert s["crop_frames"](frames, crop, 32).shape == (3, 4, 32, 32)
 
 
-def use_cubes(s, world, tmp_path):
+def use_cubes(s, world):
     video = torch.randn(2, 3, 4, 32, 32)
     assert torch.equal(s["unpatchify"](s["patchify"](video, 8, 2), (2, 4, 4), 8, 2), video)
 
 
-def use_maskers(s, world, tmp_path):
+def use_maskers(s, world):
     assert s["topk_mask"](s["motion_scores"](torch.rand(1, 4, 8, 8), (2, 4, 4)), 0.5).sum() == 16
 
 
-def use_clip(s, world, tmp_path):
+def use_clip(s, world):
     clip = s["load_clip"](f"local-dir:{world / 'clip'}")
-    assert s["encode_text"](*clip, ["a red circle moving left"]).norm().item() == pytest.approx(
-        1, abs=1e-3
-    )
+    text = s["encode_text"](*clip, ["a red circle moving left"])
+    assert s["text_scores"](clip[0], torch.randn(1, 3, 2, 16, 16), text, 8, 2).shape == (1, 1, 2, 2)
 
 
-def use_transformer(s, world, tmp_path):
+def use_transformer(s, world):
     config = tgmae.Config(**TINY)
     cubes = tgmae.patchify(torch.randn(1, 3, 4, 32, 32), 8, 2)
     assert s["Encoder"](config)(cubes, None).shape == (1, config.num_patches, config.embed_dim)
 
 
-def use_losses(s, world, tmp_path):
+def use_losses(s, world):
     x = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
     assert s["info_nce"](x, x, 0.07) < s["info_nce"](x, x.flip(0), 0.07)
+    assert s["ContrastiveHead"](8, 8).loss(x, x).isfinite()
 
 
-def use_tgmae(s, world, tmp_path):
+def use_model(s, world):
     config = tgmae.Config(**TINY)
     mask = tgmae.topk_mask(torch.rand(2, *config.grid), 0.5)
     assert s["TGMAE"](config)(torch.randn(2, 3, 4, 32, 32), mask)["mae"].isfinite()
 
 
-def use_weights(s, world, tmp_path):
-    torch.save({"config": TINY, "model": {}}, tmp_path / "a.pt")
-    assert s["load_checkpoint"](tmp_path / "a.pt")[0] == tgmae.Config(**TINY)
-
-
-def use_runs(s, world, tmp_path):
-    s["save_checkpoint"](tmp_path / "last.pt", step=3)
-    assert torch.load(tmp_path / "last.pt")["step"] == 3 and s["share_step"](4, 2) == (8, 4, 2)
+def use_config(s, world):
+    assert s["Config"](**TINY).num_patches == 32
 
 
 USES = {
-    "Config": lambda s, *_: np.testing.assert_equal(s["Config"](**TINY).num_patches, 32),
-    "Reading": use_reading, "Manifest": use_manifest, "Augmentation": use_augmentation,
-    "Cubes": use_cubes, "Maskers": use_maskers, "CLIP": use_clip,
-    "Transformer": use_transformer, "Losses": use_losses, "TGMAE": use_tgmae,
-    "Weights in and out": use_weights,
-    "Runs": use_runs,
+    "Config": use_config, "Cubes": use_cubes, "Transformer": use_transformer,
+    "Maskers": use_maskers, "CLIP scores": use_clip, "Losses": use_losses, "Model": use_model,
+    "Reading": use_reading, "Manifest": use_manifest, "Crop": use_crop,
 }  # fmt: skip
 
 
 def test_all_sections_are_used():
-    assert list(USES) == list(SECTIONS)
-    order = re.search(r"Config -> .*?Runs", tgmae.__doc__, re.S).group().replace("\n", " ")
-    assert [name.strip() for name in order.split("->")] == list(SECTIONS)
+    assert list(USES) == [title for _, title in PLACES]
+    order = re.search(r"^ +Config \(.*?\n\n", tgmae.__doc__, re.S | re.M).group()
+    named = [re.sub(r"\(.*?\)", "", name).strip() for name in order.split("->")]
+    assert named == list(ROOMS["tgmae"])
 
 
-@pytest.mark.parametrize("title", SECTIONS)
-def test_section_lifts_out(title, world, tmp_path):
-    USES[title](lift(title), world, tmp_path)
+@pytest.mark.parametrize("room, title", PLACES)
+def test_section_lifts_out(room, title, world):
+    USES[title](lift(room, title), world)
 
 
-@pytest.mark.parametrize("script", ["tgmae.py", "toy.py", "captions.py", "train.py", "eval.py"])
+def test_the_method_in_ten_lines(world, monkeypatch):
+    """As they stand in the header, with the toy CLIP and sizes."""
+    block = re.search(r"a list of B strings:\n\n(.*?)\n\n", tgmae.__doc__, re.S).group(1)
+    lines = [line.strip() for line in block.splitlines()]
+    assert len(lines) == 10
+    load = tgmae.load_clip
+    space = vars(tgmae) | {
+        "load_clip": lambda: load(f"local-dir:{world / 'clip'}"),
+        "PRESETS": {"base": tgmae.PRESETS["toy"]},
+        "video": torch.randint(256, (2, 3, 4, 64, 64), dtype=torch.uint8),
+        "captions": ["a red circle moving left", "the blue square goes up"],
+    }
+    exec("\n".join(lines), space)
+    assert space["loss"].item() == pytest.approx((space["out"]["mae"] + space["out"]["vt"]).item())
+    assert space["mask"].sum().item() == 2 * 2 * 38 and space["scores"].shape == (2, 2, 8, 8)
+    grads = [p.grad for p in space["model"].parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+    train = (ROOT / "train.py").read_text()
+    for call in ("encode_text(", "text_scores(", "topk_mask(", "normalize("):
+        assert call in block and call in train
+
+
+def test_equations_stand_where_they_are_computed():
+    """(1) to (4), each once, at the line of code."""
+    lines = (ROOT / "tgmae.py").read_text().splitlines()
+    for number, code in enumerate(("self.proj(cubes)", "scatter_(", "self.decode(", "/ 2"), 1):
+        (line,) = [line for line in lines if f"equation ({number})" in line]
+        assert code in line.split("#")[0]
+
+
+def test_the_module_is_the_method():
+    """No files, processes, signals or command line; the first nn.Module is soon there."""
+    text = (ROOT / "tgmae.py").read_text()
+    allowed = {"math", "pickle", "dataclasses", "torch", "torchvision", "open_clip"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module.split(".")[0] in allowed
+    assert text[: text.index("(nn.Module)")].count("\n") < 250
+
+
+SCRIPTS = "tgmae dataset weights train captions eval toy".split()
+ARROWS = {
+    "tgmae": "", "dataset": "", "weights": "tgmae", "train": "tgmae dataset weights",
+    "captions": "tgmae dataset weights train", "toy": "tgmae dataset weights train",
+    "eval": "tgmae dataset weights train",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_leaves_stand_before_their_users(script):
-    """Read top to bottom, a file never asks for what stands further down."""
-    body = ast.parse((ROOT / script).read_text()).body
+    """Read top to bottom, a file never asks for what stands further down; and of the other rooms it
+    asks only for those before it."""
+    body = ast.parse((ROOT / f"{script}.py").read_text()).body
     functions = [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     line = {node.name: node.lineno for node in functions}
     for node in functions:
+        names = [x for x in ast.walk(node) if isinstance(x, ast.Name)]
         own = {arg.arg for arg in ast.walk(node) if isinstance(arg, ast.arg)}
-        own |= {
-            x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
-        }
-        used = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} - own
+        own |= {x.id for x in names if isinstance(x.ctx, ast.Store)}
+        used = {x.id for x in names} - own
         assert not [name for name in used if line.get(name, 0) > node.lineno], node.name
+    asked = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    asked |= {node.module for node in body if isinstance(node, ast.ImportFrom)}
+    assert asked & set(SCRIPTS) <= set(ARROWS[script].split())

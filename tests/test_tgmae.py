@@ -13,7 +13,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
+import dataset
 import tgmae
+import train
+import weights
 from tgmae import TGMAE, Config
 
 
@@ -74,13 +77,13 @@ def test_equals_transformers_both_ways(sizes):
         return b["mae"].item()
 
     randomise(theirs)
-    loaded = ours.load_state_dict(tgmae.from_videomae(theirs.state_dict()), strict=False)
+    loaded = ours.load_state_dict(weights.from_videomae(theirs.state_dict()), strict=False)
     assert not loaded.unexpected_keys and all(
         k.startswith("predictor.") for k in loaded.missing_keys
     )
     first = compare()
     randomise(ours)
-    theirs.load_state_dict(tgmae.to_huggingface(ours))  # strict
+    theirs.load_state_dict(weights.to_huggingface(ours))  # strict
     assert compare() != first
 
 
@@ -92,11 +95,11 @@ def test_official_names(config):
         ours["encoder.patch_embed.proj.weight"].view(-1, 2, 8, 8, 3).permute(0, 4, 1, 2, 3)
     )  # Conv3d's
     official = {**ours, "encoder.patch_embed.proj.weight": conv}
-    back = tgmae.from_videomae(official)
+    back = weights.from_videomae(official)
     assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
     tuned = {k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")}
     tuned |= {"fc_norm.weight": torch.ones(48), "head.weight": torch.ones(5, 48)}
-    back = tgmae.from_videomae(tuned)
+    back = weights.from_videomae(tuned)
     assert (
         all(torch.equal(back[k], ours[k]) for k in ours if k.startswith("encoder."))
         and "head.weight" in back
@@ -108,13 +111,13 @@ def test_official_names(config):
         model.encoder.patch_embed(tgmae.patchify(video, 8, 2)), expected, atol=1e-5, rtol=0
     )
     with pytest.raises(ValueError, match="not VideoMAE's weights: names like a.b"):
-        tgmae.from_videomae({"a.b": torch.ones(1)})
+        weights.from_videomae({"a.b": torch.ones(1)})
 
 
 def test_bare_transformers_encoder(config):
     full = VideoMAEForPreTraining(hf_config(config))
-    bare = tgmae.from_videomae(full.videomae.state_dict())
-    whole = tgmae.from_videomae(full.state_dict())
+    bare = weights.from_videomae(full.videomae.state_dict())
+    whole = weights.from_videomae(full.state_dict())
     assert bare and all(torch.equal(v, whole[k]) for k, v in bare.items())
 
 
@@ -122,8 +125,8 @@ def test_load_checkpoint(config, tmp_path):
     """Sizes come with the weights: of transformers' folders, official files, and ours."""
     full = VideoMAEForPreTraining(hf_config(config))
     full.save_pretrained(tmp_path / "hf")
-    expected = tgmae.from_videomae(full.state_dict())
-    read, loaded, _ = tgmae.load_checkpoint(tmp_path / "hf")
+    expected = weights.from_videomae(full.state_dict())
+    read, loaded, _ = weights.load_checkpoint(tmp_path / "hf")
     assert replace(read, text_dim=config.text_dim) == config
     assert all(torch.equal(loaded[k], v) for k, v in expected.items())
 
@@ -131,7 +134,7 @@ def test_load_checkpoint(config, tmp_path):
     official = {**model.state_dict(), "encoder.patch_embed.proj.weight": torch.rand(48, 3, 2, 8, 8)}
     flags = argparse.Namespace(lr=1, input_size=32, num_frames=4)
     torch.save({"model": official, "args": flags}, tmp_path / "official.pth")
-    read, loaded, _ = tgmae.load_checkpoint(tmp_path / "official.pth")
+    read, loaded, _ = weights.load_checkpoint(tmp_path / "official.pth")
     assert torch.equal(loaded["encoder.norm.bias"], official["encoder.norm.bias"])
     # Heads are in no weight: 64 wide, in widths that were not published, and one at least.
     assert replace(read, text_dim=16, num_heads=3, decoder_num_heads=3) == config
@@ -139,19 +142,19 @@ def test_load_checkpoint(config, tmp_path):
         k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")
     }
     torch.save({"module": fine_tuned}, tmp_path / "tuned.pth")
-    read, loaded, _ = tgmae.load_checkpoint(tmp_path / "tuned.pth")
+    read, loaded, _ = weights.load_checkpoint(tmp_path / "tuned.pth")
     assert (read.embed_dim, read.depth, read.num_frames, read.image_size) == (48, 2, 16, 224)
     assert loaded.keys() == {k for k in official if k.startswith("encoder.")}
 
     torch.save({"model": model.state_dict(), "config": asdict(config)}, tmp_path / "ours.pt")
-    read, loaded, _ = tgmae.load_checkpoint(tmp_path / "ours.pt")
+    read, loaded, _ = weights.load_checkpoint(tmp_path / "ours.pt")
     assert read == config and loaded.keys() == model.state_dict().keys()
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(ValueError, match="text.pt: cannot be loaded as a checkpoint"):
-        tgmae.load_checkpoint(tmp_path / "text.pt")
+        weights.load_checkpoint(tmp_path / "text.pt")
     torch.save(torch.ones(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="tensor.pt: holds a Tensor"):
-        tgmae.load_checkpoint(tmp_path / "tensor.pt")
+        weights.load_checkpoint(tmp_path / "tensor.pt")
 
 
 @pytest.mark.parametrize("name", ["small", "base", "large", "huge"])
@@ -162,7 +165,7 @@ def test_published_sizes_are_read(name):
         state["encoder.patch_embed.proj.weight"] = torch.empty(
             tgmae.PRESETS[name].embed_dim, 3, 2, 16, 16
         )
-    assert tgmae._official_config(state, None) == tgmae.PRESETS[name]
+    assert weights._official_config(state, None) == tgmae.PRESETS[name]
 
 
 def test_attention_is_multihead_attention():
@@ -246,24 +249,35 @@ def test_tube_scores_share_time():
     )
 
 
-def test_motion_scores_by_area():
-    """Against every source pixel's share, counted one by one on a finer grid."""
+def test_motion_scores_by_loops():
+    """The mean over a cube's frames and over the cells that it touches."""
     motion = torch.rand(2, 4, 7, 5)
-    fine = motion.repeat_interleave(12, 2).repeat_interleave(12, 3)  # 84 x 60 points
-    expected = F.avg_pool2d(fine.flatten(0, 1)[:, None], (28, 15)).view(2, 2, 2, 3, 4).mean(2)
-    torch.testing.assert_close(tgmae.motion_scores(motion, (2, 3, 4)), expected)
-    crop = tgmae.Crop(8, 4, 36, 24)  # of 56 x 40 pixels, cells of 8: each pixel is a point of 1.5
-    pixels = motion[0].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, 8:44, 4:28]
+    scores = tgmae.motion_scores(motion, (2, 3, 4))
+    for b, t, y, x in np.ndindex(2, 2, 3, 4):
+        rows = slice(7 * y // 3, -(-7 * (y + 1) // 3))
+        cols = slice(5 * x // 4, -(-5 * (x + 1) // 4))
+        expected = motion[b, 2 * t : 2 * t + 2, rows, cols].mean()
+        torch.testing.assert_close(scores[b, t, y, x], expected)
+    cut = torch.rand(1, 4, 3, 4)  # as crop_motion gives it, a cell a cube: only frames are averaged
+    assert torch.equal(tgmae.motion_scores(cut, (2, 3, 4))[0], (cut[0, ::2] + cut[0, 1::2]) / 2)
+    with pytest.raises(ValueError, match="motion of 4 frames: not divisible into 3 slices"):
+        tgmae.motion_scores(motion, (3, 3, 4))
+
+
+def test_crop_motion_by_area():
+    """Against every source pixel's share."""
+    motion = torch.rand(4, 7, 5)
+    crop = dataset.Crop(8, 4, 36, 24)  # of 56 x 40 pixels, cells of 8: each pixel is a point of 1.5
+    pixels = motion.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, 8:44, 4:28]
     expected = F.avg_pool2d(pixels[:, None], (12, 8))[:, 0]
-    torch.testing.assert_close(tgmae.crop_motion(motion[0], crop, (2, 3, 3)), expected)
-    torch.testing.assert_close(
-        tgmae.crop_motion(motion[0], crop._replace(flip=True), (2, 3, 3)), expected.flip(-1)
-    )
+    torch.testing.assert_close(dataset.crop_motion(motion, crop, (2, 3, 3)), expected)
+    mirrored = dataset.crop_motion(motion, crop._replace(flip=True), (2, 3, 3))
+    torch.testing.assert_close(mirrored, expected.flip(-1))
 
 
 def test_multi_scale_crop():
     """VideoMAE's 10 pairs of sides and 13 places, and frames cut where the box says."""
-    crops = {tgmae.multi_scale_crop((100, 140)) for _ in range(5000)}
+    crops = {dataset.multi_scale_crop((100, 140)) for _ in range(5000)}
     assert {c.flip for c in crops} == {True, False}
     assert {(c.height, c.width) for c in crops} == {
         (a, b)
@@ -272,12 +286,12 @@ def test_multi_scale_crop():
     }
     places = {(c.top, c.left) for c in crops if (c.height, c.width) == (66, 66)}
     assert len(places) == 13 and {(0, 0), (32, 72), (16, 36), (8, 18), (0, 36)} <= places
-    assert not any(tgmae.multi_scale_crop((100, 140), flip=False).flip for _ in range(50))
+    assert not any(dataset.multi_scale_crop((100, 140), flip=False).flip for _ in range(50))
     frames = torch.randint(0, 256, (2, 100, 140, 3), dtype=torch.uint8)
-    cut = tgmae.crop_frames(frames, tgmae.Crop(10, 20, 32, 32), 32)
+    cut = dataset.crop_frames(frames, dataset.Crop(10, 20, 32, 32), 32)
     assert torch.equal(cut, frames[:, 10:42, 20:52].permute(3, 0, 1, 2))
     assert torch.equal(
-        tgmae.crop_frames(frames, tgmae.Crop(10, 20, 32, 32, True), 32), cut.flip(-1)
+        dataset.crop_frames(frames, dataset.Crop(10, 20, 32, 32, True), 32), cut.flip(-1)
     )
 
 
@@ -286,8 +300,8 @@ def test_text_scores_patch_by_patch(world, monkeypatch):
     chunks."""
     monkeypatch.setattr(tgmae, "bf16_is_fast", lambda device: False)
     clip, tokenizer = tgmae.load_clip(f"local-dir:{world / 'clip'}")
-    record = tgmae.read_manifest(world / "manifest.jsonl", "test")[0]
-    frames = tgmae.read_clip(record["path"], [0, 4, 8, 12])
+    record = dataset.read_manifest(world / "manifest.jsonl", "test")[0]
+    frames = dataset.read_clip(record["path"], [0, 4, 8, 12])
     video = tgmae.normalize(frames.permute(3, 0, 1, 2)[None].repeat(2, 1, 1, 1, 1))
     video[1] = video[1].flip(-1)
     text = tgmae.encode_text(clip, tokenizer, ["a red circle moving left", "the blue star goes up"])
@@ -359,7 +373,7 @@ def test_reconstruction_of_the_target_is_the_clip(config, norm_pix_loss):
     pixels = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
     video, mask = tgmae.normalize(pixels), random_inputs(config)[1]
     target, _, _ = tgmae.reconstruction_target(video, mask, config)
-    made = tgmae.reconstruct(video, mask, target, config)
+    made = train.reconstruct(video, mask, target, config)
     torch.testing.assert_close(made["clip"], pixels / 255)
     torch.testing.assert_close(made["reconstructed"], made["clip"], atol=1e-5, rtol=0)
     cubes, hidden = (tgmae.patchify(made[name], 8, 2) for name in ("clip", "masked"))
@@ -368,7 +382,7 @@ def test_reconstruction_of_the_target_is_the_clip(config, norm_pix_loss):
     torch.testing.assert_close(
         predicted, (0.5 + target / 6).clamp(0, 1) if norm_pix_loss else target
     )
-    assert made.keys() - tgmae.reconstruct(video, mask, None, config).keys() == {
+    assert made.keys() - train.reconstruct(video, mask, None, config).keys() == {
         "reconstructed",
         "predicted",
     }

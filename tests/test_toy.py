@@ -15,16 +15,17 @@ import pytest
 from conftest import ROOT
 
 import captions
-import tgmae
+import dataset
 import toy
 import train
 
 
-def test_the_mask_follows_the_words(world, capsys):
+@pytest.mark.slow
+def test_the_mask_follows_the_words(full_world, capsys):
     """The claim itself, over 200 test clips at ratio 0.25; the README has this table."""
-    toy.main(["coverage", "--out", str(world)])
+    toy.main(["coverage", "--out", str(full_world)])
     said, readme = capsys.readouterr().out, (ROOT / "README.md").read_text()
-    table, aucs = toy.coverage(world)
+    table, aucs = toy.coverage(full_world)
     for name, shares in table.items():
         assert f"| {name} | {shares[0]:.1%} | {shares[1]:.1%} |" in said
         row = re.search(rf"\| {name} \| ([\d.]+)% \| ([\d.]+)% \|", readme)
@@ -50,16 +51,16 @@ def test_auc_by_pairs():
 
 def test_world_is_what_it_says(world):
     train, test = (
-        tgmae.read_manifest(world / "manifest.jsonl", split) for split in ("train", "test")
+        dataset.read_manifest(world / "manifest.jsonl", split) for split in ("train", "test")
     )
-    assert (len(train), len(test)) == (800, 200)
+    assert (len(train), len(test)) == (64, 16)
     labels = {record["label"] for record in train}
     assert len(labels) == 16 and labels == {record["label"] for record in test}
     truth = toy.read_truth(world)
     assert truth.keys() == {record["video"] for record in test}
-    for record in test[::20]:
+    for record in test[::3]:
         shape, direction = record["label"].split()
-        info = tgmae.probe_video(record["path"])
+        info = dataset.probe_video(record["path"])
         assert info.size == (64, 64) and info.frames >= 16
         assert len(set(record["captions"])) == 3
         assert all(shape in c and direction in c for c in record["captions"])
@@ -71,13 +72,13 @@ def test_world_is_what_it_says(world):
         )
         moved = np.array([xs[-1] - xs[0], ys[-1] - ys[0]])
         assert moved @ np.array(toy.DIRECTIONS[direction]) > 15 and abs(moved).min() < 3
-        frame = tgmae.read_clip(record["path"], [12])[0].numpy()
+        frame = dataset.read_clip(record["path"], [12])[0].numpy()
         colour = next(c for c in toy.COLOURS if c in record["captions"][0])
         inside = frame[actor[12]].mean(0)
         closeness = {c: inside @ rgb / np.linalg.norm(rgb) for c, rgb in toy.COLOURS.items()}
         assert max(closeness, key=closeness.get) == colour
         # What moves most is the background, by the codec's own account.
-        _, motion = tgmae.read_clip(record["path"], range(1, 12), motion=True)
+        _, motion = dataset.read_clip(record["path"], range(1, 12), motion=True)
         fills = actor[1:12].reshape(11, 8, 8, 8, 8).mean((2, 4))
         assert motion.numpy()[fills == 0].mean() > 2 * motion.numpy()[fills > 0.9].mean()
 
@@ -111,8 +112,8 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_world_is_reused(world, capsys):
     before = (world / "manifest.jsonl").stat().st_mtime_ns
-    toy.main(["--out", str(world)])
-    assert "a world of 800 training clips, seed 0" in capsys.readouterr().out
+    toy.main(["--out", str(world), "--clips", "64"])
+    assert "a world of 64 training clips, seed 0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="is there already; another --out"):
         toy.main(["--out", str(world), "--clips", "16"])
     assert (world / "manifest.jsonl").stat().st_mtime_ns == before
@@ -121,14 +122,14 @@ def test_a_world_is_reused(world, capsys):
 def test_the_first_process_makes_the_default_world(monkeypatch):
     built, waited = [], []
     monkeypatch.setattr(toy, "build", built.append)
-    monkeypatch.setattr(toy.dist, "barrier", lambda: waited.append(1))
+    monkeypatch.setattr(train.dist, "barrier", lambda: waited.append(1))
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(tgmae, "rank_and_world", lambda: (rank, world))
-        assert str(toy.manifest_of("toy")) == "data/toy/manifest.jsonl"
+        monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
+        assert str(train.manifest_of("toy")) == "data/toy/manifest.jsonl"
     assert (
         built == ["data/toy"] * 2
         and len(waited) == 2
-        and str(toy.manifest_of("x.jsonl")) == "x.jsonl"
+        and str(train.manifest_of("x.jsonl")) == "x.jsonl"
     )
 
 
@@ -152,7 +153,7 @@ def test_index_and_label_captions(tmp_path, capsys):
         path.write_bytes(b"not looked into")
     out = tmp_path / "lists" / "data.jsonl"
     run_captions("index", tmp_path / "videos", "--out", out)
-    records = tgmae.read_manifest(out)
+    records = dataset.read_manifest(out)
     assert [(r["split"], r["label"]) for r in records] == [
         ("test", "ApplyLipstick"),
         ("train", "ApplyLipstick"),
@@ -161,7 +162,7 @@ def test_index_and_label_captions(tmp_path, capsys):
     assert records[0]["video"] == "../videos/test/ApplyLipstick/c.webm"
     assert "test: 1 found, 0 missing, 0 unreadable; 1 labels" in capsys.readouterr().out
     run_captions("caption", out, "--source", "label")
-    assert [r["captions"] for r in tgmae.read_manifest(out)] == [
+    assert [r["captions"] for r in dataset.read_manifest(out)] == [
         ["Apply lipstick."],
         ["Apply lipstick."],
         ["Apply eye makeup."],
@@ -176,16 +177,16 @@ def test_index_and_label_captions(tmp_path, capsys):
     first = json.loads(out.read_text().splitlines()[0])
     assert first["captions"] == ["Mine."] and first["unknown"] == 7 and "path" not in first
     run_captions("caption", out, "--source", "label", "--force")
-    assert tgmae.read_manifest(out)[0]["captions"] == ["Apply lipstick."]
+    assert dataset.read_manifest(out)[0]["captions"] == ["Apply lipstick."]
 
 
 def test_index_names_are_labels(footage, tmp_path):
     run_captions("index", "folder", footage / "asl", "--out", tmp_path / "asl.jsonl")
-    records = tgmae.read_manifest(tmp_path / "asl.jsonl", "train")
+    records = dataset.read_manifest(tmp_path / "asl.jsonl", "train")
     assert (
         len(records) == 20
         and records[0]["label"] == "again"
-        and tgmae.probe_video(records[0]["path"]).frames == 77
+        and dataset.probe_video(records[0]["path"]).frames == 77
     )
 
 
@@ -201,10 +202,10 @@ def test_bad_manifests_name_the_line(tmp_path):
     ):  # fmt: skip
         path.write_text('{"video": "a.mp4"}\n' + line + "\n")
         with pytest.raises(ValueError, match=reason):
-            tgmae.read_manifest(path)
+            dataset.read_manifest(path)
     path.write_text('{"video": "a.mp4", "split": "train"}\n')
     with pytest.raises(ValueError, match="no clips of split 'test'"):
-        tgmae.read_manifest(path, "test")
+        dataset.read_manifest(path, "test")
     with pytest.raises(ValueError, match="all 1 clips failed, the first: a.mp4\tno label"):
         run_captions("caption", path, "--source", "label")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
@@ -222,7 +223,7 @@ def small_world(world, folder):
     for name in ("clips", "clip"):
         (folder / name).symlink_to(world / name)
     lines = (world / "manifest.jsonl").read_text().splitlines()
-    (folder / "manifest.jsonl").write_text("\n".join(lines[:32] + lines[800:816]) + "\n")
+    (folder / "manifest.jsonl").write_text("\n".join(lines[:32] + lines[64:80]) + "\n")
     return folder
 
 
@@ -273,12 +274,13 @@ def test_worlds_of_other_captions_have_no_maps(world, tmp_path):
     (small / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     args = toy.parse_args(["table2", "--out", str(small), "--runs", str(tmp_path / "runs")])
     toy.Experiments(args).make_world("stills")
-    made = tgmae.read_manifest(tmp_path / "runs/worlds/stills/data/toy/manifest.jsonl", "train")
+    made = dataset.read_manifest(tmp_path / "runs/worlds/stills/data/toy/manifest.jsonl", "train")
     assert len(made) == 32 and not any("maps" in record for record in made)
     assert made[0]["captions"] == [caption.rsplit(" ", 2)[0] for caption in lines[0]["captions"]]
     assert os.path.exists(made[0]["path"])
 
 
+@pytest.mark.slow
 def test_ablation_goes_on(world, tmp_path, monkeypatch, capsys):
     small = small_world(world, tmp_path / "small")
     flags = [
@@ -403,6 +405,7 @@ def test_tables_and_plots(world, tmp_path, capsys):
     assert "table2" in (tmp_path / "docs/table2.md").read_text()
 
 
+@pytest.mark.slow
 def test_stopping_stops_what_runs(world, tmp_path):
     small = small_world(world, tmp_path / "small")
     command = [sys.executable, ROOT / "toy.py", "figure4", "--out", small, "--runs",

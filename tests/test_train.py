@@ -13,9 +13,11 @@ from conftest import ROOT
 from PIL import Image
 from test_ranks import torchrun
 
+import dataset
 import tgmae
 import toy
 import train
+import weights
 
 
 def run(*argv, workers=0):
@@ -67,9 +69,10 @@ def test_every_mask_and_loss(mask, losses, workdir, manifest, clip_flags, capsys
     assert ("CLIP online" in said) == (mask == "tgm")
 
 
-def test_the_toy_run_learns(trained, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_toy_run_learns(fully_trained, monkeypatch, capsys):
     """The main command: both losses fall far; asked again, it says that it is finished."""
-    lines = log(trained.parent)
+    lines = log(fully_trained.parent)
     assert len(lines) == 700
 
     def mean(name, part):
@@ -77,16 +80,16 @@ def test_the_toy_run_learns(trained, monkeypatch, capsys):
 
     assert mean("mae", lines[-35:]) <= 0.9  # 1.0: each cube's mean, nothing learnt
     assert mean("vt", lines[-35:]) < 1.6  # log 16 = 2.77: chance
-    monkeypatch.chdir(trained.parents[2])
+    monkeypatch.chdir(fully_trained.parents[2])
     run("--mask", "tgm", "--vt")
     assert (
         "finished, --no-resume starts over" in capsys.readouterr().out
-        and len(log(trained.parent)) == 700
+        and len(log(fully_trained.parent)) == 700
     )
 
 
 def test_the_other_flags(workdir, manifest, clip_flags, capsys):
-    test = tgmae.read_manifest("data/toy/manifest.jsonl", "test")[:4]
+    test = dataset.read_manifest("data/toy/manifest.jsonl", "test")[:4]
     data = manifest(
         12, extra=[{**record, "video": record["path"], "split": "held"} for record in test]
     )
@@ -182,7 +185,7 @@ def test_init_from_transformers(workdir, manifest, clip_flags, capsys):
     saved = torch.load("run/last.pt", weights_only=True)["model"]
     assert all(
         torch.equal(saved[k], value)
-        for k, value in tgmae.from_videomae(theirs.state_dict()).items()
+        for k, value in weights.from_videomae(theirs.state_dict()).items()
     )
     said = fails("--data", manifest(4), *FEW, "--preset", "small", "--init", "hf")
     assert "does not fit --preset small" in said
@@ -213,7 +216,7 @@ def test_a_sample_is_what_the_flags_say(tmp_path, monkeypatch):
         "end": 1.5,
     }  # frames 6 to 17
     (tmp_path / "v.jsonl").write_text((json.dumps(record) + "\n") * 4)
-    c, seen, read, crops = tgmae.PRESETS["toy"], {}, tgmae.read_clip, tgmae.multi_scale_crop
+    c, seen, read, crops = tgmae.PRESETS["toy"], {}, dataset.read_clip, dataset.multi_scale_crop
 
     def reads(video, numbers, **more):
         seen["numbers"] = numbers
@@ -223,8 +226,8 @@ def test_a_sample_is_what_the_flags_say(tmp_path, monkeypatch):
         seen["crop"] = crops(*size, **more)
         return seen["crop"]
 
-    monkeypatch.setattr(tgmae, "read_clip", reads)
-    monkeypatch.setattr(tgmae, "multi_scale_crop", draws)
+    monkeypatch.setattr(dataset, "read_clip", reads)
+    monkeypatch.setattr(dataset, "multi_scale_crop", draws)
     for sign, more in ((1, ()), (-1, ("--bottom-k",))):
         args = train.parse_args(
             [
@@ -243,13 +246,13 @@ def test_a_sample_is_what_the_flags_say(tmp_path, monkeypatch):
                 *more,
             ]
         )
-        clips = train.Clips(tgmae.read_manifest(args.data), c, args, text_from="clip")
+        clips = train.Clips(dataset.read_manifest(args.data), c, args, text_from="clip")
         for i in range(4):
             sample = clips[0, i]
             numbers, crop = seen["numbers"], seen["crop"]
             _, motion = read(tmp_path / "v.mp4", numbers, motion=True)
             scores = sign * tgmae.motion_scores(
-                tgmae.crop_motion(motion, crop, c.grid)[None], c.grid
+                dataset.crop_motion(motion, crop, c.grid)[None], c.grid
             ).view(2, 64)
             for row, mask in zip(scores, sample["mask"].view(2, 64)):
                 assert mask.sum() == 19 and row[mask].min() >= row[~mask].max()
@@ -267,7 +270,7 @@ def step_of(manifest):
         args.amp, config = False, tgmae.PRESETS["toy"]
         torch.manual_seed(0)
         model = tgmae.TGMAE(config)
-        clips = train.Clips(tgmae.read_manifest(args.data), config, args, text_from=None)
+        clips = train.Clips(dataset.read_manifest(args.data), config, args, text_from=None)
         samples = [clips[0, i] for i in range(8)]
 
         def gradients(accum, text=None):
@@ -313,7 +316,7 @@ def test_repeats_are_no_negatives(step_of, monkeypatch):
     seen.clear()  # nor are they in held-out losses, of batches of 2 videos
     prepare = train.prepare
     monkeypatch.setattr(train, "prepare", lambda *a: (*prepare(*a)[:2], torch.randn(4, 64)))
-    clips = train.Clips(tgmae.read_manifest(args.data), model.config, args, text_from="clip")
+    clips = train.Clips(dataset.read_manifest(args.data), model.config, args, text_from="clip")
     train.validate(model, clips, None, args, 0, 1)
     assert seen == [[i, i, i + 1, i + 1] for i in (0, 2, 4, 6)]
 
@@ -358,19 +361,19 @@ def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
     undisturbed."""
     flags = ("--data", manifest(8), "--mask", "tgm", "--vt", *clip_flags, *FEW, "--epochs", 3)
     run(*flags, "--out", "whole")
-    save = tgmae.save_checkpoint
+    save = train.save_checkpoint
 
     def stop_after(path, **state):
         save(path, **state)
         if state["epoch"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tgmae, "save_checkpoint", stop_after)
+    monkeypatch.setattr(train, "save_checkpoint", stop_after)
     with pytest.raises(KeyboardInterrupt):
         run(*flags, "--out", "cut")
     with open("cut/log.jsonl", "a") as file:  # steps that no checkpoint holds, and half a line
         file.write('{"step": 5, "mae": 7}\n{"step": 6, "m')
-    monkeypatch.setattr(tgmae, "save_checkpoint", save)
+    monkeypatch.setattr(train, "save_checkpoint", save)
     run(*flags, "--out", "cut", workers=2)
     whole, cut = (torch.load(f"{name}/last.pt") for name in ("whole", "cut"))
     assert all(torch.equal(whole["model"][key], cut["model"][key]) for key in whole["model"])
@@ -380,6 +383,7 @@ def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_processes_share_the_batch(workdir, manifest, clip_flags):
     """train.py itself on 1 process with 6 clips and on 3 with 2: the same losses."""
     flags = (
@@ -409,14 +413,14 @@ def test_processes_share_the_batch(workdir, manifest, clip_flags):
 
 def test_repeats_share_their_frames(workdir, manifest, monkeypatch):
     """One decode; a crop, a mask and a caption each."""
-    read, calls = tgmae.read_clip, []
-    monkeypatch.setattr(tgmae, "read_clip", lambda *a, **k: calls.append(a) or read(*a, **k))
+    read, calls = dataset.read_clip, []
+    monkeypatch.setattr(dataset, "read_clip", lambda *a, **k: calls.append(a) or read(*a, **k))
     for mask in ("tube", "mgm"):
         args = train.parse_args(
             ["--data", str(manifest(4)), "--mask", mask, *map(str, FEW), "--repeat", "4"]
         )
         clips = train.Clips(
-            tgmae.read_manifest(args.data), tgmae.PRESETS["toy"], args, text_from="clip"
+            dataset.read_manifest(args.data), tgmae.PRESETS["toy"], args, text_from="clip"
         )
         calls.clear()
         sample = clips[0, 1]
@@ -428,7 +432,7 @@ def test_repeats_share_their_frames(workdir, manifest, monkeypatch):
         assert len({video.numpy().tobytes() for video in sample["video"]}) > 1
         assert len({row.numpy().tobytes() for row in sample["mask"]}) > 1
         with monkeypatch.context() as patch:
-            patch.setattr(tgmae, "multi_scale_crop", lambda size, **_: tgmae.Crop(0, 0, *size))
+            patch.setattr(dataset, "multi_scale_crop", lambda size, **_: dataset.Crop(0, 0, *size))
             videos = clips[0, 1]["video"]
             assert all(torch.equal(video, videos[0]) for video in videos)
 
@@ -437,14 +441,14 @@ def test_loader_processes_last_for_the_run(tmp_path):
     """The same samples as a loader made anew each epoch, from any step on; the processes do not
     change."""
 
-    class Who(tgmae.TrainingClips):
+    class Who(train.TrainingClips):
         def load(self, place, seed):
             return {"place": place, "seed": seed, "pid": os.getpid()}
 
     args = argparse.Namespace(seed=3, epochs=3, workers=2, device="cpu")
     data = Who([{"video": str(i)} for i in range(11)], seed=3)
-    share = tgmae.share_step(2, 2)
-    whole = list(tgmae.training_batches(data, share, args, 0, 2, list))
+    share = train.share_step(2, 2)
+    whole = list(train.training_batches(data, share, args, 0, 2, list))
     assert (
         len(whole) == 3 * 2 * 2 and len({sample["pid"] for batch in whole for sample in batch}) == 2
     )
@@ -453,7 +457,7 @@ def test_loader_processes_last_for_the_run(tmp_path):
         assert len({place for batch in seen[4 * epoch : 4 * epoch + 4] for place, _ in batch}) == 8
     assert seen[0] != seen[4] and len({seed for batch in seen for _, seed in batch}) == 24
     for step in (1, 2, 3, 5):
-        rest = list(tgmae.training_batches(data, share, args, step, 2, list))
+        rest = list(train.training_batches(data, share, args, step, 2, list))
         assert [[(s["place"], s["seed"]) for s in batch] for batch in rest] == seen[2 * step :]
 
 
@@ -482,13 +486,15 @@ def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, ca
 
     # One sample: its text and its mask are those of the map, the caption and the frames that were
     # drawn.
-    asked, map_scores = [], tgmae.map_scores
-    monkeypatch.setattr(tgmae, "map_scores", lambda *args: asked.append(args) or map_scores(*args))
+    asked, map_scores = [], dataset.map_scores
+    monkeypatch.setattr(
+        dataset, "map_scores", lambda *args: asked.append(args) or map_scores(*args)
+    )
     args = train.parse_args(["--data", str(data), "--mask", "tgm", *map(str, FEW)])
     records, _, text = train.load_data(args, 0, 1)
     assert text == "maps" and len(records) == 10
     sample = train.Clips(records, tgmae.PRESETS["toy"], args, text_from=text)[0, 3]
-    made = tgmae.read_map(records[3]["map_path"], records[3]["captions"])
+    made = dataset.read_map(records[3]["map_path"], records[3]["captions"])
     which = records[3]["captions"].index(sample["captions"][0])
     assert torch.equal(sample["text"][0], made.text[which])
     (_, caption, (first, second), crop, size, grid) = asked[0]
@@ -666,6 +672,7 @@ def test_bad_numbers_skip_the_step(workdir, manifest, monkeypatch):
     assert all(torch.isfinite(v).all() for v in torch.load("run/last.pt")["model"].values())
 
 
+@pytest.mark.slow
 def test_real_footage(workdir, footage):
     """The road of a user's own videos: index, label captions, text maps, each masker; the CLIP has
     OpenAI's architecture and random weights in a file. Coarse maps, since this is a slow machine's

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import tgmae
+import dataset
 import toy
-from tgmae import VideoError
+from dataset import VideoError
 
 
 def decode_all(path):
@@ -41,14 +41,14 @@ def numbered(tmp_path_factory):
 
 def test_frames_are_those_of_a_plain_decode(numbered):
     whole = decode_all(numbered)
-    info = tgmae.probe_video(numbered)
+    info = dataset.probe_video(numbered)
     assert (
         info.frames == len(whole) == 60
         and info.size == (160, 160)
         and info.fps == pytest.approx(12)
     )
     for wanted in ([0], [59], [30, 31, 31, 50], range(0, 60, 7), [11, 12, 13], [24], [59, 59]):
-        clip = tgmae.read_clip(numbered, wanted)
+        clip = dataset.read_clip(numbered, wanted)
         assert clip.dtype == torch.uint8 and clip.shape == (len(wanted), 160, 160, 3)
         assert all(np.array_equal(clip[i], whole[n]) for i, n in enumerate(wanted)), wanted
 
@@ -61,13 +61,13 @@ def test_only_what_is_needed_is_decoded(tmp_path):
     with av.open(str(tmp_path / "clip.mp4")) as container:
         kinds = "".join("?IPB"[frame.pict_type] for frame in container.decode(video=0))
     assert kinds.startswith("IBBPBBPBBPBP" * 4)
-    with tgmae.open_video(tmp_path / "clip.mp4") as video:
+    with dataset.open_video(tmp_path / "clip.mp4") as video:
         for wanted, references in (
             ([50, 52], [48, 51, 54]), ([3, 4, 5], [0, 6]), ([11, 12], [0, 3, 6, 9]),
             ([11, 14], [0, 3, 6, 9, 12, 15]),
             ([0, 59], [48, 51, 54, 57]), ([7, 46], [0, 3, 6, 9, 36, 39, 42, 45, 47]),
         ):  # fmt: skip
-            decoded = [number for number, _ in tgmae._decode(video, wanted)]
+            decoded = [number for number, _ in dataset._decode(video, wanted)]
             assert decoded == sorted(set(wanted + references)), wanted
 
 
@@ -89,7 +89,7 @@ def test_any_frames_of_any_codec_are_those_of_a_plain_decode(tmp_path, codec, na
         pytest.skip(f"this PyAV has no {codec}")
     toy.write_video(tmp_path / name, texture(60, 192, (2, 1)), codec=codec, options=options)
     whole, rng = decode_all(tmp_path / name), np.random.default_rng(0)
-    assert tgmae.probe_video(tmp_path / name).frames == len(whole) == 60
+    assert dataset.probe_video(tmp_path / name).frames == len(whole) == 60
     for trial in range(12):
         start, step = rng.integers(0, 60), rng.integers(1, 8)
         wanted = (
@@ -97,26 +97,26 @@ def test_any_frames_of_any_codec_are_those_of_a_plain_decode(tmp_path, codec, na
             if trial % 3 == 0
             else np.arange(start, 60, step).tolist()
         )
-        clip = tgmae.read_clip(tmp_path / name, wanted)
+        clip = dataset.read_clip(tmp_path / name, wanted)
         assert all(np.array_equal(frame, whole[n]) for frame, n in zip(clip, wanted)), wanted
 
 
 def test_one_opening_for_range_and_clips(numbered, monkeypatch):
     opened, plain = [], av.open
     monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or plain(*a, **k))
-    with tgmae.open_video(numbered, motion=True) as video:
-        assert tgmae.frame_range(video, 1.0, 3.0) == (12, 36)
-        late, motion = tgmae.read_clip(video, [40, 44], motion=True)
-        early = tgmae.read_clip(video, [3, 10])
+    with dataset.open_video(numbered, motion=True) as video:
+        assert dataset.frame_range(video, 1.0, 3.0) == (12, 36)
+        late, motion = dataset.read_clip(video, [40, 44], motion=True)
+        early = dataset.read_clip(video, [3, 10])
     assert len(opened) == 1
-    assert torch.equal(late, tgmae.read_clip(numbered, [40, 44]))
-    assert torch.equal(early, tgmae.read_clip(numbered, [3, 10]))
-    assert torch.equal(motion, tgmae.read_clip(numbered, [40, 44], motion=True)[1])
+    assert torch.equal(late, dataset.read_clip(numbered, [40, 44]))
+    assert torch.equal(early, dataset.read_clip(numbered, [3, 10]))
+    assert torch.equal(motion, dataset.read_clip(numbered, [40, 44], motion=True)[1])
     with (
-        tgmae.open_video(numbered) as video,
+        dataset.open_video(numbered) as video,
         pytest.raises(ValueError, match="opened without motion"),
     ):
-        tgmae.read_clip(video, [0], motion=True)
+        dataset.read_clip(video, [0], motion=True)
 
 
 def test_motion_has_the_length_that_was_drawn(tmp_path):
@@ -124,7 +124,7 @@ def test_motion_has_the_length_that_was_drawn(tmp_path):
     toy.write_video(
         path, texture(10, 128, (5, 3)), options={"refs": "1", "bf": "0", "g": "250", "crf": "10"}
     )
-    _, motion = tgmae.read_clip(path, range(10), motion=True)
+    _, motion = dataset.read_clip(path, range(10), motion=True)
     assert motion.shape == (10, 16, 16) and motion.dtype == torch.float32
     inside = motion[
         4, 6:10, 7:11
@@ -136,29 +136,34 @@ def test_motion_has_the_length_that_was_drawn(tmp_path):
     # The key frame has no vectors: it borrows from the nearest of the frames that has, which is the
     # next.
     assert torch.equal(motion[0], motion[1]) and motion[0].max() > 4
-    _, some = tgmae.read_clip(path, [4, 4, 9], motion=True)
+    _, some = dataset.read_clip(path, [4, 4, 9], motion=True)
     assert torch.equal(some[:2, 6:10, 7:11], motion[[4, 4], 6:10, 7:11]) and some[2].max() > 4
-    with pytest.warns(tgmae.NoMotionVectors):
-        assert tgmae.read_clip(path, [0], motion=True)[1].eq(0).all()
+    with pytest.warns(dataset.NoMotionVectors):
+        assert dataset.read_clip(path, [0], motion=True)[1].eq(0).all()
 
 
 def test_fill_missing_by_hand():
     nan = np.nan
     motion = np.array([[nan, nan], [1, nan], [nan, nan], [nan, nan], [2, nan]], np.float32)[:, None]
-    assert tgmae._fill_missing(motion)[:, 0, 0].tolist() == [
+    assert dataset._fill_missing(motion)[:, 0, 0].tolist() == [
         1,
         1,
         1,
         2,
         2,
     ]  # number 2: 1 is nearer; number 3: 2
-    assert tgmae._fill_missing(motion[1:4])[:, 0, 0].tolist() == [1, 1, 1]
+    assert dataset._fill_missing(motion[1:4])[:, 0, 0].tolist() == [1, 1, 1]
     assert (
-        tgmae._fill_missing(np.stack([motion[1], motion[0], motion[4]]))[1, 0, 0] == 2
+        dataset._fill_missing(np.stack([motion[1], motion[0], motion[4]]))[1, 0, 0] == 2
     )  # a tie: the later
-    assert (tgmae._fill_missing(motion)[:, 0, 1] == 0).all()
+    assert (dataset._fill_missing(motion)[:, 0, 1] == 0).all()
     # A key frame has no field at all.
-    assert tgmae._fill_missing([None, motion[1], None, motion[4]])[:, 0, 0].tolist() == [1, 1, 2, 2]
+    assert dataset._fill_missing([None, motion[1], None, motion[4]])[:, 0, 0].tolist() == [
+        1,
+        1,
+        2,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -174,8 +179,8 @@ def test_without_vectors_frames_are_compared(tmp_path, codec, options):
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no {codec}")
     toy.write_video(path, texture(8, 128, (6, 0)), codec=codec, options=options)
-    with pytest.warns(tgmae.NoMotionVectors, match="clip.mkv"):
-        frames, motion = tgmae.read_clip(path, [0, 2, 4, 4], motion=True)
+    with pytest.warns(dataset.NoMotionVectors, match="clip.mkv"):
+        frames, motion = dataset.read_clip(path, [0, 2, 4, 4], motion=True)
     grey = frames.float().mean(-1)
     expected = (grey[1] - grey[0]).abs().view(16, 8, 16, 8).mean((1, 3))
     torch.testing.assert_close(motion[1], expected)
@@ -187,17 +192,17 @@ def test_without_vectors_frames_are_compared(tmp_path, codec, options):
 
 
 def test_clip_indices():
-    assert tgmae.clip_indices(0, 7, 4, 2) == [0, 2, 4, 6]
-    assert tgmae.clip_indices(0, 3, 4, 2) == [0, 2, 2, 2]  # too short: the last frame again
-    starts = {tgmae.clip_indices(10, 20, 4, 2)[0] for _ in range(200)}
+    assert dataset.clip_indices(0, 7, 4, 2) == [0, 2, 4, 6]
+    assert dataset.clip_indices(0, 3, 4, 2) == [0, 2, 2, 2]  # too short: the last frame again
+    starts = {dataset.clip_indices(10, 20, 4, 2)[0] for _ in range(200)}
     assert starts == {10, 11, 12}
 
 
 def test_frame_range(numbered):
-    assert tgmae.frame_range(numbered) == (0, 60)
-    assert tgmae.frame_range(numbered, 1.0, 2.5) == (12, 30)  # 12 frames a second
+    assert dataset.frame_range(numbered) == (0, 60)
+    assert dataset.frame_range(numbered, 1.0, 2.5) == (12, 30)  # 12 frames a second
     with pytest.raises(VideoError, match="no frame between start=9"):
-        tgmae.frame_range(numbered, 9, 10)
+        dataset.frame_range(numbered, 9, 10)
 
 
 def test_bad_files_are_named(tmp_path, numbered):
@@ -208,12 +213,16 @@ def test_bad_files_are_named(tmp_path, numbered):
     }
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
-        for call in (tgmae.probe_video, lambda path: tgmae.read_clip(path, [0]), tgmae.frame_range):
+        for call in (
+            dataset.probe_video,
+            lambda path: dataset.read_clip(path, [0]),
+            dataset.frame_range,
+        ):
             with pytest.raises(VideoError, match=name) as error:
                 call(tmp_path / name)
             assert "\n" not in str(error.value)
     with pytest.raises(VideoError, match="missing.mp4: No such file"):
-        tgmae.probe_video(tmp_path / "missing.mp4")
+        dataset.probe_video(tmp_path / "missing.mp4")
     with av.open(str(tmp_path / "sound.mka"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         frame = av.AudioFrame.from_ndarray(
@@ -223,10 +232,10 @@ def test_bad_files_are_named(tmp_path, numbered):
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     with pytest.raises(VideoError, match="sound.mka: no video stream"):
-        tgmae.probe_video(tmp_path / "sound.mka")
+        dataset.probe_video(tmp_path / "sound.mka")
     for wanted in ([60], [-1], [3, 2], []):
         with pytest.raises(ValueError, match="numbered.mp4: frame numbers"):
-            tgmae.read_clip(numbered, wanted)
+            dataset.read_clip(numbered, wanted)
 
 
 def test_files_without_timestamps(tmp_path):
@@ -234,8 +243,8 @@ def test_files_without_timestamps(tmp_path):
     path = tmp_path / "old.avi"
     toy.write_video(path, texture(20, 128, (2, 0)), codec="mpeg4", options={"bf": "2", "g": "6"})
     whole = decode_all(path)
-    assert tgmae.probe_video(path).frames == len(whole) == 20
-    clip = tgmae.read_clip(path, [3, 9, 19])
+    assert dataset.probe_video(path).frames == len(whole) == 20
+    clip = dataset.read_clip(path, [3, 9, 19])
     assert all(np.array_equal(clip[i], whole[n]) for i, n in enumerate([3, 9, 19]))
 
 
@@ -248,12 +257,12 @@ def test_files_without_timestamps(tmp_path):
 ])  # fmt: skip
 def test_real_footage(footage, name, frames, size):
     path = footage / name
-    info = tgmae.probe_video(path)
+    info = dataset.probe_video(path)
     assert (info.frames, info.size) == (frames, size)
     whole = decode_all(path)
     assert len(whole) == frames
     wanted = sorted({0, frames // 3, 2 * frames // 3, frames - 1})
-    clip = tgmae.read_clip(path, wanted)
+    clip = dataset.read_clip(path, wanted)
     turned = [np.rot90(whole[n], -1) if name == "odd/video_90.mov" else whole[n] for n in wanted]
     assert all(np.array_equal(a, b) for a, b in zip(clip, turned))
 
@@ -262,7 +271,7 @@ def test_real_footage(footage, name, frames, size):
 def test_ten_bit_footage(footage, name):
     """Against the luma itself: BT.601's weights of our RGB give back the 10-bit Y, scaled to 8
     bits."""
-    clip = tgmae.read_clip(footage / name, [0, 15]).double()
+    clip = dataset.read_clip(footage / name, [0, 15]).double()
     with av.open(str(footage / name)) as container:
         planes = [frame.planes[0] for frame in container.decode(video=0)]
         frames = [np.frombuffer(p, np.uint16).reshape(p.height, -1)[:, : p.width] for p in planes]
@@ -273,9 +282,9 @@ def test_ten_bit_footage(footage, name):
 
 def test_corrupted_footage(footage):
     path = footage / "odd/corrupted.mp4"
-    assert tgmae.read_clip(path, [0, 20]).shape[0] == 2
+    assert dataset.read_clip(path, [0, 20]).shape[0] == 2
     with pytest.raises(VideoError, match="corrupted.mp4"):
-        tgmae.read_clip(path, [0, 40])
+        dataset.read_clip(path, [0, 40])
 
 
 class _OneClip(torch.utils.data.Dataset):
@@ -286,7 +295,7 @@ class _OneClip(torch.utils.data.Dataset):
         return 1
 
     def __getitem__(self, index):
-        return tgmae.read_clip(self.path, [0, 5, 9])
+        return dataset.read_clip(self.path, [0, 5, 9])
 
 
 def test_a_process_forked_after_reading_reads_too(tmp_path):

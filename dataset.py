@@ -1,0 +1,574 @@
+"""From a line of a manifest to a clip: records, frames and codec motion in one decode, text maps,
+and the one crop that all of these share.
+
+    frames, motion = read_clip("a.mp4", range(0, 64, 4), motion=True)  # (T,H,W,3), (T,H/8,W/8)
+    crop = multi_scale_crop(frames.shape[1:3])
+    video = crop_frames(frames, crop, 224)  # (3,T,224,224) uint8, for tgmae.normalize
+    motion = crop_motion(motion, crop, (8, 14, 14))  # (T,14,14), for tgmae.motion_scores
+
+train.py does this for every sample, captions.py writes manifests and text maps. Each section can be
+copied: its banner says what it needs. Shapes as in tgmae.py.
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import math
+import os
+import stat
+import warnings
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
+from torchvision.transforms.v2 import functional as TF
+
+# ==================================================================================================
+# Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both. A
+# frame's number is its rank in order of presentation.
+# Needs: av, VideoReformatter, contextlib, gc, itertools, math, os, stat, warnings, NamedTuple,
+# numpy as np, torch, torch.nn.functional as F. Motion: Fan et al., MGM (ICCV 2023).
+# ==================================================================================================
+
+MOTION_CELL = 8  # pixels: the codec's smallest block
+MAX_PIXELS = 8192 * 4320  # of a frame; a broken header may claim anything
+
+
+class VideoError(ValueError):
+    """A video that cannot be read. The message is one line that names the file."""
+
+
+class NoMotionVectors(UserWarning):
+    """The codec exported no motion vectors, and the difference of frames stands in for them."""
+
+
+class VideoInfo(NamedTuple):
+    """What probe_video finds."""
+
+    frames: int
+    fps: float
+    size: tuple[int, int]  # (height, width) as shown, so after rotation
+
+
+class _Index(NamedTuple):
+    pts: np.ndarray | None  # (frames,) sorted; None if the file has no usable ones
+    keys: np.ndarray  # numbers of the key frames, sorted
+    frames: int
+    fps: float
+    time_base: float  # seconds in a unit of pts
+
+
+class Video(NamedTuple):
+    """A video file that is open, see open_video."""
+
+    path: str
+    container: av.container.InputContainer
+    stream: av.VideoStream
+    index: _Index
+    motion: bool
+
+
+# Titles that are not UTF-8: PyAV 19 replaces odd bytes by itself, and has no such argument.
+_ODD_TITLES = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+@contextlib.contextmanager
+def _open_stream(path, motion):
+    """Yields (container, best video stream); whatever libav finds wrong becomes a VideoError."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device might never end
+            raise VideoError(f"{path}: not a file")
+        # "file:" keeps libav from taking a name such as http:... for a URL.
+        with av.open(f"file:{path}", **_ODD_TITLES) as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise VideoError(f"{path}: no video stream that can be decoded")
+            if stream.width * stream.height > MAX_PIXELS:
+                raise VideoError(f"{path}: {stream.width}x{stream.height} pixels, larger than 8K")
+            # Loaders run a process a core; and with several threads in one decoder the number of
+            # motion vectors changes from run to run.
+            stream.codec_context.thread_count = 1
+            # Set before the first frame is decoded.
+            options = {"flags2": "+export_mvs"} if motion else {}
+            stream.codec_context.options = options | {"max_pixels": str(MAX_PIXELS)}
+            yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from error
+
+
+def _demux(container, stream):
+    # PyAV's generator leaks memory when it is left before its end and not closed.
+    return contextlib.closing(container.demux(stream))
+
+
+def _scan(path, container, stream):
+    # Headers lie about the number of frames (Matroska says 0), so the packets are counted,
+    # undecoded.
+    packets = [
+        (packet.pts, packet.is_keyframe)
+        for packet in container.demux(stream)
+        if packet.size and not packet.is_discard  # edit lists discard packets
+    ]
+    if not packets:
+        raise VideoError(f"{path}: no frames")
+    fps, time_base = float(stream.average_rate or 0), float(stream.time_base or 0)
+    pts, is_key = zip(*packets)
+    # Times of decoding alone, as AVI has them, are of no use: frames are then counted while
+    # decoding.
+    unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
+    if unordered or None in pts or len(set(pts)) < len(pts):
+        return _Index(None, np.empty(0, int), len(packets), fps, time_base)
+    order = np.argsort(pts)
+    return _Index(
+        np.array(pts)[order], np.flatnonzero(np.array(is_key)[order]), len(packets), fps, time_base
+    )
+
+
+_INDICES = {}  # of files met before: the clips of an hour-long one need not scan it each
+MAX_INDICES = 4096
+
+
+@contextlib.contextmanager
+def open_video(path, *, motion=False):
+    """Opens a video file for frame_range and read_clip, which take it in place of a path. Opening
+    costs as much as decoding ten frames, so it is worth doing once. motion: as in read_clip."""
+    if isinstance(path, Video):
+        yield path
+        return
+    with _open_stream(path, motion) as (container, stream):
+        status = os.stat(path)
+        key = str(path), status.st_size, status.st_mtime_ns
+        if key not in _INDICES:
+            if len(_INDICES) == MAX_INDICES:
+                del _INDICES[next(iter(_INDICES))]  # the oldest
+            _INDICES[key] = _scan(path, container, stream)
+        yield Video(str(path), container, stream, _INDICES[key], motion)
+
+
+def frame_range(path, start=None, end=None) -> tuple[int, int]:
+    """Numbers [first, stop) of the frames shown between `start` and `end`, in seconds from the
+    first frame; all by default. path: a file, or a Video from open_video. VideoError if no frame
+    lies between."""
+    with open_video(path) as video:
+        index = video.index
+    if index.pts is None:  # no timestamps: the frame rate has to do
+        times = np.arange(index.frames) / (index.fps or 1)
+    else:
+        times = (index.pts - index.pts[0]) * index.time_base
+    first = 0 if start is None else int(np.searchsorted(times, start - 1e-6))
+    stop = len(times) if end is None else int(np.searchsorted(times, end - 1e-6))
+    if first >= stop:
+        raise VideoError(f"{video.path}: no frame between start={start} s and end={end} s")
+    return first, stop
+
+
+def clip_indices(first, stop, num_frames, stride, *, generator=None) -> list[int]:
+    """num_frames numbers, `stride` apart, from a random place in [first, stop).
+
+    A video shorter than num_frames*stride repeats its last frame, much as in VideoMAE's
+    kinetics.py."""
+    span = stop - first - num_frames * stride
+    start = first + int(torch.randint(max(0, span) + 1, (), generator=generator))
+    return [min(start + i * stride, stop - 1) for i in range(num_frames)]
+
+
+def _runs(keys, frames):
+    """Cuts frame numbers into runs, each decoded from one key frame; a new run begins where a seek
+    to a later key frame saves decoding. -> [(key frame, [frame, ...]), ...]."""
+    runs = []
+    for number in sorted(set(frames)):
+        before = keys[: np.searchsorted(keys, number, side="right")]
+        key = int(before[-1]) if len(before) else 0
+        if not runs or key > runs[-1][1][-1] + 1:
+            runs.append((key, []))
+        runs[-1][1].append(number)
+    return runs
+
+
+def _number(index, frame):
+    """The number of a decoded frame, None if no packet announced it."""
+    if frame.pts is None:
+        return None
+    number = int(np.searchsorted(index.pts, frame.pts))
+    return number if number < index.frames and index.pts[number] == frame.pts else None
+
+
+# Codecs in which libav can leave out frames that nothing refers to. (An HEVC frame that says so of
+# itself may still be referred to by those of a higher temporal layer.)
+_SKIPS = {"h264", "mpeg4"}
+
+
+def _packets(video, key, number):
+    """Packets from key frame `key` on, or from an earlier one, from which frame `number` can be
+    decoded; none if no seek lands early enough."""
+    pts = video.index.pts
+    for target in (
+        number,
+        key,
+    ):  # the first may land on a later key frame, where frames are reordered
+        video.container.seek(int(pts[target]), stream=video.stream)
+        with _demux(video.container, video.stream) as packets:
+            first = next(packets)
+            if first.pts is not None and first.pts <= pts[key]:
+                yield first
+                yield from packets
+                return
+
+
+def _decode(video, frames):
+    """Yields (number, frame) for the frames, and for those that had to be decoded on the way to
+    them."""
+    codec, index = video.stream.codec_context, video.index
+    if index.pts is None:
+        return
+    for key, run in _runs(index.keys, frames):
+        awaited = set(index.pts[run].tolist())
+        for packet in _packets(video, key, run[0]):
+            if codec.name in _SKIPS:
+                codec.skip_frame = "DEFAULT" if packet.pts in awaited else "NONREF"
+            awaited.discard(packet.pts)
+            decoded = packet.decode()
+            if (
+                not awaited and packet.size
+            ):  # all that the run needs is in: flush what the decoder holds back
+                decoded += codec.decode(None)
+            for frame in decoded:
+                if (number := _number(index, frame)) is not None:
+                    yield number, frame
+            if not awaited:
+                break
+
+
+def _decode_from_start(video, frames):
+    """Yields (number, frame) for every frame up to the last of `frames`, in a decoder of its
+    own."""
+    with (
+        _open_stream(video.path, video.motion) as (container, stream),
+        _demux(container, stream) as packets,
+    ):
+        decoded = (packet.decode() for packet in packets)
+        for count, frame in enumerate(itertools.chain.from_iterable(decoded)):
+            number = count if video.index.pts is None else _number(video.index, frame)
+            if number is not None:
+                yield number, frame
+                if number >= frames[-1]:
+                    return
+
+
+def probe_video(path) -> VideoInfo:
+    """Frame count, frames per second and (height, width) of a video; decodes its first frame.
+
+    Raises VideoError if there is no video stream or no frame that can be decoded."""
+    with open_video(path) as video:
+        for _, frame in _decode_from_start(video, [0]):
+            turned = frame.rotation % 180 != 0
+            size = (frame.width, frame.height) if turned else (frame.height, frame.width)
+            return VideoInfo(video.index.frames, video.index.fps, size)
+    raise VideoError(f"{path}: no frame that can be decoded")
+
+
+# PyAV scales in as many threads as there are cores (since 17), and keeps them for the next frame
+# (since 19), for which a loader process that is forked in between would wait for ever. So: one
+# thread, and scalers of our own.
+
+
+def _to_rgb(frame, size, scalers):
+    rotation = frame.rotation
+    if frame.format.components[0].bits > 8:  # straight to rgb24 swscale is off by up to 3 levels
+        frame = scalers[0].reformat(frame, format="yuv420p", threads=1)
+    height, width = size
+    rgb = scalers[1].reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+    return np.rot90(rgb, round(rotation / 90))  # the metadata's rotation is not applied by itself
+
+
+def _block_motion(frame, rows, cols):
+    """Length of a frame's motion vectors in pixels, (rows,cols) cells of 8x8 pixels, NaN where
+    there is none; None if the frame has none at all, as key frames."""
+    data = frame.side_data.get("MOTION_VECTORS")
+    if not data:
+        return None
+    v = data.to_ndarray()
+    length = np.hypot(v["motion_x"], v["motion_y"]) / v["motion_scale"]
+    # The cell of a block's upper left corner (dst is its centre), on a plane with two more cells on
+    # each side, where blocks go that lie outside. A block of 16 covers two cells, one of 8 covers
+    # one.
+    y = ((v["dst_y"] - v["h"] // 2) // MOTION_CELL + 2).clip(0, rows + 2)
+    x = ((v["dst_x"] - v["w"] // 2) // MOTION_CELL + 2).clip(0, cols + 2)
+    plane = rows + 4, cols + 4
+    cell = y.astype(int) * plane[1] + x
+    tall, wide = v["h"] > MOTION_CELL, v["w"] > MOTION_CELL
+    both = tall & wide
+    cell = np.concatenate([cell, cell[wide] + 1, cell[tall] + plane[1], cell[both] + plane[1] + 1])
+    length = np.concatenate([length, length[wide], length[tall], length[both]])
+    with np.errstate(invalid="ignore"):  # two in a B-block: the mean
+        motion = np.bincount(cell, length, math.prod(plane)) / np.bincount(
+            cell, minlength=math.prod(plane)
+        )
+    motion = motion.reshape(plane)[2:-2, 2:-2].astype(np.float32)
+    return np.rot90(motion, round(frame.rotation / 90))
+
+
+def _fill_missing(fields):
+    """Fields (h',w') with gaps, or None, one a frame, not all None -> (F,h',w'). A NaN cell takes
+    the value of the nearest frame that has one (the later of two: a key frame often opens a new
+    shot), 0 where none has."""
+    empty = np.full_like(next(field for field in fields if field is not None), np.nan)
+    motion = np.stack([empty if field is None else field for field in fields])
+    gaps = np.isnan(motion).any(0)
+    known = ~np.isnan(motion[:, gaps])  # (F, cells with a gap)
+    last = len(motion) - 1
+    number = np.arange(last + 1)[:, None]
+    before = np.maximum.accumulate(np.where(known, number, -2 * last - 2))
+    after = np.minimum.accumulate(np.where(known, number, 3 * last + 3)[::-1])[::-1]
+    nearest = np.where(number - before < after - number, before, after).clip(0, last)
+    motion[:, gaps] = np.nan_to_num(np.take_along_axis(motion[:, gaps], nearest, axis=0))
+    return motion
+
+
+def _frame_difference(frames):
+    """(T,H,W,3) uint8 -> (T,h',w'): mean absolute difference to the frame before, in grey
+    levels."""
+    grey = frames.float().mean(-1)
+    change = (grey[1:] - grey[:-1]).abs() if len(grey) > 1 else torch.zeros_like(grey)
+    change = torch.cat([change[:1], change])[: len(grey)]
+    return F.avg_pool2d(change[:, None], MOTION_CELL, ceil_mode=True)[:, 0]
+
+
+def _read_frames(path, decoded, wanted, motion):
+    """From pairs (number, frame) -> {number: RGB} and, with motion, {number: motion field or None}
+    of those that are wanted. VideoError if one of them, or one on the way to them, is damaged."""
+    rgb, fields, size, scalers = {}, {}, None, (VideoReformatter(), VideoReformatter())
+    for number, frame in decoded:
+        if frame.is_corrupt:  # what follows refers to it
+            raise VideoError(f"{path}: frame {number} is damaged")
+        size = size or (frame.height, frame.width)  # should it change: as the first
+        if number in wanted:
+            rgb[number] = _to_rgb(frame, size, scalers)
+            if motion:
+                fields[number] = _block_motion(frame, *(-(-side // MOTION_CELL) for side in size))
+    return rgb, fields
+
+
+def read_clip(path, frames, *, motion=False):
+    """Reads the frames with the given numbers (sorted, repeats allowed), all in one decode. path: a
+    file, or a Video from open_video.
+
+    Returns frames (T,H,W,3) uint8; with motion=True (frames, motion): motion (T,H/8,W/8) float32,
+    rounded up, is the length of the codec's motion vectors in pixels of the source. A block without
+    one borrows from the nearest of the frames that has one. If none of them has (HEVC, VP9 and AV1
+    export none) it is the absolute difference of frames instead, and a NoMotionVectors warning.
+    Raises ValueError for a number out of range, VideoError for a file that cannot be read."""
+    with open_video(path, motion=motion) as video:
+        path, index, frames = video.path, video.index, list(frames)
+        if not frames or frames != sorted(frames) or frames[0] < 0 or frames[-1] >= index.frames:
+            raise ValueError(
+                f"{path}: frame numbers {frames}: must be sorted and in 0..{index.frames - 1}"
+            )
+        if motion and not video.motion:
+            raise ValueError(f"{path}: motion of a video that was opened without motion=True")
+        # If a seek landed too late, frames are missing: then all is decoded from the start.
+        for decode in (_decode, _decode_from_start):
+            rgb, fields = _read_frames(path, decode(video, frames), set(frames), motion)
+            if rgb.keys() == set(frames):
+                break
+        else:
+            raise VideoError(f"{path}: frame {min(set(frames) - rgb.keys())} cannot be decoded")
+    clip = torch.from_numpy(np.stack([rgb[number] for number in frames]))
+    if not motion:
+        return clip
+    gc.collect(1)  # in PyAV a frame and its side data hold each other: they would pile up
+    if any(field is not None for field in fields.values()):
+        return clip, torch.from_numpy(_fill_missing([fields[number] for number in frames]))
+    warnings.warn(
+        NoMotionVectors(f"{path}: no motion vectors, frame differences instead"), stacklevel=2
+    )
+    unique = sorted(rgb)
+    change = _frame_difference(torch.from_numpy(np.stack([rgb[number] for number in unique])))
+    return clip, change[[unique.index(number) for number in frames]]
+
+
+# ==================================================================================================
+# Manifest: what is known of the clips: records, and text maps, which captions.py makes.
+# Needs: json, zipfile, NamedTuple, Path, numpy as np, torch.
+# ==================================================================================================
+
+
+def clip_name(name, pretrained):
+    """How a text map calls a CLIP: the model and its weights, of a path the last part."""
+    if name.startswith("local-dir:"):
+        return f"local-dir:{Path(name.removeprefix('local-dir:')).name}"
+    return name if name.startswith("hf-hub:") else f"{name}/{Path(str(pretrained)).name}"
+
+
+class TextMap(NamedTuple):
+    """What CLIP says of a clip, computed once: see captions.py maps. h'*w' patches in a frame."""
+
+    similarity: torch.Tensor  # (captions,F,h',w') cosine of every patch and every caption
+    frames: torch.Tensor  # (F,) their numbers in the file
+    text: torch.Tensor  # (captions,E) unit vectors
+    clip: str  # model, weights, and the first digits of the weights' SHA-256
+    size: tuple[int, int]  # (height, width) of the source
+    resized: tuple[int, int]  # as CLIP saw it: h'*patch_size, w'*patch_size
+    patch_size: int
+
+
+def read_map(path, captions, clip=None) -> TextMap:
+    """Reads a text map (.npz without pickles). Raises ValueError if it is broken, or was made of
+    other captions, or (where `clip` is given) by another CLIP."""
+    again = "python captions.py maps makes it anew"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = TextMap(
+                *(torch.from_numpy(file[name]) for name in ("similarity", "frames", "text")),
+                str(file["clip"]),
+                tuple(file["source_size"].tolist()),
+                tuple(file["resized_size"].tolist()),
+                int(file["patch_size"]),
+            )
+            made_of = file["captions"].tolist()
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: not a whole text map ({error or type(error).__name__}); {again}"
+        ) from error
+    if made_of != captions:
+        raise ValueError(
+            f"{path}: a text map of other captions ({made_of}, now {captions}); {again}"
+        )
+    if clip not in (None, saved.clip):
+        raise ValueError(
+            f"{path}: a text map made with CLIP {saved.clip}, not {clip}; {again}, with --force"
+        )
+    return saved
+
+
+def read_manifest(path, split=None):
+    """Records of a manifest (JSON lines, one clip each) as dicts; with `split`, those of that split
+    and those that name none. Adds `path` and `map_path`: `video` and `maps` with the manifest's
+    folder in front.
+
+    Raises ValueError that names file and line for a line that is not such a record."""
+    path, records = Path(path), []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as a manifest: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error}): {line[:60]}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("video"), str):
+            raise ValueError(f'{path}:{number}: no "video" in {line[:60]}')
+        if not isinstance(record.get("maps", ""), str):
+            raise ValueError(f"{path}:{number}: maps must be a path, or absent: {record['maps']!r}")
+        captions = record.get("captions", [])
+        if not isinstance(captions, list) or not all(
+            isinstance(c, str) and c.strip() for c in captions
+        ):
+            raise ValueError(
+                f"{path}:{number}: captions must be a list of non-empty texts, or absent: "
+                f"{captions!r}"
+            )
+        if split is None or record.get("split", split) == split:
+            paths = {"path": str(path.parent / record["video"])}
+            paths |= {"map_path": str(path.parent / record["maps"])} if record.get("maps") else {}
+            records.append(record | paths)
+    if not records:
+        raise ValueError(f"{path}: no clips" + (f" of split {split!r}" if split else ""))
+    return records
+
+
+# ==================================================================================================
+# Crop: one box and flip for frames, motion and text maps alike.
+# Needs: NamedTuple, torch, torch.nn.functional as F, torchvision.transforms.v2.functional as TF.
+# Paper: 4.2 and Table 8; the box is VideoMAE's GroupMultiScaleCrop.
+# ==================================================================================================
+
+
+class Crop(NamedTuple):
+    """A box in pixels of the source, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+
+
+def multi_scale_crop(size, *, flip=True, scales=(1, 0.875, 0.75, 0.66), generator=None) -> Crop:
+    """VideoMAE's GroupMultiScaleCrop: a random box in a frame of `size` (height, width), in pixels
+    of the source. Its sides are neighbours in `scales` times the short side, at one of 13 places
+    (corners, centre, and between); mirrored half the time."""
+
+    def draw(count):
+        return int(torch.randint(count, (), generator=generator))
+
+    sides = [int(min(size) * scale) for scale in scales]
+    pairs = [(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1]
+    height, width = pairs[draw(len(pairs))]
+    places = [
+        (y, x) for y in range(5) for x in range(5) if (y % 2 == x % 2)
+    ]  # quarters of the slack
+    y, x = places[draw(len(places))]
+    top, left = y * ((size[0] - height) // 4), x * ((size[1] - width) // 4)
+    return Crop(top, left, height, width, flip and draw(2) == 1)
+
+
+def crop_frames(frames, crop, size):
+    """(T,H,W,3) uint8 -> (3,T,size,size) uint8: cut, resized bilinearly with antialiasing,
+    mirrored."""
+    video = TF.resized_crop(
+        frames.permute(0, 3, 1, 2), crop.top, crop.left, crop.height, crop.width, [size, size]
+    )  # (T,3,size,size)
+    video = video.flip(-1) if crop.flip else video
+    return video.transpose(0, 1).contiguous()  # (3,T,size,size)
+
+
+def area_weights(cells, out, start, stop):
+    """(out,cells): the share of each of `cells` input cells in each of `out` equal parts of the
+    span [start, stop), which is given in input cells and lies within them. Rows sum to 1."""
+    edges = torch.linspace(start, stop, out + 1, dtype=torch.float64)
+    low, high, left = edges[:-1, None], edges[1:, None], torch.arange(cells)
+    overlap = (torch.minimum(high, left + 1) - torch.maximum(low, left)).clamp(min=0)
+    return (overlap / overlap.sum(1, keepdim=True)).float()
+
+
+def crop_motion(motion, crop, grid, cell=8):
+    """(T,h',w') motion of the whole frame -> (T,h,w) of the crop, each cell's mean by area."""
+    _, h, w = grid
+    rows = area_weights(motion.shape[-2], h, crop.top / cell, (crop.top + crop.height) / cell)
+    cols = area_weights(motion.shape[-1], w, crop.left / cell, (crop.left + crop.width) / cell)
+    cropped = rows @ motion @ cols.T  # (h,h') @ (T,h',w') @ (w',w) = (T,h,w)
+    return cropped.flip(-1) if crop.flip else cropped
+
+
+def crop_map(similarity, crop, size, grid):
+    """(t,h',w') text similarity of whole frames of `size` (height, width) -> (t,h,w) of the crop:
+    the value at the centre of each of its patches, bilinear between cells."""
+    _, h, w = grid
+    y = 2 * (crop.top + (torch.arange(h) + 0.5) * crop.height / h) / size[0] - 1
+    x = 2 * (crop.left + (torch.arange(w) + 0.5) * crop.width / w) / size[1] - 1
+    centres = torch.stack(
+        torch.meshgrid(y, x, indexing="ij")[::-1], -1
+    )  # (h,w,2): x and y in -1..1
+    cropped = F.grid_sample(
+        similarity[None].float(), centres[None], padding_mode="border", align_corners=False
+    )
+    cropped = cropped[0]  # (t,h,w)
+    return cropped.flip(-1) if crop.flip else cropped
+
+
+def map_scores(text_map, caption, frames, crop, size, grid):
+    """Scores (t,h,w) of a crop from a TextMap, for its caption of that number: of the stored frame
+    that is nearest to each of `frames`, the t tubelets' first ones. size: (height, width) that the
+    crop is of."""
+    nearest = (text_map.frames[:, None] - torch.tensor(frames)).abs().argmin(0)  # (t,)
+    return crop_map(text_map.similarity[caption, nearest], crop, size, grid)

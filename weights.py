@@ -1,0 +1,262 @@
+"""Weights in and out: official VideoMAE files, transformers' folders and hub names, and our own
+checkpoints, all in the names of tgmae.py.
+
+    config, state, rest = load_checkpoint("MCG-NJU/videomae-base")
+    model = tgmae.TGMAE(config)
+    model.load_state_dict(state, strict=False)  # the predictor is ours alone
+
+Only transformers' folders and hub names need transformers, 5.18 or later: from 5.0 to 5.15 it sets
+VideoMAE's query and value biases to zero without a word.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+
+from tgmae import PRESETS, Config
+
+
+def work_offline_if_no_hub(timeout=5):
+    """Asks the Hugging Face hub once whether it is there. If not, open_clip and transformers are
+    told to use what is on disk, and fail at once where that is not enough, not after a minute of
+    retries.
+
+    Call before they are imported. Returns whether the hub may be used."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            urllib.request.urlopen(constants.ENDPOINT, timeout=timeout).close()
+        except urllib.error.HTTPError:
+            pass  # it answered
+        except OSError:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            constants.HF_HUB_OFFLINE = True
+    return not constants.HF_HUB_OFFLINE
+
+
+# (ours, transformers'), each replaced wherever it stands. ".attention.output.dense." before
+# ".output.dense.".
+_HUGGINGFACE = (
+    ("encoder.patch_embed.proj.", "videomae.embeddings.patch_embeddings.projection."),
+    ("encoder.blocks.", "videomae.encoder.layer."),
+    ("encoder.norm.", "videomae.layernorm."),
+    ("decoder.blocks.", "decoder.decoder_layers."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+    ("head.", "classifier."),
+)
+
+
+def from_videomae(state_dict):
+    """The state dict of an official VideoMAE model, or of transformers' VideoMAE, for pre-training
+    or fine-tuned -> in our names, without the predictor, which they lack. Fine-tuned ones bring
+    fc_norm and head. Raises ValueError for anything else."""
+    old, new = state_dict, {}
+    if any(name.startswith(("embeddings.", "videomae.")) for name in old):
+        for name, value in old.items():
+            if name.startswith(
+                ("embeddings.", "encoder.layer.", "layernorm.")
+            ):  # a bare VideoMAEModel
+                name = "videomae." + name
+            for ours, theirs in _HUGGINGFACE:
+                name = name.replace(theirs, ours)
+            name = name.replace(".attention.attention.", ".attn.")
+            name = name.replace(".query.bias", ".q_bias").replace(
+                ".value.bias", ".v_bias"
+            )  # since 5.0
+            new[name] = value
+        for name in [name for name in new if name.endswith(".query.weight")]:
+            stem = name.removesuffix("query.weight")
+            parts = [new.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")]
+            new[f"{stem}qkv.weight"] = torch.cat(parts)
+    elif any(name.endswith("patch_embed.proj.weight") for name in old):
+        bare = "patch_embed.proj.weight" in old  # fine-tuned: no encoder. in front
+        for name, value in old.items():
+            ours = bare and name.startswith(("patch_embed.", "blocks.", "norm."))
+            new["encoder." + name if ours else name] = value
+    if "encoder.patch_embed.proj.weight" not in new:
+        raise ValueError(f"not VideoMAE's weights: names like {', '.join(list(old)[:3])}")
+    weight = new["encoder.patch_embed.proj.weight"]  # (D,C,frame,row,column) -> (D,P)
+    new["encoder.patch_embed.proj.weight"] = weight.permute(0, 2, 3, 4, 1).flatten(1)
+    return new
+
+
+def to_huggingface(model):
+    """TGMAE -> state dict of transformers' VideoMAEForPreTraining (config: use_mean_pooling=False);
+    a fine-tuned model of eval.py -> VideoMAEForVideoClassification."""
+    c, new = model.config, {}
+    for name, value in model.state_dict().items():
+        if name.startswith("predictor."):
+            continue
+        if name == "encoder.patch_embed.proj.weight":  # (D,P) -> (D,C,frame,row,column)
+            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans).permute(
+                0, 4, 1, 2, 3
+            )
+        for ours, theirs in _HUGGINGFACE:
+            name = name.replace(ours, theirs) if ours != "head." or name.startswith(ours) else name
+        name = name.replace(".q_bias", ".query.bias").replace(".v_bias", ".value.bias")
+        if name.endswith(".attn.qkv.weight"):
+            stem = name.removesuffix("attn.qkv.weight")
+            for part, third in zip(("query", "key", "value"), value.chunk(3)):
+                new[f"{stem}attention.attention.{part}.weight"] = third.contiguous()
+        else:
+            new[name.replace(".attn.", ".attention.attention.")] = value.contiguous()
+    return new
+
+
+def load_file(path):
+    """torch.load of a checkpoint, of which no pickled code is run; ValueError if it is not one."""
+    try:
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # official files hold their flags
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of other contents makes torch raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
+
+
+def _official_config(state, flags):
+    """Config of official weights, in our names except for the patch embedding. Neither the clip's
+    size nor heads are in weights: those are what the file's flags say, and the published model's of
+    that width."""
+    D, C, tubelet, patch, _ = state["encoder.patch_embed.proj.weight"].shape
+    known = next((preset for preset in PRESETS.values() if preset.embed_dim == D), None)
+
+    def depth(part):
+        return 1 + max(
+            int(name.split(".")[2]) for name in state if name.startswith(f"{part}.blocks.")
+        )
+
+    sizes = dict(
+        image_size=getattr(flags, "input_size", 224),
+        num_frames=getattr(flags, "num_frames", 16),
+        patch_size=patch,
+        tubelet_size=tubelet,
+        in_chans=C,
+        embed_dim=D,
+        depth=depth("encoder"),
+        mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.weight"]) / D,
+        num_heads=known.num_heads if known else max(1, D // 64),
+    )
+    if "encoder_to_decoder.weight" in state:
+        width = len(state["encoder_to_decoder.weight"])
+        same = known and known.decoder_embed_dim == width
+        sizes |= dict(
+            decoder_embed_dim=width,
+            decoder_depth=depth("decoder"),
+            decoder_num_heads=known.decoder_num_heads if same else max(1, width // 64),
+        )
+    return Config(**sizes)
+
+
+def _load_huggingface(source):
+    import transformers
+
+    try:
+        theirs = transformers.VideoMAEConfig.from_pretrained(source)
+        kind = (theirs.architectures or ["VideoMAEForPreTraining"])[0]
+        if kind not in (
+            "VideoMAEModel",
+            "VideoMAEForPreTraining",
+            "VideoMAEForVideoClassification",
+        ):
+            raise ValueError(f"{source}: a {kind}, not a VideoMAE")
+        model = getattr(transformers, kind).from_pretrained(source)
+    except pickle.UnpicklingError as error:  # of older files, read without running what they bring
+        raise ValueError(
+            f"{source}: holds more than weights: {str(error).strip().splitlines()[0]}"
+        ) from error
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{source}: neither a checkpoint nor a folder or hub name of transformers: {reason}"
+        ) from error
+    config = Config(
+        image_size=theirs.image_size,
+        patch_size=theirs.patch_size,
+        num_frames=theirs.num_frames,
+        tubelet_size=theirs.tubelet_size,
+        in_chans=theirs.num_channels,
+        embed_dim=theirs.hidden_size,
+        depth=theirs.num_hidden_layers,
+        num_heads=theirs.num_attention_heads,
+        mlp_ratio=theirs.intermediate_size / theirs.hidden_size,
+        layer_norm_eps=theirs.layer_norm_eps,
+        decoder_embed_dim=theirs.decoder_hidden_size,
+        decoder_depth=theirs.decoder_num_hidden_layers,
+        decoder_num_heads=theirs.decoder_num_attention_heads,
+        norm_pix_loss=theirs.norm_pix_loss,
+    )
+    saved = {"transformers": kind}
+    if kind == "VideoMAEForVideoClassification":
+        saved["classes"] = [theirs.id2label[number] for number in range(theirs.num_labels)]
+    return config, from_videomae(model.state_dict()), saved
+
+
+def _config(source, sizes):
+    try:
+        return Config(**sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its config makes no model: {error}") from error
+
+
+def _load_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if "config" not in header:
+                raise ValueError(f"{path}: not one that eval.py export wrote")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be loaded as safetensors: {error}") from error
+    rest = {key: value for key, value in json.loads(header["saved"]).items() if value}
+    return _config(path, json.loads(header["config"])), state, rest
+
+
+def load_checkpoint(source):
+    """-> (Config, state dict in our names, what else was there, a dict) from a checkpoint of
+    train.py or eval.py, an official VideoMAE .pth, or a folder or hub name of transformers'
+    VideoMAE. Sizes are read from it. Raises ValueError if it is none of these."""
+    if not Path(source).is_file():
+        if not Path(source).is_dir():
+            work_offline_if_no_hub()
+        return _load_huggingface(source)
+    if Path(source).suffix == ".safetensors":
+        return _load_safetensors(source)
+    saved = load_file(source)
+    if not isinstance(saved, dict):
+        raise ValueError(f"{source}: holds a {type(saved).__name__}, not a checkpoint's dict")
+    state = next((saved.pop(key) for key in ("model", "module") if key in saved), saved)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{source}: its weights are no dict of names and tensors")
+    if "config" in saved:
+        return _config(source, saved["config"]), state, saved
+    conv = next(
+        (value for name, value in state.items() if name.endswith("patch_embed.proj.weight")), None
+    )
+    try:
+        ours = from_videomae(state)
+        if conv is None:
+            raise ValueError(
+                "transformers' weights alone; the folder with their config.json is needed"
+            )
+        return (
+            _official_config(ours | {"encoder.patch_embed.proj.weight": conv}, saved.get("args")),
+            ours,
+            {},
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
