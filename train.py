@@ -1089,7 +1089,8 @@ def losses_and_gradients(net, batch, clip, args, config):
     zero = torch.zeros((), device=args.device)
     mae, vt = out.get("mae", zero), out.get("vt", zero)
     # VT that is only watched trains the predictor alone, so its weight changes nothing else.
-    ((mae + args.vt_weight * vt) / args.accum).backward()
+    loss = mae + args.vt_weight * vt  # (3.5)
+    (loss / args.accum).backward()
     counts = zero.new_tensor([len(batch["bad"]), batch["no_motion"]])
     return torch.cat(
         [torch.stack([mae.detach().float(), vt.detach().float()]) / args.accum, counts]

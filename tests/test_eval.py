@@ -369,7 +369,7 @@ def test_the_last_frame_is_the_last(clips, monkeypatch):
     """TSN's jitter just below 1 asks for no frame beyond the end."""
     records, asked, read = dataset.read_manifest(clips(), "train"), [], dataset.read_clip
     monkeypatch.setattr(
-        tgmae, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames)
+        dataset, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames)
     )
     monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, 1 - 2**-24))
     config = tgmae.Config(**{**SMALL, "num_frames": 16})
@@ -388,7 +388,7 @@ def test_training_frames(clips, monkeypatch):
     records, asked = dataset.read_manifest(clips(), "train"), []
     read = dataset.read_clip
     monkeypatch.setattr(
-        tgmae, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames)
+        dataset, "read_clip", lambda path, frames: asked.append(frames) or read(path, frames)
     )
     for sampling in ("tsn", "dense"):
         args = finetune_args(

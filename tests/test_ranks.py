@@ -29,7 +29,7 @@ def one(tmp_path_factory):
     return torch.load(path)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_equal_across_ranks(one, processes, tmp_path):
     done = torchrun(processes, HERE / "ranks.py", tmp_path / "many.pt")
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,8 @@ import argparse
 import json
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,6 +161,7 @@ def test_the_other_flags(workdir, manifest, clip_flags, capsys):
     assert "vt" not in log(workdir / "third")[0]
 
 
+@pytest.mark.slow
 def test_compile(workdir, manifest):
     run("--data", manifest(4), "--mask", "tube", *FEW, "--compile", "--out", "compiled")
     run("--data", manifest(4), "--mask", "tube", *FEW, "--out", "plain")
@@ -169,6 +172,18 @@ def test_compile(workdir, manifest):
         torch.load("compiled/last.pt")["model"].keys()
         == torch.load("plain/last.pt")["model"].keys()
     )
+
+
+def test_another_way_to_start_processes(workdir, manifest):
+    """Python 3.14 starts loaders by forkserver: nothing that they get may need a fork."""
+    start = "import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n"
+    (workdir / "sitecustomize.py").write_text(start)
+    words = [ROOT / "train.py", "--data", manifest(8), *FEW, "--out", "run", "--workers", 2]
+    env = os.environ | {"PYTHONPATH": str(workdir)}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(log(workdir / "run")) == 2
 
 
 def test_init_from_transformers(workdir, manifest, clip_flags, capsys):
