@@ -360,8 +360,9 @@ def tube_scores(batch, grid, *, generator=None):
 def motion_scores(motion, grid):
     """motion (B,T,h',w'), say lengths of motion vectors -> (B,t,h,w), as in MGM: the mean over a
     cube's frames and cells, by adaptive average pooling. ValueError if T does not divide into t."""
-    if motion.shape[1] % grid[0]:
-        raise ValueError(f"motion of {motion.shape[1]} frames: not divisible into {grid[0]} slices")
+    T, t = motion.shape[1], grid[0]
+    if T % t:
+        raise ValueError(f"motion of {T} frames does not divide into {t} time slices")
     return F.adaptive_avg_pool3d(motion, grid)
 
 

@@ -41,7 +41,8 @@ RUN_BY = {  # what runs the toy world's commands, with flags that make some of t
     "python eval.py show runs/toy-tgm-vt/last.pt": SHOW,
     "python eval.py show runs/toy-tgm-vt/last.pt --number 5 --out docs/clip": SHOW,
     "python eval.py show runs/toy-tgm-vt/last.pt --number 5": SHOW,
-    "python eval.py show MCG-NJU/videomae-base --video FILE --caption TEXT": SHOW,
+    "python eval.py show MCG-NJU/videomae-base --video FILE --caption TEXT": "test_eval.py "
+    "test_show",
     "python toy.py coverage": "test_toy.py test_the_mask_follows_the_words",
     "python toy.py coverage --mask-ratio 0.6": "test_toy.py test_the_mask_follows_the_words",
     "python toy.py table2 --seeds 3 --report docs": "test_toy.py test_tables_and_plots",

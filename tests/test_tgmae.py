@@ -260,7 +260,7 @@ def test_motion_scores_by_loops():
         torch.testing.assert_close(scores[b, t, y, x], expected)
     cut = torch.rand(1, 4, 3, 4)  # as crop_motion gives it, a cell a cube: only frames are averaged
     assert torch.equal(tgmae.motion_scores(cut, (2, 3, 4))[0], (cut[0, ::2] + cut[0, 1::2]) / 2)
-    with pytest.raises(ValueError, match="motion of 4 frames: not divisible into 3 slices"):
+    with pytest.raises(ValueError, match="motion of 4 frames does not divide into 3 time slices"):
         tgmae.motion_scores(motion, (3, 3, 4))
 
 
