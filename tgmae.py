@@ -1,9 +1,9 @@
 # MIT licence, see LICENSE: copy what you need, and keep the copyright notice.
-"""Text-Guided Video Masked Autoencoder (Fan et al., ECCV 2024): the method, and nothing else.
+"""Text-Guided Video Masked Autoencoder (Fan et al., ECCV 2024): the method in one file.
 
 A video MAE that masks the cubes which CLIP finds most similar to the video's caption, and that can
 align the mean of the visible cubes with the caption by a contrastive loss. In ten lines, with
-`video` (B,3,T,H,W) uint8 and `captions`, a list of B strings:
+`video` (B,3,16,224,224) uint8 and `captions`, for each video one of its three, at random (3.2):
 
     config = PRESETS["base"]
     model = TGMAE(config)
@@ -13,33 +13,34 @@ align the mean of the visible cubes with the caption by a contrastive loss. In t
     scores = text_scores(clip, video, text, config.patch_size, config.tubelet_size)  # (B,t,h,w)
     mask = topk_mask(scores, MASK_RATIOS["tgm"])  # (B,N)
     out = model(video, mask, text)
-    loss = out["mae"] + 1.0 * out["vt"]  # (3.5); pure MAE: out["mae"]
+    loss = out["mae"] + 1.0 * out["vt"]  # (3.5); vt: video-text, 3.4. Pure MAE: out["mae"]
     loss.backward()
 
-`torchrun train.py --mask tgm --vt` does this on a toy world, without downloads: under 5 minutes on
-2 CPU cores, MAE loss near 0.8. The file goes as the paper's section 3 does:
+`torchrun train.py --mask tgm --vt` does the same on a toy world with a toy CLIP, in under 5 minutes
+on 2 CPU cores; `mae`, a mean squared error, ends near 0.8. The sections, and what is in each:
 
-    Config (4.2) -> Cubes (3.1) -> Transformer (3.1) -> Maskers (3.1, 3.3) -> CLIP scores (3.3)
-                 -> Losses (3.1, 3.4) -> Model (3.5)
+    Config (4.2) -> Cubes (3.1) -> Transformer (3.1: (1)) -> Maskers (3.1: (2), 3.3: top k)
+        -> CLIP scores (3.3) -> Losses (3.1: MSE, 3.4: (4)) -> Model (3.1: (3), 3.4: mean, 3.5)
 
-3.2, how the captions are made, is captions.py. Each section can be copied: its banner says what it
+3.2, how captions are made, is in captions.py. Each section can be copied: its banner says what it
 needs. Shapes, the same letters everywhere:
 
     B batch    T,H,W frames, height, width    C = 3    D embed_dim    Dd decoder_embed_dim
-    t,h,w the grid of cubes: t = T/tubelet_size, h = H/patch_size, w = W/patch_size
+    t,h,w: t time slices of h*w cubes, t = T/tubelet_size, h = H/patch_size, w = W/patch_size
     N = t*h*w cubes, Nv of them visible, Nm masked    P = tubelet_size*patch_size**2*C values a cube
-    E text_dim, of CLIP's embeddings
+    E text_dim, the size of CLIP's embeddings    world: number of processes, each is a rank
 
 A mask is (B,N) bool and True means MASKED, everywhere.
 
-Where we depart from section 3, or it is silent:
+Where we depart from section 3, or where it says nothing:
   - 3.3 scores every frame. Here a cube's score is that of the first of its tubelet_size frames.
   - 3.3 takes the top k of a frame. Here k cubes are masked in each of the t time slices.
-  - 3.1 embeds all cubes, then masks. Here masked cubes are dropped first: the same, for less.
+  - 3.3 takes CLIP's [CLS] and [EOS] states. Here they are projected, as CLIP compares them.
+  - 3.1 embeds all cubes, then masks. Here masked cubes are dropped before: less work, same result.
   - 3.1 reconstructs the video. Here, as in VideoMAE, only masked cubes are predicted, and their
-    target is each cube normalised by its own mean and standard deviation.
-  - 3.4 takes all other captions as negatives. Here those of clips of the same video are left out.
-  - 3.4 does not give the temperature (here 0.07) nor say what the prediction head is made of.
+    target is each cube normalised, per channel, by its own mean and standard deviation.
+  - 3.4: all other captions and videos are negatives. With `groups`, not those of the same video.
+  - 3.4 gives neither the temperature (here 0.07) nor the layers of the prediction head.
 """
 
 import math
@@ -54,14 +55,14 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 # ==================================================================================================
-# Config: every size of the model, and the presets (4.2).
+# Config: the sizes (4.2: ViT-B, 16 frames; the rest is VideoMAE's), and the presets.
 # Needs: math, dataclass, fields. Presets: VideoMAE (Tong et al. 2022), modeling_pretrain.py.
 # ==================================================================================================
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the model (4.2). An impossible value is a ValueError that prints it."""
+    """Sizes of the model. An impossible value is a ValueError that names it."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -75,7 +76,7 @@ class Config:
     decoder_embed_dim: int = 384
     decoder_depth: int = 4
     decoder_num_heads: int = 6
-    norm_pix_loss: bool = True  # the target is each cube normalised by its own mean and std
+    norm_pix_loss: bool = True  # target: cubes normalised by their own mean and std
     text_dim: int = 512
     temperature: float = 0.07  # of InfoNCE
     layer_norm_eps: float = 1e-6
@@ -120,7 +121,7 @@ def _preset(*sizes, **other):
     return Config(**dict(zip(names.split(), sizes)), **other)
 
 
-PRESETS = {
+PRESETS = {  # encoder: embed_dim, depth, num_heads; decoder: the same three
     "toy": _preset(128, 4, 4, 96, 2, 3, image_size=64, patch_size=8, num_frames=4, text_dim=64),
     "small": _preset(384, 12, 6, 192, 4, 3),
     "base": _preset(768, 12, 12, 384, 4, 6),  # the paper's backbone
@@ -137,7 +138,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalize(video):
-    """(B,3,T,H,W) uint8 -> float32 with ImageNet's mean and std taken out, as VideoMAE does."""
+    """(B,3,T,H,W) uint8 -> float32, standardised by ImageNet's mean and std, as in VideoMAE."""
     mean, std = (
         video.new_tensor(value, dtype=torch.float32).view(3, 1, 1, 1)
         for value in (IMAGENET_MEAN, IMAGENET_STD)
@@ -155,7 +156,9 @@ def patchify(video, patch_size, tubelet_size):
             f"{tubelet_size}x{patch_size}x{patch_size}"
         )
     t, h, w = T // tubelet_size, H // patch_size, W // patch_size
-    x = video.reshape(B, C, t, tubelet_size, h, patch_size, w, patch_size)
+    x = video.reshape(
+        B, C, t, tubelet_size, h, patch_size, w, patch_size
+    )  # t,frame, h,row, w,column
     x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, t,h,w, frame,row,column, C)
     return x.reshape(B, t * h * w, tubelet_size * patch_size**2 * C)  # (B,N,P)
 
@@ -177,34 +180,33 @@ def unpatchify(patches, grid, patch_size, tubelet_size):
 def split_mask(mask, device=None):
     """mask (B,N) bool, True = masked -> ids_keep (B,Nv), ids_mask (B,Nm), ascending, on `device`.
 
-    ValueError if the rows mask different numbers of cubes. These numbers decide shapes, so they are
-    needed on the host: keep masks on the CPU, and no GPU ever waits for this."""
+    ValueError if the rows mask different numbers of cubes. The CPU must know these numbers, which
+    decide shapes: keep masks there, since for a mask on the GPU it would have to wait."""
     counts = mask.sum(1).tolist()
     if mask.dtype != torch.bool or len(set(counts)) != 1 or not 0 < counts[0] < mask.shape[1]:
         raise ValueError(
             f"mask {mask.dtype} {tuple(mask.shape)} masks {counts} cubes a video: must be bool, "
             "the same number in each, and neither none nor all"
         )
-    B = len(mask)
-    keep, hide = (~mask).nonzero()[:, 1].view(B, -1), mask.nonzero()[:, 1].view(B, -1)
-    return keep.to(device, non_blocking=True), hide.to(device, non_blocking=True)
+    ids_keep, ids_mask = (m.nonzero()[:, 1].view(len(mask), -1) for m in (~mask, mask))
+    return ids_keep.to(device, non_blocking=True), ids_mask.to(device, non_blocking=True)
 
 
 def take(x, ids):
-    """x (B,N,D), ids (B,K) -> (B,K,D): each row's own tokens. x[mask] would mix the rows."""
+    """x (B,N,any), ids (B,K) -> (B,K,any): row b is x[b, ids[b]]."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
 # ==================================================================================================
-# Transformer: visible cubes (B,Nv,P) -> Encoder (B,Nv,D); tokens (B,N,Dd) -> Decoder (B,Nm,P).
+# Transformer: cubes (B,N,P) -> Encoder (B,Nv,D); tokens (B,N,Dd) -> Decoder (B,Nm,P).
 # Needs: torch, torch.nn as nn, torch.nn.functional as F, checkpoint, StochasticDepth.
-# For Encoder: from Cubes take. Paper: 3.1, 4.2; names and order are those of VideoMAE's
+# Encoder also needs: take (Cubes). Paper: 3.1, 4.2. Names and order: VideoMAE's
 # modeling_finetune.py and modeling_pretrain.py.
 # ==================================================================================================
 
 
 class Attention(nn.Module):
-    """Joint space-time self-attention, (B,N,D) -> (B,N,D)."""
+    """Joint self-attention over all tokens, of space and time: (B,L,D) -> (B,L,D), L = Nv or N."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -215,18 +217,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, N, D = x.shape
+        B, L, D = x.shape
         # k has no bias: it would add the same to all scores of a query, and the softmax drops that.
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # (3D,)
-        qkv = F.linear(x, self.qkv.weight, bias)  # (B,N,3D)
-        heads = (part.view(B, N, self.num_heads, -1) for part in qkv.chunk(3, dim=-1))
-        q, k, v = (part.transpose(1, 2) for part in heads)  # each (B,heads,N,D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B,heads,N,D/heads)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))  # (B,N,D)
+        qkv = F.linear(x, self.qkv.weight, bias)  # (B,L,3D)
+        heads = (part.view(B, L, self.num_heads, -1) for part in qkv.chunk(3, dim=-1))
+        q, k, v = (part.transpose(1, 2) for part in heads)  # each (B,heads,L,D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B,heads,L,D/heads)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))  # (B,L,D)
 
 
 class Mlp(nn.Module):
-    """(B,N,D) -> (B,N,D): Linear, GELU, Linear."""
+    """(B,L,D) -> (B,L,D): Linear, GELU, Linear."""
 
     def __init__(self, dim, hidden):
         super().__init__()
@@ -252,14 +254,14 @@ class Block(nn.Module):
 
 
 def _run_blocks(blocks, x, grad_checkpointing):
-    for block in blocks:  # a checkpoint trades a second forward for memory
+    for block in blocks:  # checkpoint: less memory, the forward runs twice
         x = checkpoint(block, x, use_reentrant=False) if grad_checkpointing else block(x)
     return x
 
 
-def sinusoid(positions, dim):
-    """-> (positions,dim): VideoMAE's fixed sine-cosine table over the cubes' flattened index."""
-    position = torch.arange(positions, dtype=torch.float64)[:, None]
+def sinusoid(count, dim):
+    """-> (count,dim): VideoMAE's fixed sine-cosine table over the cubes' flattened index."""
+    position = torch.arange(count, dtype=torch.float64)[:, None]
     channel = torch.arange(dim, dtype=torch.float64)
     angle = position / 10000 ** (2 * (channel // 2) / dim)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
@@ -277,7 +279,7 @@ class PatchEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Cubes (B,N,P), ids_keep (B,Nv) or None for all -> (B,Nv,D) after the final norm (3.1)."""
+    """Cubes (B,N,P), ids_keep (B,Nv) -> (B,Nv,D), after the final norm; ids_keep None: (B,N,D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -294,14 +296,14 @@ class Encoder(nn.Module):
     def forward(self, cubes, ids_keep=None):
         pos = self.pos_embed  # (N,D)
         if ids_keep is not None:
-            cubes, pos = take(cubes, ids_keep), pos[ids_keep]  # (B,Nv,P), (B,Nv,D)
+            cubes, pos = take(cubes, ids_keep), pos[ids_keep]  # (2) applied: (B,Nv,P), (B,Nv,D)
         x = self.patch_embed(cubes)  # (B,Nv,D)
-        x = x + pos.to(x.dtype)  # under autocast bf16, and with it all residuals, as in VideoMAE
+        x = x + pos.to(x.dtype)  # under autocast x and all residual sums are bf16, as in VideoMAE
         return self.norm(_run_blocks(self.blocks, x, self.grad_checkpointing))
 
 
 class Decoder(nn.Module):
-    """Tokens (B,N,Dd), the masked ones last -> predicted cubes (B,Nm,P) (3.1)."""
+    """Tokens (B,N,Dd), positions added, the masked ones last -> predicted masked cubes (B,Nm,P)."""
 
     def __init__(self, config):
         super().__init__()
@@ -320,37 +322,38 @@ class Decoder(nn.Module):
 
 
 # ==================================================================================================
-# Maskers: scores (B,t,h,w) -> mask (B,N). Every masker is a top-k over a score volume: of noise
-# (tube), of motion (mgm), or of similarity to the caption (tgm: text_scores, in the next section).
-# Needs: torch. For motion_scores: torch.nn.functional as F.
+# Maskers: scores (B,t,h,w) -> mask (B,N). Every mask is the top k of scores: noise (tube), motion
+# (mgm, motion-guided) or similarity to the caption (tgm, text-guided: text_scores, next section).
+# Needs: torch. motion_scores also needs: torch.nn.functional as F.
 # Paper: 3.1, 3.3; tube: VideoMAE; mgm: Fan et al., MGM (ICCV 2023).
 # ==================================================================================================
 
-MASK_RATIOS = {"tube": 0.9, "mgm": 0.75, "tgm": 0.6}  # VideoMAE, MGM, the paper's Figure 3(a)
+MASK_RATIOS = {"tube": 0.9, "mgm": 0.75, "tgm": 0.6}  # VideoMAE, MGM, Figure 3(a): see 4.6
 
 
 def topk_mask(scores, mask_ratio, *, bottom_k=False, generator=None):
     """scores (B,t,h,w) -> mask (B,N) bool, True = masked (3.3): the k = int(mask_ratio*h*w) highest
     scores of every time slice (with bottom_k the lowest, Figure 3(b)), ties broken at random.
-    ValueError for a ratio that masks none of them, or all."""
+    ValueError for a ratio that masks no cube of a slice, or every cube."""
     B, t, h, w = scores.shape
     k = int(mask_ratio * h * w)
     if not 0 < k < h * w:
-        slice_ = f"{k} of {h * w} patches in a slice: must mask 1 to {h * w - 1}"
-        raise ValueError(f"mask_ratio={mask_ratio} masks {slice_}")
+        what = f"{k} of {h * w} patches in a slice: must mask 1 to {h * w - 1}"
+        raise ValueError(f"mask_ratio={mask_ratio} masks {what}")
     scores = scores.flatten(2)  # (B,t,h*w)
-    # Ties: each slice's cubes are shuffled first, so that of equal scores a random one ranks first.
+    # A top k, in which chance decides among equals (where nothing moves, all scores are 0): each
+    # slice is shuffled, then sorted, and its first k places are looked up in the shuffle.
     device = scores.device if generator is None else generator.device
     shuffle = torch.rand(scores.shape, generator=generator, device=device).argsort(-1)
-    shuffle = shuffle.to(scores.device)  # (B,t,h*w): which cube stands at each shuffled place
-    ranking = scores.gather(-1, shuffle).argsort(-1, descending=not bottom_k)  # of shuffled places
-    chosen = shuffle.gather(-1, ranking[..., :k])  # (B,t,k): the cubes that stand there
-    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)  # equation (2)
+    shuffle = shuffle.to(scores.device)  # (B,t,h*w): the cube at each place
+    places = scores.gather(-1, shuffle).argsort(-1, descending=not bottom_k)[..., :k]  # (B,t,k)
+    top_k = shuffle.gather(-1, places)  # (B,t,k): the cubes at these places
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top_k, True)  # the mask of (2)
     return mask.flatten(1)  # (B,N)
 
 
 def tube_scores(batch, grid, *, generator=None):
-    """-> (B,t,h,w): noise shared over time, so that a patch is masked in all slices or in none."""
+    """-> (B,t,h,w): noise shared over time, so that a place is masked in all slices or in none."""
     t, h, w = grid
     device = generator.device if generator else None
     noise = torch.rand(batch, 1, h, w, generator=generator, device=device)
@@ -369,8 +372,8 @@ def motion_scores(motion, grid):
 # ==================================================================================================
 # CLIP scores: captions -> text (B,E); video, text -> scores (B,t,h,w) for topk_mask. CLIP is any
 # model that open_clip loads, and frozen.
-# Needs: torch, torch.nn.functional as F. For load_clip: pickle.
-# For text_scores: from Cubes IMAGENET_MEAN, IMAGENET_STD. Paper: 3.3.
+# Needs: torch, torch.nn.functional as F. load_clip also needs: pickle. text_scores also needs:
+# IMAGENET_MEAN, IMAGENET_STD (Cubes). Paper: 3.3.
 # ==================================================================================================
 
 
@@ -390,7 +393,7 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
     name: a model of open_clip, hf-hub:REPO, or local-dir:FOLDER; pretrained: a tag of open_clip or
     a file of weights, ignored for the last two. Plain ViT-B-32 would run OpenAI's weights with the
     wrong activation. ValueError that names what is missing or cannot be loaded."""
-    import open_clip  # here, since it takes seconds that text maps, or no text, need not spend
+    import open_clip  # here: it takes seconds, and a run without CLIP does not need it
 
     tag = None if name.startswith(("local-dir:", "hf-hub:")) else str(pretrained)
     try:
@@ -400,9 +403,31 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"CLIP {name}, weights {pretrained}: {reason}") from error
-    if bf16_is_fast(device):  # the weights, not autocast: that turns attention's fast path off
+    if bf16_is_fast(device):  # the weights: autocast would turn off attention's fast path
         clip.visual.to(torch.bfloat16)
     return clip.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def patch_embeddings(clip, frames, patch_size, *, chunk=256):
+    """frames (B*t,3,H,W) in [0,1], H and W multiples of patch_size -> (B*t,h,w,E) float32 unit
+    vectors: every patch is resized to CLIP's input size and embedded (its [CLS] state, projected).
+    CLIP runs on `chunk` patches at a time, to bound the memory."""
+    count, C, H, W = frames.shape
+    h, w = H // patch_size, W // patch_size
+    patches = frames.reshape(count, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(-1, C, patch_size, patch_size)  # (B*t*h*w,3,patch_size,patch_size)
+
+    cfg = clip.visual.preprocess_cfg
+    mean, std = (frames.new_tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    size, mode = clip.visual.image_size, cfg.get("interpolation", "bicubic")
+    embeddings = []
+    dtype = next(clip.visual.parameters()).dtype
+    for part in patches.split(chunk):
+        part = F.interpolate(part, size, mode=mode, align_corners=False)  # bicubic overshoots
+        embedding = clip.encode_image(((part.clamp(0, 1) - mean) / std).to(dtype))  # (chunk,E)
+        embeddings.append(F.normalize(embedding.float(), dim=-1))
+    return torch.cat(embeddings).view(count, h, w, -1)  # (B*t,h,w,E)
 
 
 @torch.no_grad()
@@ -410,30 +435,6 @@ def encode_text(clip, tokenizer, captions):
     """B strings -> text (B,E) float32 unit vectors on CLIP's device: the projected [EOS] state."""
     device = next(clip.parameters()).device
     return F.normalize(clip.encode_text(tokenizer(list(captions)).to(device)).float(), dim=-1)
-
-
-@torch.no_grad()
-def patch_embeddings(clip, frames, patch_size, *, chunk=256):
-    """frames (F,3,H,W) in [0,1], H and W multiples of patch_size -> (F,h,w,E) float32 unit vectors:
-    every patch resized to CLIP's input, and its image embedding (the [CLS] token's, projected).
-    `chunk` patches at a time bound the memory."""
-    count, C, H, W = frames.shape
-    h, w = H // patch_size, W // patch_size
-    patches = frames.reshape(count, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
-    patches = patches.reshape(-1, C, patch_size, patch_size)  # (F*h*w,3,patch_size,patch_size)
-
-    cfg = clip.visual.preprocess_cfg
-    mean, std = (frames.new_tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    size = clip.visual.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    mode = cfg.get("interpolation", "bicubic")
-    embeddings = []
-    dtype = next(clip.visual.parameters()).dtype
-    for part in patches.split(chunk):
-        part = F.interpolate(part, size, mode=mode, align_corners=False)  # (chunk,3,224,224)
-        embedding = clip.encode_image(((part.clamp(0, 1) - mean) / std).to(dtype))  # (chunk,E)
-        embeddings.append(F.normalize(embedding.float(), dim=-1))
-    return torch.cat(embeddings).view(count, h, w, -1)  # (F,h,w,E)
 
 
 def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
@@ -444,18 +445,18 @@ def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
     embeddings. -> (B,t,h,w) float32. chunk: patches that CLIP sees at a time."""
     frames = video[:, :, ::tubelet_size].transpose(1, 2)  # (B,t,3,H,W)
     mean, std = (video.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    frames = (frames * std + mean).clamp(0, 1)
-    patches = patch_embeddings(clip, frames.flatten(0, 1), patch_size, chunk=chunk)  # (B*t,h,w,E)
-    patches = patches.unflatten(0, frames.shape[:2])  # (B,t,h,w,E)
-    return torch.einsum("bthwe,be->bthw", patches, F.normalize(text.float(), dim=-1))  # (B,t,h,w)
+    frames = (frames * std + mean).clamp(0, 1)  # CLIP has a mean and std of its own
+    visual = patch_embeddings(clip, frames.flatten(0, 1), patch_size, chunk=chunk)  # (B*t,h,w,E)
+    visual = visual.unflatten(0, frames.shape[:2])  # (B,t,h,w,E)
+    return torch.einsum("bthwe,be->bthw", visual, F.normalize(text.float(), dim=-1))  # (B,t,h,w)
 
 
 # ==================================================================================================
 # Losses: MSE on the masked cubes; InfoNCE between videos and captions, over all ranks.
 # Needs: torch, torch.nn.functional as F.
-# For reconstruction: from Cubes patchify, split_mask, take, IMAGENET_MEAN, IMAGENET_STD.
-# For the contrastive head: torch.distributed as dist, torch.nn as nn.
-# Paper: 3.1, 3.4; the target: VideoMAE's engine_for_pretraining.py; the head: SimCLR's.
+# Reconstruction also needs: patchify, split_mask, take, IMAGENET_MEAN, IMAGENET_STD (Cubes).
+# ContrastiveHead also needs: torch.distributed as dist, torch.nn as nn.
+# Paper: 3.1, 3.4; the target: VideoMAE's engine_for_pretraining.py; the head: after SimCLR's.
 # ==================================================================================================
 
 
@@ -463,7 +464,7 @@ def reconstruction_target(video, mask, config):
     """video (B,3,T,H,W) ImageNet-normalised, mask (B,N) -> target (B,Nm,P); mean, std (B,Nm,1,3).
 
     Pixels are brought back to [0,1]; then each cube is normalised per channel over its own pixels
-    (unbiased variance, std + 1e-6). Pixels again: target.unflatten(-1, (-1, 3)) * std + mean."""
+    (unbiased variance, std + 1e-6). Back to pixels: target.unflatten(-1, (-1, 3)) * std + mean."""
     c = config
     _, ids_mask = split_mask(mask, video.device)
     pixels = take(patchify(video, c.patch_size, c.tubelet_size), ids_mask)  # (B,Nm,P)
@@ -478,7 +479,7 @@ def reconstruction_target(video, mask, config):
 
 
 def reconstruction_loss(pred, video, mask, config):
-    """pred (B,Nm,P), masked cubes ascending; video (B,3,T,H,W) ImageNet-normalised; mask (B,N),
+    """pred (B,Nm,P), in ascending order of cube; video (B,3,T,H,W) ImageNet-normalised; mask (B,N),
     True = masked -> scalar, in float32 at least: mean squared error of the masked cubes (3.1)."""
     with torch.no_grad():
         target, _, _ = reconstruction_target(video, mask, config)
@@ -495,17 +496,17 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # grad (world*B,...) is of this rank's loss. Every rank used the rows that this one put in,
-        # so their gradient is the sum over all ranks. As each rank computes the same whole loss,
-        # the sum is world times too large; DDP, which takes the mean over ranks, puts it right.
-        grad = grad.clone(memory_format=torch.contiguous_format)  # others may hold the same tensor
+        # Every rank computes the same loss over the rows of all ranks. The sum over ranks of the
+        # gradient of this rank's rows is thus `world` times the true one; DDP divides by `world`
+        # when it averages the gradients of the weights over the ranks.
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may share this tensor
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]  # (B,...)
 
 
 def gather(x):
-    """x (B,...) of each rank, the same B on all -> (world*B,...) of all of them, in order of ranks,
-    with gradient (3.4). Without a process group, or in one of one process: x."""
+    """x (B,...) on each rank, B the same on all -> (world*B,...): the rows of all ranks, in rank
+    order, with gradient (3.4). On a single process: x itself."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return _Gather.apply(x)
@@ -514,9 +515,9 @@ def gather(x):
 def info_nce(video_emb, text_emb, temperature, *, groups=None):
     """Symmetric InfoNCE (3.4): the mean of video -> text and text -> video.
 
-    video_emb, text_emb (B,E), a pair a row, normalised here. groups (B,) ints: clips of one group
-    (of one video, under train.py --repeat) are no negatives of each other. -> scalar, in float32 at
-    least."""
+    video_emb, text_emb (B,E), one pair per row, normalised here; B counts all ranks. groups (B,)
+    ints: clips of the same group (the same video) are not negatives of each other. -> scalar,
+    float32 or wider."""
     with torch.autocast(video_emb.device.type, enabled=False):
         dtype = torch.promote_types(video_emb.dtype, torch.float32)
         video_emb = F.normalize(video_emb.to(dtype), dim=-1)
@@ -527,20 +528,20 @@ def info_nce(video_emb, text_emb, temperature, *, groups=None):
             same.fill_diagonal_(False)
             logits = logits.masked_fill(same, float("-inf"))
         target = torch.arange(len(logits), device=logits.device)  # the pairs are on the diagonal
-        both = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
-        return both / 2  # equation (4)
+        both = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)  # (4), both ways
+        return both / 2
 
 
 class ContrastiveHead(nn.Sequential):
-    """The prediction head with global batch norm, and InfoNCE over all ranks (3.4): one block to
-    copy. head(pooled): (B,D) -> (B,E), what is compared with text.
+    """One block to copy: the prediction head (TGMAE.predictor) with global batch norm, and InfoNCE
+    over all ranks (3.4). head(pooled): (B,D) -> (B,E), what is compared with text.
 
         head = ContrastiveHead(768, 512)
-        loss = head.loss(tokens.mean(1), text)  # (B,D) and (B,E) of this rank -> scalar
+        loss = head.loss(latent.mean(1), text)  # (B,D) and (B,E) of this rank -> scalar
 
-    Gather first, then the predictor: its BatchNorm then sees the embeddings of all ranks, so no
-    SyncBatchNorm; gather(head(pooled)) would be a batch norm of each rank's own. Every rank must
-    bring the same B. Call `loss` in the forward of the model that DDP wraps."""
+    Gather first, then the predictor: its BatchNorm sees the embeddings of all ranks (the "global
+    batch norm") and needs no SyncBatchNorm; with gather(head(pooled)) each rank would have its own.
+    Every rank must bring the same B. Call `loss` in the forward of the model that DDP wraps."""
 
     def __init__(self, embed_dim, text_dim, temperature=0.07):
         super().__init__(
@@ -554,15 +555,15 @@ class ContrastiveHead(nn.Sequential):
     def loss(self, pooled, text, groups=None):
         """pooled (B,D), text (B,E), groups (B,) or None (see info_nce), of this rank -> InfoNCE of
         the whole batch, a scalar, the same on every rank."""
-        groups = groups if groups is None else gather(groups)
+        groups = None if groups is None else gather(groups)
         video_emb = self(gather(pooled))  # (world*B,E)
         return info_nce(video_emb, gather(text), self.temperature, groups=groups)
 
 
 # ==================================================================================================
-# Model: video (B,3,T,H,W), mask (B,N), text (B,E) -> losses (3.5, Figure 2).
-# Needs: torch, torch.nn as nn. From Config Config. From Cubes patchify, split_mask.
-# From Transformer Decoder, Encoder, sinusoid. From Losses ContrastiveHead, reconstruction_loss.
+# Model: video (B,3,T,H,W), mask (B,N), text (B,E) -> the two losses of 3.5 (Figure 2).
+# Needs: torch, torch.nn as nn; Config (Config); patchify, split_mask (Cubes); Decoder, Encoder,
+# sinusoid (Transformer); ContrastiveHead, reconstruction_loss (Losses).
 # ==================================================================================================
 
 
@@ -578,7 +579,7 @@ class TGMAE(nn.Module):
         pos_embed = sinusoid(c.num_patches, c.decoder_embed_dim)
         self.register_buffer("pos_embed", pos_embed, persistent=False)  # the decoder's
         self.decoder = Decoder(c)
-        self.predictor = ContrastiveHead(c.embed_dim, c.text_dim, c.temperature)
+        self.predictor = ContrastiveHead(c.embed_dim, c.text_dim, c.temperature)  # if there is text
         self.apply(self._init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -615,25 +616,25 @@ class TGMAE(nn.Module):
         """latent (B,Nv,D) of the visible cubes, mask (B,N) -> predicted masked cubes (B,Nm,P)."""
         ids_keep, ids_mask = split_mask(mask, latent.device)
         visible = self.encoder_to_decoder(latent)  # (B,Nv,Dd)
-        visible = visible + self.pos_embed[ids_keep].to(visible.dtype)
+        visible = visible + self.pos_embed[ids_keep].to(visible.dtype)  # (B,Nv,Dd)
         masked = self.mask_token + self.pos_embed[ids_mask]  # (B,Nm,Dd)
-        x = torch.cat([visible, masked.to(visible.dtype)], dim=1)  # (B,N,Dd)
+        x = torch.cat([visible, masked.to(visible.dtype)], dim=1)  # (B,N,Dd), visible first
         return self.decoder(x, ids_mask.shape[1])
 
     def forward(self, video, mask, text=None, *, mae=True, watch=False, groups=None):
         """video (B,3,T,H,W) ImageNet-normalised; mask (B,N), True = masked, best on the CPU (see
-        split_mask); text (B,E) or None -> dict of `pred` (B,Nm,P) and `mae`, a scalar, unless
-        mae=False (then no decoder runs), and of `vt`, a scalar, if there is text. The loss is
-        mae + weight * vt (3.5). ValueError if the shapes do not fit.
+        split_mask); text (B,E) or None -> dict: `pred` (B,Nm,P) and the scalar `mae`, both absent
+        with mae=False (no decoder runs); the scalar `vt`, absent without text. The caller adds them
+        up: mae, or mae + weight * vt (3.5). ValueError if the shapes do not fit.
 
-        watch: only the predictor learns from the contrastive loss, not the encoder (the paper's
-        Figure 4). groups: see info_nce."""
-        latent = self.encode(video, mask)  # (B,Nv,D)
+        watch: the contrastive loss trains the predictor, not the encoder (how we read Figure 4).
+        groups: see info_nce."""
+        latent = self.encode(video, mask)  # (B,Nv,D): the encoder of (3)
         out = {}
         if mae:
-            out["pred"] = self.decode(latent, mask)  # equation (3), (B,Nm,P)
+            out["pred"] = self.decode(latent, mask)  # (B,Nm,P): the decoder of (3)
             out["mae"] = reconstruction_loss(out["pred"], video, mask, self.config)
         if text is not None:
-            pooled = latent.mean(dim=1)  # (B,D): of the visible cubes
+            pooled = latent.mean(dim=1)  # (B,D): of the visible cubes, 3.4's "all patches"
             out["vt"] = self.predictor.loss(pooled.detach() if watch else pooled, text, groups)
         return out

@@ -34,18 +34,14 @@ def imports_of(room):
 
 
 def promised(room, banner):
-    """What a banner names -> (imports, {section: names}): `Needs: a, b.`, `From Section name.`, and
-    both for a part of the section: `For part: a, from Section name.`"""
+    """What a banner names -> (imports, {section: names}): `Needs: a, b; name, name (Section).`, and
+    for a part of the section `Part also needs: ...`."""
     imports, names = set(), {}
-    for sentence in re.split(r"\.\s+(?=[A-Z])", banner.replace("\n# ", " ").strip(" #\n") + " "):
-        match = re.match(r"(?:Needs|For [\w ]+): (.*)|(From .*)", sentence.strip(" ."))
-        if not match:
-            continue
-        plain, *others = re.split(r"\b[Ff]rom ", match.group(1) or match.group(2))
-        imports |= set(filter(None, plain.strip(" ,").split(", ")))
-        for other in others:
-            section = next(title for title in ROOMS[room] if other.startswith(title + " "))
-            names.setdefault(section, set()).update(other[len(section) :].strip(" ,").split(", "))
+    for sentence in re.split(r"\.\s", banner.replace("\n# ", " ").strip(" #\n") + " "):
+        match = re.match(r"(?:Needs|[\w ]+ also needs): (.*)", sentence.strip())
+        for part in match.group(1).split("; ") if match else ():
+            listed, section = re.fullmatch(r"(.*?)(?: \(([\w ]+)\))?", part).groups()
+            (names.setdefault(section, set()) if section else imports).update(listed.split(", "))
     return imports, names
 
 
@@ -152,7 +148,7 @@ USES = {
 def test_all_sections_are_used():
     assert list(USES) == [title for _, title in PLACES]
     order = re.search(r"^ +Config \(.*?\n\n", tgmae.__doc__, re.S | re.M).group()
-    named = [re.sub(r"\(.*?\)", "", name).strip() for name in order.split("->")]
+    named = re.findall(r"(?:^|->) +([\w ]+) \(", order.replace("\n", " "))
     assert named == list(ROOMS["tgmae"])
 
 
@@ -163,7 +159,7 @@ def test_section_lifts_out(room, title, world):
 
 def test_the_method_in_ten_lines(world, monkeypatch):
     """As they stand in the header, with the toy CLIP and sizes."""
-    block = re.search(r"a list of B strings:\n\n(.*?)\n\n", tgmae.__doc__, re.S).group(1)
+    block = re.search(r"at random \(3.2\):\n\n(.*?)\n\n", tgmae.__doc__, re.S).group(1)
     lines = [line.strip() for line in block.splitlines()]
     assert len(lines) == 10
     load = tgmae.load_clip
@@ -184,11 +180,16 @@ def test_the_method_in_ten_lines(world, monkeypatch):
 
 
 def test_equations_stand_where_they_are_computed():
-    """(1) to (4), each once, at the line of code."""
+    """(1) to (4) and the MSE, at the line of code."""
     lines = (ROOT / "tgmae.py").read_text().splitlines()
-    for number, code in enumerate(("self.proj(cubes)", "scatter_(", "self.decode(", "/ 2"), 1):
-        (line,) = [line for line in lines if f"equation ({number})" in line]
-        assert code in line.split("#")[0]
+    for label, code in (
+        ("equation (1)", "self.proj(cubes)"),
+        ("the mask of (2)", "scatter_("), ("(2) applied", "take("),
+        ("the encoder of (3)", "self.encode("), ("the decoder of (3)", "self.decode("),
+        ("the MSE of 3.1", "F.mse_loss("), ("(4), both ways", "F.cross_entropy("),
+    ):  # fmt: skip
+        (line,) = [line for line in lines if label in line]
+        assert code in line.split("#")[0], label
 
 
 def test_the_module_is_the_method():
