@@ -1,4 +1,4 @@
-# MIT licence, see LICENSE: copy what you need, and keep the copyright notice.
+# Copyright (c) 2026 The tgmae authors. MIT licence, see LICENSE: copy it, and keep this line.
 """Text-Guided Video Masked Autoencoder (Fan et al., ECCV 2024): the method in one file.
 
 A video MAE that masks the cubes which CLIP finds most similar to the video's caption, and that can
@@ -332,20 +332,20 @@ MASK_RATIOS = {"tube": 0.9, "mgm": 0.75, "tgm": 0.6}  # VideoMAE, MGM, Figure 3(
 
 
 def topk_mask(scores, mask_ratio, *, bottom_k=False, generator=None):
-    """scores (B,t,h,w) -> mask (B,N) bool, True = masked (3.3): the k = int(mask_ratio*h*w) highest
-    scores of every time slice (with bottom_k the lowest, Figure 3(b)), ties broken at random.
+    """scores (B,t,h,w) -> mask (B,N) in order t,h,w, True = masked (3.3): the int(mask_ratio*h*w)
+    highest scores of every time slice (bottom_k: the lowest, Figure 3(b)), ties broken at random.
     ValueError for a ratio that masks no cube of a slice, or every cube."""
     B, t, h, w = scores.shape
     k = int(mask_ratio * h * w)
     if not 0 < k < h * w:
-        what = f"{k} of {h * w} patches in a slice: must mask 1 to {h * w - 1}"
-        raise ValueError(f"mask_ratio={mask_ratio} masks {what}")
+        what = f"masks {k} of {h * w} patches in a slice: must mask 1 to {h * w - 1}"
+        raise ValueError(f"mask_ratio={mask_ratio} {what}")
     scores = scores.flatten(2)  # (B,t,h*w)
     # A top k, in which chance decides among equals (where nothing moves, all scores are 0): each
     # slice is shuffled, then sorted, and its first k places are looked up in the shuffle.
     device = scores.device if generator is None else generator.device
-    shuffle = torch.rand(scores.shape, generator=generator, device=device).argsort(-1)
-    shuffle = shuffle.to(scores.device)  # (B,t,h*w): the cube at each place
+    noise = torch.rand(scores.shape, generator=generator, device=device)
+    shuffle = noise.argsort(-1).to(scores.device)  # (B,t,h*w): the cube at each place
     places = scores.gather(-1, shuffle).argsort(-1, descending=not bottom_k)[..., :k]  # (B,t,k)
     top_k = shuffle.gather(-1, places)  # (B,t,k): the cubes at these places
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top_k, True)  # the mask of (2)
@@ -361,19 +361,19 @@ def tube_scores(batch, grid, *, generator=None):
 
 
 def motion_scores(motion, grid):
-    """motion (B,T,h',w'), say lengths of motion vectors -> (B,t,h,w), as in MGM: the mean over a
-    cube's frames and cells, by adaptive average pooling. ValueError if T does not divide into t."""
+    """motion (B,T,h',w'), lengths of vectors; grid = (t,h,w) -> (B,t,h,w), as in MGM: the mean over
+    a cube's frames and cells, by adaptive average pooling. ValueError if t does not divide T."""
     T, t = motion.shape[1], grid[0]
     if T % t:
         raise ValueError(f"motion of {T} frames does not divide into {t} time slices")
-    return F.adaptive_avg_pool3d(motion, grid)
+    return F.adaptive_avg_pool3d(motion.float(), grid)
 
 
 # ==================================================================================================
 # CLIP scores: captions -> text (B,E); video, text -> scores (B,t,h,w) for topk_mask. CLIP is any
-# model that open_clip loads, and frozen.
+# model of open_clip.create_model (which sets visual.preprocess_cfg), frozen, in eval mode.
 # Needs: torch, torch.nn.functional as F. load_clip also needs: pickle. text_scores also needs:
-# IMAGENET_MEAN, IMAGENET_STD (Cubes). Paper: 3.3.
+# IMAGENET_MEAN, IMAGENET_STD (Cubes). Its video is as normalize makes it. Paper: 3.3.
 # ==================================================================================================
 
 
@@ -420,9 +420,8 @@ def patch_embeddings(clip, frames, patch_size, *, chunk=256):
 
     cfg = clip.visual.preprocess_cfg
     mean, std = (frames.new_tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    size, mode = clip.visual.image_size, cfg.get("interpolation", "bicubic")
-    embeddings = []
-    dtype = next(clip.visual.parameters()).dtype
+    size, mode, embeddings = clip.visual.image_size, cfg.get("interpolation", "bicubic"), []
+    dtype = next(p for p in clip.visual.parameters() if p.ndim == 4).dtype  # the convolution's
     for part in patches.split(chunk):
         part = F.interpolate(part, size, mode=mode, align_corners=False)  # bicubic overshoots
         embedding = clip.encode_image(((part.clamp(0, 1) - mean) / std).to(dtype))  # (chunk,E)
@@ -432,30 +431,31 @@ def patch_embeddings(clip, frames, patch_size, *, chunk=256):
 
 @torch.no_grad()
 def encode_text(clip, tokenizer, captions):
-    """B strings -> text (B,E) float32 unit vectors on CLIP's device: the projected [EOS] state."""
+    """List of B strings -> text (B,E) float32 unit vectors, on CLIP's device: [EOS], projected."""
     device = next(clip.parameters()).device
     return F.normalize(clip.encode_text(tokenizer(list(captions)).to(device)).float(), dim=-1)
 
 
 def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
     """The scores of text-guided masking (3.3): cosine similarity of every patch of each tubelet's
-    first frame and the caption.
+    first frame and the caption. T, H, W must be multiples of the sizes.
 
-    clip: an open_clip model. video (B,3,T,H,W): ImageNet-normalised. text (B,E): the captions'
-    embeddings. -> (B,t,h,w) float32. chunk: patches that CLIP sees at a time."""
+    video (B,3,T,H,W): of `normalize`; other scales give other scores, unnoticed. text (B,E): of
+    encode_text. -> (B,t,h,w) float32. chunk: patches that CLIP sees at a time."""
     frames = video[:, :, ::tubelet_size].transpose(1, 2)  # (B,t,3,H,W)
     mean, std = (video.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     frames = (frames * std + mean).clamp(0, 1)  # CLIP has a mean and std of its own
     visual = patch_embeddings(clip, frames.flatten(0, 1), patch_size, chunk=chunk)  # (B*t,h,w,E)
-    visual = visual.unflatten(0, frames.shape[:2])  # (B,t,h,w,E)
-    return torch.einsum("bthwe,be->bthw", visual, F.normalize(text.float(), dim=-1))  # (B,t,h,w)
+    visual, text = visual.unflatten(0, frames.shape[:2]), F.normalize(text.float(), dim=-1)
+    with torch.autocast(visual.device.type, enabled=False):
+        return torch.einsum("bthwe,be->bthw", visual, text)  # (B,t,h,w)
 
 
 # ==================================================================================================
 # Losses: MSE on the masked cubes; InfoNCE between videos and captions, over all ranks.
 # Needs: torch, torch.nn.functional as F.
 # Reconstruction also needs: patchify, split_mask, take, IMAGENET_MEAN, IMAGENET_STD (Cubes).
-# ContrastiveHead also needs: torch.distributed as dist, torch.nn as nn.
+# ContrastiveHead (from _Gather on) also needs: torch.distributed as dist, torch.nn as nn.
 # Paper: 3.1, 3.4; the target: VideoMAE's engine_for_pretraining.py; the head: after SimCLR's.
 # ==================================================================================================
 
@@ -506,18 +506,18 @@ class _Gather(torch.autograd.Function):
 
 def gather(x):
     """x (B,...) on each rank, B the same on all -> (world*B,...): the rows of all ranks, in rank
-    order, with gradient (3.4). On a single process: x itself."""
+    order, with a gradient that DDP's mean makes right (3.4). On a single process: x itself."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return _Gather.apply(x)
 
 
 def info_nce(video_emb, text_emb, temperature, *, groups=None):
-    """Symmetric InfoNCE (3.4): the mean of video -> text and text -> video.
+    """Symmetric InfoNCE (3.4) of the rows given, nothing is gathered: video -> text and back, mean.
 
-    video_emb, text_emb (B,E), one pair per row, normalised here; B counts all ranks. groups (B,)
-    ints: clips of the same group (the same video) are not negatives of each other. -> scalar,
-    float32 or wider."""
+    video_emb, text_emb (B,E), one pair per row, normalised here. groups: tensor (B,) of ints,
+    numbered alike on all ranks: clips of the same group (the same video) are not negatives of each
+    other. -> scalar, float32 or wider."""
     with torch.autocast(video_emb.device.type, enabled=False):
         dtype = torch.promote_types(video_emb.dtype, torch.float32)
         video_emb = F.normalize(video_emb.to(dtype), dim=-1)
@@ -533,15 +533,15 @@ def info_nce(video_emb, text_emb, temperature, *, groups=None):
 
 
 class ContrastiveHead(nn.Sequential):
-    """One block to copy: the prediction head (TGMAE.predictor) with global batch norm, and InfoNCE
-    over all ranks (3.4). head(pooled): (B,D) -> (B,E), what is compared with text.
+    """The prediction head (TGMAE.predictor) with global batch norm, and InfoNCE over all ranks
+    (3.4). To copy: from _Gather to here. head(pooled): (B,D) -> (B,E), what is compared with text.
 
-        head = ContrastiveHead(768, 512)
+        head = ContrastiveHead(768, 512)  # in TGMAE, _init_weights makes it Xavier
         loss = head.loss(latent.mean(1), text)  # (B,D) and (B,E) of this rank -> scalar
 
     Gather first, then the predictor: its BatchNorm sees the embeddings of all ranks (the "global
     batch norm") and needs no SyncBatchNorm; with gather(head(pooled)) each rank would have its own.
-    Every rank must bring the same B. Call `loss` in the forward of the model that DDP wraps."""
+    All ranks must call `loss`, with the same B, in the forward of the model that DDP wraps."""
 
     def __init__(self, embed_dim, text_dim, temperature=0.07):
         super().__init__(
@@ -554,7 +554,7 @@ class ContrastiveHead(nn.Sequential):
 
     def loss(self, pooled, text, groups=None):
         """pooled (B,D), text (B,E), groups (B,) or None (see info_nce), of this rank -> InfoNCE of
-        the whole batch, a scalar, the same on every rank."""
+        the whole batch (world*B > 1 clips), a scalar, the same on every rank."""
         groups = None if groups is None else gather(groups)
         video_emb = self(gather(pooled))  # (world*B,E)
         return info_nce(video_emb, gather(text), self.temperature, groups=groups)

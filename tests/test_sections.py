@@ -38,7 +38,7 @@ def promised(room, banner):
     for a part of the section `Part also needs: ...`."""
     imports, names = set(), {}
     for sentence in re.split(r"\.\s", banner.replace("\n# ", " ").strip(" #\n") + " "):
-        match = re.match(r"(?:Needs|[\w ]+ also needs): (.*)", sentence.strip())
+        match = re.match(r"(?:Needs|[^:]+ also needs): (.*)", sentence.strip())
         for part in match.group(1).split("; ") if match else ():
             listed, section = re.fullmatch(r"(.*?)(?: \(([\w ]+)\))?", part).groups()
             (names.setdefault(section, set()) if section else imports).update(listed.split(", "))
