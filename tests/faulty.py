@@ -7,10 +7,10 @@ FAULT  half:N     SIGKILL in the middle of writing the N-th checkpoint
        term:N     SIGTERM to all processes of the run, as a scheduler sends it, after N steps
        raise:N    an error that nobody expects after N steps"""
 
+import importlib
 import io
 import math
 import os
-import runpy
 import signal
 import sys
 from pathlib import Path
@@ -87,4 +87,4 @@ if __name__ == "__main__":
         after_step(int(value), unexpected)
     else:
         dies_at(kind, int(value))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    importlib.import_module(Path(sys.argv[0]).stem).main()  # with what was replaced in train
