@@ -322,6 +322,26 @@ def test_text_scores_patch_by_patch(world, monkeypatch):
         assert scores[b, t, y, x].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("name, weights_", [
+    ("ViT-B-32", "missing.pt"), ("local-dir:nowhere", "openai"), ("no-such-model", "openai"),
+])  # fmt: skip
+def test_a_clip_that_is_not_there_is_named(name, weights_):
+    with pytest.raises(ValueError) as error:
+        tgmae.load_clip(name, weights_)
+    said = str(error.value)
+    assert (weights_ if name == "ViT-B-32" else name.removeprefix("local-dir:")) in said
+    assert "\n" not in said and "--" not in said  # flags are the scripts' affair
+
+
+def test_scores_are_float32_under_autocast(world):
+    clip, tokenizer = tgmae.load_clip(f"local-dir:{world / 'clip'}")
+    video, text = torch.randn(2, 3, 2, 16, 16), tgmae.encode_text(clip, tokenizer, ["a", "b"])
+    plain = tgmae.text_scores(clip, video, text, 8, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tgmae.text_scores(clip, video, text, 8, 2).dtype == plain.dtype == torch.float32
+    assert len(plain.unique()) == plain.numel()
+
+
 def test_info_nce_by_loops():
     video, text = torch.randn(5, 8).double(), torch.randn(5, 8).double()
     groups = torch.tensor([0, 1, 1, 2, 0])
