@@ -107,27 +107,63 @@ def _demux(container, stream):
     return contextlib.closing(container.demux(stream))
 
 
+def _ascend(times):
+    return all(one <= other for one, other in itertools.pairwise(times))
+
+
+def _first_frames(path):
+    """-> (number of packets before the second key frame, times of the frames that come out of them:
+    those that refer to what was cut off in front do not)."""
+    keys, fed, times = 0, 0, []
+    with _open_stream(path, False) as (container, stream), _demux(container, stream) as packets:
+        for packet in packets:
+            keys += packet.is_keyframe and packet.size > 0
+            if keys == 2:
+                packet = None  # flush what the decoder holds back
+            fed += packet is not None and packet.size > 0
+            times += [frame.pts for frame in stream.codec_context.decode(packet)]
+            if packet is None:
+                break
+    return fed, times
+
+
 def _scan(path, container, stream):
     # Headers lie about the number of frames (Matroska says 0), so the packets are counted,
     # undecoded.
     packets = [
-        (packet.pts, packet.is_keyframe)
+        (packet.pts, packet.dts, packet.is_keyframe)
         for packet in container.demux(stream)
-        if packet.size and not packet.is_discard  # edit lists discard packets
+        if packet.size
+        and not packet.is_discard  # edit lists discard packets
+        # VP8 has packets whose frame is never shown: bit 4 of the first byte (RFC 6386, 9.1).
+        and (stream.codec_context.name != "vp8" or memoryview(packet)[0] & 0x10)
     ]
     if not packets:
         raise VideoError(f"{path}: no frames")
     fps, time_base = float(stream.average_rate or 0), float(stream.time_base or 0)
-    pts, is_key = zip(*packets)
-    # Times of decoding alone, as AVI has them, are of no use: frames are then counted while
-    # decoding.
-    unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
-    if unordered or None in pts or len(set(pts)) < len(pts):
-        return _Index(None, np.empty(0, int), len(packets), fps, time_base)
+    pts, dts, is_key = zip(*packets)
+    dts = [time for time in dts if time is not None]
+    # Times give no order if some are missing, or twice there; if they are those of decoding, as in
+    # AVI (B-frames would make them go back); if files were joined (those of decoding go back).
+    # Frames are then counted while decoding.
+    if (
+        None in pts
+        or len(set(pts)) < len(pts)
+        or (stream.codec_context.has_b_frames and _ascend(pts))
+        or not _ascend(dts)
+    ):
+        frames = len(packets)
+        if None in pts and stream.codec_context.has_b_frames:
+            fed, times = _first_frames(path)
+            frames -= fed - len(times)
+        return _Index(None, np.empty(0, int), frames, fps, time_base)
+    pts, is_key = np.array(pts), np.array(is_key)
+    first_key = pts[is_key.argmax()]
+    if is_key.any() and pts.min() < first_key:  # of leading frames those that come out are shown
+        shown = (pts >= first_key) | np.isin(pts, _first_frames(path)[1])
+        pts, is_key = pts[shown], is_key[shown]
     order = np.argsort(pts)
-    return _Index(
-        np.array(pts)[order], np.flatnonzero(np.array(is_key)[order]), len(packets), fps, time_base
-    )
+    return _Index(pts[order], np.flatnonzero(is_key[order]), len(pts), fps, time_base)
 
 
 _INDICES = {}  # of files met before: the clips of an hour-long one need not scan it each
@@ -261,14 +297,33 @@ def _decode_from_start(video, frames):
                     return
 
 
+def _orientation(frame):
+    """(transpose, flip rows, flip columns): the metadata's display matrix, which is not applied by
+    itself, as the nearest of the eight orientations."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # (x,y) -> (ax + cy, bx + dy)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, b < 0, c < 0
+    return False, d < 0, a < 0
+
+
+def _turn(picture, orientation):
+    """(H,W,...) -> as shown."""
+    transpose, flip_rows, flip_columns = orientation
+    picture = picture.swapaxes(0, 1) if transpose else picture
+    return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+
+
 def probe_video(path) -> VideoInfo:
     """Frame count, frames per second and (height, width) of a video; decodes its first frame.
 
     Raises VideoError if there is no video stream or no frame that can be decoded."""
     with open_video(path) as video:
         for _, frame in _decode_from_start(video, [0]):
-            turned = frame.rotation % 180 != 0
-            size = (frame.width, frame.height) if turned else (frame.height, frame.width)
+            transpose, _, _ = _orientation(frame)
+            size = (frame.width, frame.height) if transpose else (frame.height, frame.width)
             return VideoInfo(video.index.frames, video.index.fps, size)
     raise VideoError(f"{path}: no frame that can be decoded")
 
@@ -279,12 +334,10 @@ def probe_video(path) -> VideoInfo:
 
 
 def _to_rgb(frame, size, scalers):
-    rotation = frame.rotation
     if frame.format.components[0].bits > 8:  # straight to rgb24 swscale is off by up to 3 levels
         frame = scalers[0].reformat(frame, format="yuv420p", threads=1)
     height, width = size
-    rgb = scalers[1].reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-    return np.rot90(rgb, round(rotation / 90))  # the metadata's rotation is not applied by itself
+    return scalers[1].reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
 
 
 def _block_motion(frame, rows, cols):
@@ -310,8 +363,7 @@ def _block_motion(frame, rows, cols):
         motion = np.bincount(cell, length, math.prod(plane)) / np.bincount(
             cell, minlength=math.prod(plane)
         )
-    motion = motion.reshape(plane)[2:-2, 2:-2].astype(np.float32)
-    return np.rot90(motion, round(frame.rotation / 90))
+    return motion.reshape(plane)[2:-2, 2:-2].astype(np.float32)
 
 
 def _fill_missing(fields):
@@ -347,11 +399,13 @@ def _read_frames(path, decoded, wanted, motion):
     for number, frame in decoded:
         if frame.is_corrupt:  # what follows refers to it
             raise VideoError(f"{path}: frame {number} is damaged")
-        size = size or (frame.height, frame.width)  # should it change: as the first
+        if size is None:  # should they change: as in the first
+            size, orientation = (frame.height, frame.width), _orientation(frame)
         if number in wanted:
-            rgb[number] = _to_rgb(frame, size, scalers)
+            rgb[number] = _turn(_to_rgb(frame, size, scalers), orientation)
             if motion:
-                fields[number] = _block_motion(frame, *(-(-side // MOTION_CELL) for side in size))
+                field = _block_motion(frame, *(-(-side // MOTION_CELL) for side in size))
+                fields[number] = None if field is None else _turn(field, orientation)
     return rgb, fields
 
 
