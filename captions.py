@@ -23,7 +23,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 import time
 from collections import Counter, defaultdict
 from datetime import timedelta
@@ -264,6 +263,9 @@ class Annotations:
             if line.strip():
                 yield line.strip()
 
+    def json(self, path):
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+
     def rows(self, path):
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -274,17 +276,21 @@ class Annotations:
                 yield row
 
     def entries(self, path):
-        for number, entry in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
+        for number, entry in enumerate(self.json(path), 1):
             self.where = f"{path}: entry {number}"
             yield entry
 
 
 def videos_under(root):
+    """Videos below a folder, also through links; not hidden ones (.ipynb_checkpoints/a.mp4,
+    ._a.mp4), nor those below a folder that is its own ancestor, by a link."""
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
-        yield from (
-            Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in VIDEOS
-        )
+        real = Path(folder).resolve()
+        above = {real, *real.parents, *(p.resolve() for p in Path(folder).parents)}
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        folders[:] = [name for name in folders if Path(folder, name).resolve() not in above]
+        shown = sorted(name for name in names if name[0] != ".")
+        yield from (Path(folder, name) for name in shown if Path(name).suffix.lower() in VIDEOS)
 
 
 def finder(root):
@@ -301,7 +307,9 @@ def finder(root):
 
     def find(stem, *hints):
         def likeness(path):
-            return len(set(map(plain, hints)) & set(map(plain, path.parts))), path.suffix == ".mp4"
+            alike = set(map(plain, hints)) & set(map(plain, path.parts))
+            size = path.stat().st_size if path.exists() else 0
+            return len(alike), path.suffix == ".mp4", size
 
         return max(table.get(stem, ()), key=likeness, default=None)
 
@@ -323,7 +331,9 @@ def index_k400(args, files, find):
         for row in files.rows(path):
             youtube, split, label = row["youtube_id"], SPLITS[row["split"]], row.get("label")
             name = f"{youtube}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
-            video = find(name, label or "", split) or find(youtube, label or "", split)
+            # By its full name a file is that clip, wherever it lies: the larger one, if one of
+            # several was cut short.
+            video = find(name) or find(youtube, label or "", split)
             yield name, {"video": video, "split": split} | ({"label": label} if label else {})
 
 
@@ -331,7 +341,7 @@ def index_ssv2(args, files, find):
     """something-something-v2-{train,validation,test,labels}.json, or without that prefix. The test
     split has no labels, and not everybody has it."""
     old = "something-something-v2-"
-    labels = json.loads(files.path(f"{old}labels.json", "labels.json").read_text(encoding="utf-8"))
+    labels = files.json(files.path(f"{old}labels.json", "labels.json"))
     for part in ("train", "validation", "test"):
         path = files.path(f"{old}{part}.json", f"{part}.json", needed=part != "test")
         for entry in files.entries(path) if path else ():
@@ -438,11 +448,14 @@ def index_list(args, files, find):
             if not match:
                 raise ValueError(f"not `path label`: {line[:80]}")
             name, label = match.groups()
+            label = re.sub(r"^-?\d+[\s,]+(?=[^\s,]+$)", "", label)  # `path frames label`
             record = {
                 "video": Path(args.root, name),
                 "label": label,
                 "split": (known + ["train"])[0],
             }
+            if label == "-1":  # none
+                del record["label"]
             if label.isdigit():
                 record |= {"class_id": int(label), "label": names[int(label)] if names else label}
             yield name, record | ({} if record["video"].is_file() else {"video": None})
@@ -486,6 +499,16 @@ def read_annotations(args):
     return rows
 
 
+def relative(path, folder):
+    """The path of a file as seen from a folder. If that leads nowhere, since the folder is a link
+    to another place, folders are resolved; a file that is itself a link keeps its name."""
+    written = os.path.relpath(path, folder)
+    if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, written)):
+        away, name = os.path.split(os.path.abspath(path))
+        path, folder = os.path.join(os.path.realpath(away), name), os.path.realpath(folder)
+    return os.path.relpath(path, folder)
+
+
 def check_video(path):
     """Decodes a frame, or raises VideoError."""
     dataset.read_clip(path, [0])
@@ -526,7 +549,7 @@ def index(args):
             state, reason = "unreadable", unreadable[video]
         else:
             state, reason = "found", ""
-            found.append(record | {"video": os.path.relpath(video, args.out.parent)})
+            found.append(record | {"video": relative(video, args.out.parent)})
         table[record["split"]][state] += 1
         problems += [f"{state}\t{where}\t{reason}"] if reason else []
     for split, states in sorted(table.items()):
@@ -884,8 +907,9 @@ def maps(args):
         if record.get("captions"):
             digest = hashlib.sha256(f"{args.manifest.name} {key}".encode()).hexdigest()[:16]
             clips[key] = record
-            name = f"{Path(record['video']).stem}-{digest[2:]}.npz"
-            paths[key] = args.manifest.parent / "maps" / digest[:2] / name
+            named = f"maps/{digest[:2]}/{Path(record['video']).stem}-{digest[2:]}.npz"  # formerly
+            named = named if record.get("maps") == named else f"maps/{digest[:2]}/{digest[2:]}.npz"
+            paths[key] = args.manifest.parent / named
     if not clips:
         raise ValueError(f"{args.manifest}: no clip has captions; captions.py caption makes them")
     if args.image_size % args.patch_size:
@@ -1004,7 +1028,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that are no UTF-8
     with one_line_errors("captions.py", "a smaller --batch-size, --model or --clip"):
         # On the CPU: what they tell each other is little, and the slowest may need days longer.
         start_processes(args, "gloo", timedelta(days=30))

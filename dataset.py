@@ -501,15 +501,28 @@ def read_map(path, captions, clip=None) -> TextMap:
     return saved
 
 
+def _texts(value):
+    return isinstance(value, list) and all(isinstance(t, str) and t.strip() for t in value)
+
+
+VALUES = {  # of a record's known keys
+    "a text": ({"video", "split", "maps", "failed"}, lambda value: type(value) is str),
+    "a text or a whole number": ({"label"}, lambda value: type(value) in (str, int)),
+    "a whole number": ({"class_id"}, lambda value: type(value) is int),
+    "a number, of seconds": ({"start", "end"}, lambda value: type(value) in (int, float)),
+    "a list of non-empty texts": ({"captions", "human_captions"}, _texts),
+}
+
+
 def read_manifest(path, split=None):
     """Records of a manifest (JSON lines, one clip each) as dicts; with `split`, those of that split
     and those that name none. Adds `path` and `map_path`: `video` and `maps` with the manifest's
-    folder in front.
+    folder in front. A value that is null or NaN is absent, as data frames write it.
 
     Raises ValueError that names file and line for a line that is not such a record."""
     path, records = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a manifest: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -519,18 +532,14 @@ def read_manifest(path, split=None):
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not JSON ({error}): {line[:60]}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("video"), str):
+        if not isinstance(record, dict) or not record.get("video"):
             raise ValueError(f'{path}:{number}: no "video" in {line[:60]}')
-        if not isinstance(record.get("maps", ""), str):
-            raise ValueError(f"{path}:{number}: maps must be a path, or absent: {record['maps']!r}")
-        captions = record.get("captions", [])
-        if not isinstance(captions, list) or not all(
-            isinstance(c, str) and c.strip() for c in captions
-        ):
-            raise ValueError(
-                f"{path}:{number}: captions must be a list of non-empty texts, or absent: "
-                f"{captions!r}"
-            )
+        record = {k: value for k, value in record.items() if value is not None and value == value}
+        for what, (keys, fits) in VALUES.items():
+            for key in keys & record.keys():
+                if not fits(record[key]):
+                    value = f"{key} must be {what}, or absent: {record[key]!r}"
+                    raise ValueError(f"{path}:{number}: {value}")
         if split is None or record.get("split", split) == split:
             paths = {"path": str(path.parent / record["video"])}
             paths |= {"map_path": str(path.parent / record["maps"])} if record.get("maps") else {}

@@ -1306,6 +1306,7 @@ def panels_of(args, model, saved):
     generator = torch.Generator().manual_seed(args.seed)
     scores = {"tube": tgmae.tube_scores(1, c.grid, generator=generator)}
     scores["mgm"] = tgmae.motion_scores(motion[None], c.grid)
+    name = os.fsencode(name).decode("utf-8", "replace")  # drawn, though it may be no UTF-8
     panels, title = [("clip", frames)], f"{name}, frames {numbers[0]} to {numbers[-1]}"
     if caption:
         title += f': "{caption}"'

@@ -356,7 +356,8 @@ def replacing(path, mode="wb", **more):
 
 
 def _append(path, text):
-    with naming(path), open(path, "a") as file:
+    # Names that are no UTF-8 stay what they are.
+    with naming(path), open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
 
 
@@ -423,7 +424,8 @@ class Run:
         """Lists videos that could not be read in bad_videos.txt, once each, with the reason."""
         path = self.out / "bad_videos.txt"
         if bad:
-            known = path.read_text() if path.exists() else ""
+            how = {"encoding": "utf-8", "errors": "surrogateescape"}
+            known = path.read_text(**how) if path.exists() else ""
             new = {video: why for video, why in bad if f"\n{video}\t" not in f"\n{known}"}
             _append(path, "".join(f"{video}\t{why}\n" for video, why in new.items()))
 
@@ -499,7 +501,9 @@ def last_line(error):
 @contextlib.contextmanager
 def one_line_errors(script, less):
     """For a script's main: a user's mistake is one line and exit code 1, and so is a lack of
-    memory, with what needs `less`; anything else keeps its traceback."""
+    memory, with what needs `less`; anything else keeps its traceback. Names that are no UTF-8 can
+    be printed."""
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (ValueError, OSError) as error:

@@ -197,7 +197,9 @@ def test_bad_manifests_name_the_line(tmp_path):
         ("[1]", 'm.jsonl:2: no "video"'),
         ('{"video": "a", "captions": [""]}', "m.jsonl:2: captions"),
         ('{"video": "a", "captions": "x"}', "m.jsonl:2: captions"),
-        ('{"video": "a", "captions": null}', "m.jsonl:2: captions"),
+        ('{"video": "a", "start": "0.5"}', "m.jsonl:2: start must be a number"),
+        ('{"video": "a", "split": 1}', "m.jsonl:2: split must be a text"),
+        ('{"video": "a", "label": 1.5}', "m.jsonl:2: label must be a text or a whole number"),
         ('{"video": "a", "maps": 3}', "m.jsonl:2: maps"),
     ):  # fmt: skip
         path.write_text('{"video": "a.mp4"}\n' + line + "\n")
