@@ -13,10 +13,12 @@ import argparse
 import json
 import os
 import pickle
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tgmae import PRESETS, Config
@@ -114,24 +116,38 @@ def to_huggingface(model):
     return new
 
 
+_SCALAR = np.float64(0).__reduce__()[0]
+DATA = [  # no code: the flags of official files, and NumPy's scalars, as NumPy 1 and 2 name them
+    argparse.Namespace, np.dtype, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+]  # fmt: skip
+
+
 def load_file(path):
     """torch.load of a checkpoint, of which no pickled code is run; ValueError if it is not one."""
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # official files hold their flags
+        with torch.serialization.safe_globals(DATA):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of other contents makes torch raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {refused[1]}, which is no data" if refused else reason
         raise ValueError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
 
 
 def _official_config(state, flags):
     """Config of official weights, in our names except for the patch embedding. Neither the clip's
     size nor heads are in weights: those are what the file's flags say, and the published model's of
-    that width."""
+    that width; ValueError for another width."""
     D, C, tubelet, patch, _ = state["encoder.patch_embed.proj.weight"].shape
-    known = next((preset for preset in PRESETS.values() if preset.embed_dim == D), None)
+    heads = {p.embed_dim: p.num_heads for p in PRESETS.values()} | {1408: 16}  # VideoMAEv2's giant
+    decoder_heads = {p.decoder_embed_dim: p.decoder_num_heads for p in PRESETS.values()}
+
+    def known(table, width):
+        if width not in table:
+            widths = ", ".join(map(str, sorted(table)))
+            raise ValueError(f"{width} wide: how many heads is not said, and known of {widths}")
+        return table[width]
 
     def depth(part):
         return 1 + max(
@@ -147,15 +163,14 @@ def _official_config(state, flags):
         embed_dim=D,
         depth=depth("encoder"),
         mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.weight"]) / D,
-        num_heads=known.num_heads if known else max(1, D // 64),
+        num_heads=known(heads, D),
     )
     if "encoder_to_decoder.weight" in state:
         width = len(state["encoder_to_decoder.weight"])
-        same = known and known.decoder_embed_dim == width
         sizes |= dict(
             decoder_embed_dim=width,
             decoder_depth=depth("decoder"),
-            decoder_num_heads=known.decoder_num_heads if same else max(1, width // 64),
+            decoder_num_heads=known(decoder_heads, width),
         )
     return Config(**sizes)
 

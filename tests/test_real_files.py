@@ -1,11 +1,17 @@
 """Files as others' tools leave them: what a player shows is what has a number."""
 
+import json
+import os
+
 import av
 import numpy as np
 import pytest
 import torch
 
+import captions
 import dataset
+import eval as ev
+import train
 
 
 def grey(i):
@@ -157,3 +163,166 @@ def test_all_orientations(tmp_path, a, b, c, d):
         expected[down - down.min(), right - right.min()] = before
         assert torch.equal(after, expected)
     assert dataset.probe_video(tmp_path / "turned.mp4").size == tuple(shown.shape[1:3])
+
+
+def test_colours_of_a_tagged_file(tmp_path):
+    """BT.709, as every HD video has it: taken for BT.601, as without the tags, colours are off."""
+    rgb, off = np.empty((64, 64, 3), np.uint8), {}
+    rgb[:] = 200, 60, 90
+    for tagged in (True, False):
+        with av.open(str(tmp_path / "hd.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.height = stream.width = 64
+            stream.pix_fmt, stream.options = "yuv420p", {"crf": "0"}
+            if tagged:
+                codec = stream.codec_context
+                codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
+            for i in range(4):
+                frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+                if not tagged:
+                    frame.colorspace = 2  # unknown
+                frame.pts = i
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        found = dataset.read_clip(tmp_path / "hd.mp4", [0, 3]).float().mean((0, 1, 2))
+        off[tagged] = (found - torch.from_numpy(rgb[0, 0]).float()).abs().max().item()
+    assert off[True] <= 2 and off[False] > 5, off
+
+
+# ----------------------------------------------------------------- names and annotation files
+
+
+def index(root, out, *flags):
+    captions.main(["index", *map(str, (*flags, root)), "--out", str(out)])
+    return {r["video"]: r for r in map(json.loads, out.read_text().splitlines())}
+
+
+def files(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def test_a_manifest_in_a_linked_folder(tmp_path):
+    """Its relative paths lead to the videos, from where it really is; a link keeps its name."""
+    root = files(tmp_path / "videos", "wave/a.mp4")
+    (root / "wave/b.mp4").symlink_to(root / "wave/a.mp4")
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "here").symlink_to(tmp_path / "far/away")
+    found = index(root, tmp_path / "here/data.jsonl")
+    assert len(found) == 2 and {name.rsplit("/", 1)[1] for name in found} == {"a.mp4", "b.mp4"}
+    for record in dataset.read_manifest(tmp_path / "here/data.jsonl"):
+        assert os.path.exists(record["path"])
+    plain = index(root, tmp_path / "plain.jsonl").keys()
+    assert plain == {"videos/wave/a.mp4", "videos/wave/b.mp4"}
+
+
+def test_names_that_are_no_utf8(tmp_path, monkeypatch, capsys):
+    """A bad one is listed, once, and the run goes on; eval.py names it, and draws a good one."""
+    monkeypatch.chdir(tmp_path)
+    encode("good.mp4", [grey(i) for i in range(8)])
+    bad, odd = os.fsdecode(b"caf\xe9.mp4"), os.fsdecode(b"good-\xe9.mp4")
+    try:
+        open(bad, "wb").close()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    os.link("good.mp4", odd)
+    lines = [{"video": name, "label": name[0]} for name in ("good.mp4", bad, odd, "good.mp4")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    few = "--preset toy --epochs 2 --warmup-epochs 0 --batch-size 2 --stride 1 --workers 0 --out r"
+    train.main(["--data", "d.jsonl", *few.split()])
+    listed = (tmp_path / "r/bad_videos.txt").read_bytes().splitlines()
+    assert len(listed) == 1 and listed[0].startswith(b"caf\xe9.mp4\t")
+    assert "2 times a video could not be read" in capsys.readouterr().out
+    flags = "retrieve r/last.pt --data d.jsonl --test-split train --views 1x1 --workers 0"
+    ev.main(flags.split())
+    assert "failed  caf\\udce9.mp4: " in capsys.readouterr().out
+    ev.main(["show", "r/last.pt", "--video", odd, "--stride", "1"])
+    assert "good-\N{REPLACEMENT CHARACTER}.mp4, frames" in capsys.readouterr().out
+
+
+def test_long_names(world, tmp_path):
+    """As long as the file system takes them: a map's name is not made of the video's; maps that a
+    manifest names under the former kind of name stay."""
+    long, short = "a" * 250 + ".mp4", "short.mp4"
+    clip = dataset.read_manifest(world / "manifest.jsonl")[0]
+    for name in (long, short):
+        os.link(clip["path"], tmp_path / name)
+    data = tmp_path / "d.jsonl"
+    captions.write_manifest(data, [{"video": name, "captions": ["a"]} for name in (long, short)])
+    flags = ["maps", str(data), "--clip", f"local-dir:{world / 'clip'}", "--image-size", "64"]
+    flags += ["--patch-size", "8", "--every", "8", "--workers", "0"]
+    captions.main(flags)
+    first, second = (json.loads(line) for line in data.read_text().splitlines())
+    assert "aaa" not in first["maps"] and (tmp_path / first["maps"]).exists()
+    folder, rest = second["maps"].rsplit("/", 1)
+    former = f"{folder}/short-{rest}"
+    os.rename(tmp_path / second["maps"], tmp_path / former)
+    captions.write_manifest(data, [first, second | {"maps": former}])
+    before = (tmp_path / former).stat().st_mtime_ns
+    captions.main(flags)
+    assert json.loads(data.read_text().splitlines()[1])["maps"] == former
+    assert (tmp_path / former).stat().st_mtime_ns == before
+
+
+def test_lists_of_three_columns(tmp_path):
+    """path, number of frames, label; -1 is none. Labels of several words stay what they are."""
+    root = files(tmp_path / "v", *(f"{i}.mp4" for i in range(5)))
+    lines = "0.mp4 24 3", "1.mp4 0 -1", "2.mp4,17,waving", "3.mp4 riding a bike", "4.mp4 5"
+    (root / "train.txt").write_text("\n".join(lines))
+    found = index(root, tmp_path / "l.jsonl", "list")
+    labels = [found[f"v/{i}.mp4"].get("label") for i in range(5)]
+    assert labels == ["3", None, "waving", "riding a bike", "5"]
+    assert found["v/0.mp4"]["class_id"] == 3 and "class_id" not in found["v/1.mp4"]
+
+
+def test_a_byte_order_mark(tmp_path):
+    """In a manifest and in JSON, as in CSV and lists."""
+    mark = "\ufeff"
+    (tmp_path / "m.jsonl").write_text(mark + '{"video": "a.mp4"}\n', encoding="utf-8")
+    assert dataset.read_manifest(tmp_path / "m.jsonl")[0]["video"] == "a.mp4"
+    root = files(tmp_path / "s", "7.webm")
+    entry = {"id": "7", "label": "pushing a cup", "template": "Pushing [something]"}
+    contents = {"train": [entry], "validation": [], "labels": {"Pushing something": "1"}}
+    for name, content in contents.items():
+        (root / f"{name}.json").write_text(mark + json.dumps(content), encoding="utf-8")
+    assert index(root, tmp_path / "s.jsonl", "ssv2")["s/7.webm"]["class_id"] == 1
+
+
+def test_hidden_files_and_folders(tmp_path):
+    names = "wave/a.mp4", "wave/._a.mp4", ".ipynb_checkpoints/b.mp4", "wave/.thumbnails/c.mp4"
+    root = files(tmp_path / ".cache" / "v", *names)  # what is above ROOT may be hidden
+    assert index(root, tmp_path / "h.jsonl").keys() == {".cache/v/wave/a.mp4"}
+
+
+def test_a_link_to_a_parent(tmp_path):
+    """And one from a folder that was reached by a link; two links to one folder stay two."""
+    root = files(tmp_path / "v", "wave/a.mp4", "jump/b.mp4")
+    (root / "wave/up").symlink_to(root)
+    (root / "jump/self").symlink_to(root / "jump")
+    (root / "again").symlink_to(root / "wave")
+    files(tmp_path / "other", "c.mp4")
+    (root / "other").symlink_to(tmp_path / "other")
+    (tmp_path / "other/back").symlink_to(root)
+    videos = {"v/wave/a.mp4", "v/jump/b.mp4", "v/again/a.mp4", "v/other/c.mp4"}
+    assert index(root, tmp_path / "p.jsonl").keys() == videos
+
+
+def test_manifests_of_data_frames(tmp_path):
+    """null and NaN are absent."""
+    line = '{"video": "a.mp4", "split": null, "start": NaN, "end": null, "captions": null}'
+    (tmp_path / "m.jsonl").write_text(line + "\n")
+    (record,) = dataset.read_manifest(tmp_path / "m.jsonl", "train")
+    assert record.keys() == {"video", "path"}
+
+
+def test_two_files_of_a_kinetics_clip(tmp_path):
+    """The official replacements lie in a folder of their own: the larger file is the whole one."""
+    name = "abc_000001_000011.mp4"
+    root = files(tmp_path / "k", f"train/waving/{name}", f"replacement/{name}")
+    (root / "replacement" / name).write_bytes(b"x" * 100)
+    header = "label,youtube_id,time_start,time_end,split\n"
+    (root / "train.csv").write_text(header + "waving,abc,1,11,train\n")
+    assert index(root, tmp_path / "k.jsonl", "k400").keys() == {f"k/replacement/{name}"}

@@ -4,6 +4,7 @@ loops."""
 import argparse
 import math
 from dataclasses import asdict, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_bare_transformers_encoder(config):
     assert bare and all(torch.equal(v, whole[k]) for k, v in bare.items())
 
 
-def test_load_checkpoint(config, tmp_path):
+def test_load_checkpoint(config, tmp_path, monkeypatch):
     """Sizes come with the weights: of transformers' folders, official files, and ours."""
     full = VideoMAEForPreTraining(hf_config(config))
     full.save_pretrained(tmp_path / "hf")
@@ -134,10 +135,12 @@ def test_load_checkpoint(config, tmp_path):
     official = {**model.state_dict(), "encoder.patch_embed.proj.weight": torch.rand(48, 3, 2, 8, 8)}
     flags = argparse.Namespace(lr=1, input_size=32, num_frames=4)
     torch.save({"model": official, "args": flags}, tmp_path / "official.pth")
+    with pytest.raises(ValueError, match="official.pth: 48 wide: how many heads is not said"):
+        weights.load_checkpoint(tmp_path / "official.pth")
+    monkeypatch.setitem(tgmae.PRESETS, "toy", config)  # now it is one of the known widths
     read, loaded, _ = weights.load_checkpoint(tmp_path / "official.pth")
     assert torch.equal(loaded["encoder.norm.bias"], official["encoder.norm.bias"])
-    # Heads are in no weight: 64 wide, in widths that were not published, and one at least.
-    assert replace(read, text_dim=16, num_heads=3, decoder_num_heads=3) == config
+    assert replace(read, text_dim=16) == config
     fine_tuned = {
         k.removeprefix("encoder."): v for k, v in official.items() if k.startswith("encoder.")
     }
@@ -166,6 +169,28 @@ def test_published_sizes_are_read(name):
             tgmae.PRESETS[name].embed_dim, 3, 2, 16, 16
         )
     assert weights._official_config(state, None) == tgmae.PRESETS[name]
+
+
+def test_the_giant_has_16_heads():
+    """VideoMAEv2's: 1408 wide, 88 a head."""
+    giant = Config(embed_dim=1408, depth=2, num_heads=16, mlp_ratio=48 / 11)
+    with torch.device("meta"):
+        state = TGMAE(giant).encoder.state_dict(prefix="encoder.")
+        state["encoder.patch_embed.proj.weight"] = torch.empty(1408, 3, 2, 16, 16)
+    read = weights._official_config(state, None)
+    assert (read.embed_dim, read.num_heads) == (1408, 16) and int(1408 * read.mlp_ratio) == 6144
+
+
+def test_numpy_scalars_are_data(config, tmp_path):
+    """And what is refused is named."""
+    saved = {"model": TGMAE(config).state_dict(), "config": asdict(config)}
+    best = {"best": np.float64(0.5), "epoch": np.int64(3), "flag": np.bool_(True)}
+    torch.save(saved | best, tmp_path / "a.pt")
+    read, _, rest = weights.load_checkpoint(tmp_path / "a.pt")
+    assert read == config and rest["best"] == 0.5 and rest["epoch"] == 3 and rest["flag"]
+    torch.save(saved | {"when": Fraction(1, 2)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="b.pt: .*it holds a fractions.Fraction, which is no data"):
+        weights.load_checkpoint(tmp_path / "b.pt")
 
 
 def test_attention_is_multihead_attention():
