@@ -669,7 +669,15 @@ class Blip2(Captioner):
         images = [Image.fromarray(frame.numpy()) for clip in clips for frame in clip]
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.device, self.dtype)
-        said = self.model.generate(pixel_values=pixels, max_new_tokens=self.args.max_new_tokens)
+        config, more = self.model.config, {}
+        if (
+            config.text_config.is_encoder_decoder
+        ):  # a T5 has no token to start from: an empty prompt
+            prompt = [config.image_token_index] * config.num_query_tokens
+            prompt = torch.tensor([prompt + [config.text_config.eos_token_id]] * len(pixels))
+            more["input_ids"] = prompt.to(self.device)
+        length = self.args.max_new_tokens
+        said = self.model.generate(pixel_values=pixels, max_new_tokens=length, **more)
         said = self.processor.batch_decode(said, skip_special_tokens=True)
         each = len(said) // len(clips)
         return [

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_transformers
 from test_ranks import torchrun
 
 import captions
@@ -410,10 +410,19 @@ def tiny_tokenizer(folder, words):
 WORDS = [f"word{i}" for i in range(60)]
 
 
-@pytest.fixture(scope="module")
-def blip2(tmp_path_factory):
-    """Blip2ForConditionalGeneration with an OPT, a few thousand parameters, and its processor, in a
-    folder."""
+OPT = dict(
+    model_type="opt", hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+    word_embed_proj_dim=16, max_position_embeddings=128, bos_token_id=1, eos_token_id=1,
+    pad_token_id=0,
+)  # fmt: skip
+T5 = dict(
+    model_type="t5", d_model=16, d_ff=32, d_kv=8, num_layers=1, num_decoder_layers=1, num_heads=2,
+    decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+)  # fmt: skip
+
+
+def tiny_blip2(folder, text_config):
+    """Blip2ForConditionalGeneration of a few thousand parameters, and its processor."""
     from transformers import (
         Blip2Config,
         Blip2ForConditionalGeneration,
@@ -421,25 +430,12 @@ def blip2(tmp_path_factory):
         BlipImageProcessor,
     )
 
-    folder = tmp_path_factory.mktemp("blip2")
     tokenizer, size = tiny_tokenizer(folder, WORDS)
     wide = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     config = Blip2Config(
         vision_config=dict(**wide, image_size=28, patch_size=7),
         qformer_config=dict(**wide, encoder_hidden_size=16, vocab_size=size),
-        text_config=dict(
-            model_type="opt",
-            hidden_size=16,
-            ffn_dim=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=size,
-            word_embed_proj_dim=16,
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=1,
-            pad_token_id=0,
-        ),
+        text_config=dict(**text_config, vocab_size=size),
         num_query_tokens=4,
         image_token_index=3,
     )
@@ -451,6 +447,24 @@ def blip2(tmp_path_factory):
     images = BlipImageProcessor(size={"height": 28, "width": 28})
     Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def blip2(tmp_path_factory):
+    return tiny_blip2(tmp_path_factory.mktemp("blip2"), OPT)
+
+
+@needs_transformers
+def test_blip2_with_a_t5(manifest, tmp_path):
+    """As common as OPT; it has no token to start from."""
+    data = manifest(3)
+    made = [{"video": record["video"]} for record in records(data)]
+    captions.write_manifest(data, made)
+    model = tiny_blip2(tmp_path / "t5", T5)
+    run("caption", data, "--source", "blip2", "--model", model, "--workers", 0)
+    said = [record["captions"] for record in records(data)]
+    assert all(said) and all(set(text.split()) <= set(WORDS) for texts in said for text in texts)
+    assert len({text for texts in said for text in texts}) > 1
 
 
 @pytest.fixture(scope="module")
@@ -480,6 +494,7 @@ def test_keyframes(clip_file):
         assert [number_of(frame) for frame in frames] == wanted
 
 
+@needs_transformers
 def test_blip2(manifest, blip2, tmp_path, capsys, monkeypatch):
     """Each frame gets what the model says of it alone, whatever the batch; who cannot be read goes
     without."""
@@ -528,6 +543,7 @@ def test_blip2(manifest, blip2, tmp_path, capsys, monkeypatch):
     ]  # the centre frame
 
 
+@needs_transformers
 def test_llm(manifest, llm, capsys, monkeypatch):
     asked = []
     answers = captions.Llm.answers
@@ -841,6 +857,7 @@ def undisturbed(world, blip2, tmp_path_factory):
     return fresh, everything(folder)
 
 
+@needs_transformers
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_work(processes, undisturbed):
@@ -852,6 +869,7 @@ def test_processes_share_the_work(processes, undisturbed):
     assert_same(whole, everything(folder))
 
 
+@needs_transformers
 @pytest.mark.slow
 def test_killed_at_random_and_run_again(undisturbed):
     """SIGKILL at ten random moments of the work, five in each command: the outcome of an
@@ -886,6 +904,7 @@ def grown(path, lines):
     return path.exists() and sum(1 for _ in open(path)) > lines
 
 
+@needs_transformers
 def test_an_unfinished_command_is_not_mixed_with_another(manifest, blip2, tmp_path, monkeypatch):
     data = manifest(4)
     captions.write_manifest(data, [record | {"captions": []} for record in records(data)])

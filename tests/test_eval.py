@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, needs_transformers
 from PIL import Image
 from test_ranks import torchrun
 
@@ -436,6 +436,7 @@ def test_recipes():
 # ---- against transformers -----------------------------------------------------------------------
 
 
+@needs_transformers
 def test_logits_are_transformers(tmp_path, monkeypatch):
     """A fine-tuned model, exported: VideoMAEForVideoClassification's logits, with its fc_norm's
     eps; and back."""
@@ -464,6 +465,7 @@ def test_logits_are_transformers(tmp_path, monkeypatch):
     assert isinstance(again, ev.Classifier) and more["classes"] == list("abcde")
 
 
+@needs_transformers
 def test_export_gives_the_same_features(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found, said = run(capsys, "export", checkpoint, "--out", "folder")
@@ -506,6 +508,7 @@ def test_export_gives_the_same_features(checkpoint, tmp_path, capsys, monkeypatc
     assert "is there already" in fails("export", checkpoint, "--out", "folder")
 
 
+@needs_transformers
 def test_attention_is_transformers(tmp_path):
     """Attention of the centre patch, of each layer: what transformers returns with
     output_attentions."""
@@ -872,6 +875,7 @@ def test_show(world, with_text, clips, tmp_path, capsys, monkeypatch):
     ]
 
 
+@needs_transformers
 def test_a_head_without_names(clips, tmp_path, capsys, monkeypatch):
     """Fine-tuned weights that do not name their classes: the manifest's, in order."""
     monkeypatch.chdir(tmp_path)
@@ -905,6 +909,7 @@ def test_show_on_toy(trained, workdir, capsys):
     assert not torch.equal(frames[0], frames[1])
 
 
+@needs_transformers
 def test_show_on_footage(footage, checkpoint, tmp_path, monkeypatch, capsys):
     """A video without caption; another chosen mask; a codec without motion vectors; no decoder."""
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ import sys
 
 import bench
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_transformers
 from test_captions import blip2  # noqa: F401, a fixture
 from test_faults import free_port
 from test_tgmae import hf_config
@@ -103,6 +103,7 @@ def test_command_parses(command):
 RUN_HERE = [block for block in BLOCKS if re.search("k400.jsonl|videomae-base", block)]
 
 
+@needs_transformers
 @pytest.mark.slow
 def test_commands_run(world, workdir, blip2):  # noqa: F811
     """The README's commands for datasets, many processes, nodes, Slurm and published weights, by a

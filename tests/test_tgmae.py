@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_transformers
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
@@ -63,6 +64,7 @@ def randomise(model):
             p.normal_(std=0.1)
 
 
+@needs_transformers
 @pytest.mark.parametrize("sizes", CONFIGS)
 def test_equals_transformers_both_ways(sizes):
     c = Config(**sizes)
@@ -115,6 +117,7 @@ def test_official_names(config):
         weights.from_videomae({"a.b": torch.ones(1)})
 
 
+@needs_transformers
 def test_bare_transformers_encoder(config):
     full = VideoMAEForPreTraining(hf_config(config))
     bare = weights.from_videomae(full.videomae.state_dict())
@@ -122,6 +125,7 @@ def test_bare_transformers_encoder(config):
     assert bare and all(torch.equal(v, whole[k]) for k, v in bare.items())
 
 
+@needs_transformers
 def test_load_checkpoint(config, tmp_path, monkeypatch):
     """Sizes come with the weights: of transformers' folders, official files, and ours."""
     full = VideoMAEForPreTraining(hf_config(config))

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_transformers
 from PIL import Image
 from test_ranks import torchrun
 
@@ -186,6 +186,7 @@ def test_another_way_to_start_processes(workdir, manifest):
     assert len(log(workdir / "run")) == 2
 
 
+@needs_transformers
 def test_init_from_transformers(workdir, manifest, clip_flags, capsys):
     """At a learning rate of 0 the weights are theirs; of another CLIP's run all but the predictor
     are taken; a run that goes on does not ask for them again."""
