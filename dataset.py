@@ -11,6 +11,7 @@ copied: its banner says what it needs. Shapes as in tgmae.py.
 """
 
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -32,8 +33,8 @@ from torchvision.transforms.v2 import functional as TF
 # ==================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both. A
 # frame's number is its rank in order of presentation.
-# Needs: av, VideoReformatter, contextlib, gc, itertools, math, os, stat, warnings, NamedTuple,
-# numpy as np, torch, torch.nn.functional as F. Motion: Fan et al., MGM (ICCV 2023).
+# Needs: av, VideoReformatter, contextlib, errno, gc, itertools, math, os, stat, warnings,
+# NamedTuple, numpy as np, torch, torch.nn.functional as F. Motion: Fan et al., MGM (ICCV 2023).
 # ==================================================================================================
 
 MOTION_CELL = 8  # pixels: the codec's smallest block
@@ -89,8 +90,9 @@ def _open_stream(path, motion):
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise VideoError(f"{path}: no video stream that can be decoded")
-            if stream.width * stream.height > MAX_PIXELS:
-                raise VideoError(f"{path}: {stream.width}x{stream.height} pixels, larger than 8K")
+            size = f"{stream.width}x{stream.height} pixels"
+            if stream.width * stream.height > MAX_PIXELS or 1 in (stream.width, stream.height):
+                raise VideoError(f"{path}: {size}, larger than 8K, or too small to crop")
             # Loaders run a process a core; and with several threads in one decoder the number of
             # motion vectors changes from run to run.
             stream.codec_context.thread_count = 1
@@ -99,6 +101,8 @@ def _open_stream(path, motion):
             stream.codec_context.options = options | {"max_pixels": str(MAX_PIXELS)}
             yield container, stream
     except (av.FFmpegError, OSError) as error:
+        if error.errno == errno.EMFILE:  # nothing is wrong with the video
+            raise
         raise VideoError(f"{path}: {error.strerror or error}") from error
 
 
@@ -112,8 +116,8 @@ def _ascend(times):
 
 
 def _first_frames(path):
-    """-> (number of packets before the second key frame, times of the frames that come out of them:
-    those that refer to what was cut off in front do not)."""
+    """-> (number of packets before the second key frame, times of frames that come out of them: not
+    of those that refer to what was cut off in front)."""
     keys, fed, times = 0, 0, []
     with _open_stream(path, False) as (container, stream), _demux(container, stream) as packets:
         for packet in packets:
@@ -128,8 +132,7 @@ def _first_frames(path):
 
 
 def _scan(path, container, stream):
-    # Headers lie about the number of frames (Matroska says 0), so the packets are counted,
-    # undecoded.
+    # Headers lie about the number of frames (Matroska says 0): packets are counted, undecoded.
     packets = [
         (packet.pts, packet.dts, packet.is_keyframe)
         for packet in container.demux(stream)
@@ -143,9 +146,8 @@ def _scan(path, container, stream):
     fps, time_base = float(stream.average_rate or 0), float(stream.time_base or 0)
     pts, dts, is_key = zip(*packets)
     dts = [time for time in dts if time is not None]
-    # Times give no order if some are missing, or twice there; if they are those of decoding, as in
-    # AVI (B-frames would make them go back); if files were joined (those of decoding go back).
-    # Frames are then counted while decoding.
+    # Frames are counted while decoding where times give no order: some are missing, or twice there;
+    # or B-frames do not make them go back (AVI); or files were joined (those of decoding go back).
     if (
         None in pts
         or len(set(pts)) < len(pts)
@@ -298,8 +300,8 @@ def _decode_from_start(video, frames):
 
 
 def _orientation(frame):
-    """(transpose, flip rows, flip columns): the metadata's display matrix, which is not applied by
-    itself, as the nearest of the eight orientations."""
+    """(transpose, flip rows, flip columns): of the eight orientations the nearest to the display
+    matrix in the metadata, which is not applied by itself."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False

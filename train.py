@@ -14,6 +14,8 @@ clip, mask and reconstruction. Run again, any command goes on from where its las
 import argparse
 import atexit
 import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import math
@@ -388,6 +390,20 @@ def save_checkpoint(path, *, keep=0, **state):
             old.unlink()
 
 
+def lock_folder(out):
+    """-> a file that holds a lock as long as it is open: the kernel frees it with its owner, and
+    loaders do not inherit it. ValueError if another run has it."""
+    file = open(out / "lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"{out}: another run is writing there; another --out") from error
+    except OSError as error:  # file systems without locks
+        note = f"note    {out}/lock: {error.strerror}; nothing keeps a second run out"
+        print(note, file=sys.stderr)
+    return file
+
+
 MAX_NON_FINITE = 10  # steps in a row without finite numbers before a run stops
 
 
@@ -403,6 +419,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.rank, self.world = rank_and_world()
         if self.rank == 0:
+            self.lock = lock_folder(self.out)
             _cut_log(self.out / "log.jsonl", step)
         self.skipped = 0  # steps in a row
         self.signalled = self.stopping = False
@@ -506,10 +523,16 @@ def one_line_errors(script, less):
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"{script}: {last_line(error)}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"{script}: {last_line(error)}; what needs less: {less}")
+    except (ValueError, OSError, RuntimeError) as error:
+        said = last_line(error)
+        # Loaders hand over batches as open files; torch says so in two ways.
+        if any(sign in str(error) for sign in (os.strerror(errno.EMFILE), "ancdata")):
+            said += "; `ulimit -n 65536` allows more"
+        elif isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            said += f"; what needs less: {less}"
+        sys.exit(f"{script}: {said}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

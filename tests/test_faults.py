@@ -1,6 +1,7 @@
 """Runs that are killed, asked to stop, moved to other numbers of processes, fed bad numbers, or out
 of disk or memory; and files that would run code."""
 
+import errno
 import json
 import math
 import multiprocessing as mp
@@ -427,6 +428,34 @@ def test_machines_that_do_not_share_the_folder(monkeypatch, workdir):
     args = train.parse_args(["--data", "x.jsonl", "--out", "run"])
     with pytest.raises(ValueError, match="run/last.pt: holds step 0 here, 120 for process 0"):
         train.load_last(args)
+
+
+def test_two_runs_in_one_folder(workdir, manifest):
+    """The second is refused, until the first has ended, however it did."""
+    (workdir / "run").mkdir()
+    holds = "import fcntl, time; f = open('run/lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    first = start(["-c", holds + "print('locked', flush=True); time.sleep(60)"], workdir)
+    assert first.stdout.readline() == "locked\n"
+    flags = ["--data", str(manifest(4)), *FEW, "--out", "run"]
+    with pytest.raises(SystemExit, match="train.py: run: another run is writing there"):
+        train.main(flags)
+    assert not Path("run/log.jsonl").exists()
+    first.kill()
+    first.wait()
+    train.main(flags)
+    assert len(log("run")) == 2
+
+
+def test_too_many_open_files(workdir, manifest, monkeypatch):
+    """A line that says what to do; the video is not a bad one."""
+
+    def full(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(dataset.av, "open", full)
+    with pytest.raises(SystemExit, match="train.py: .*Too many open files; `ulimit -n 65536`"):
+        train.main(["--data", str(manifest(4)), *FEW, "--out", "run"])
+    assert not Path("run/bad_videos.txt").exists()
 
 
 # ------------------------------------------------------------------------ bad numbers, disk, memory

@@ -190,6 +190,12 @@ def test_colours_of_a_tagged_file(tmp_path):
     assert off[True] <= 2 and off[False] > 5, off
 
 
+def test_a_side_of_one_pixel(tmp_path):
+    encode(tmp_path / "line.mkv", [np.zeros((1, 64, 3), np.uint8)] * 4, "ffv1")
+    with pytest.raises(dataset.VideoError, match="line.mkv: 64x1 pixels, .*too small to crop"):
+        dataset.probe_video(tmp_path / "line.mkv")
+
+
 # ----------------------------------------------------------------- names and annotation files
 
 
