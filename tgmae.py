@@ -17,7 +17,7 @@ align the mean of the visible cubes with the caption by a contrastive loss. In t
     loss.backward()
 
 `torchrun train.py --mask tgm --vt` does the same on a toy world with a toy CLIP, in under 5 minutes
-on 2 CPU cores; `mae`, a mean squared error, ends near 0.8. The sections, and what is in each:
+on 2 CPU cores; `mae` ends near 0.8 (all zeros: about 1). The sections; (1) to (4) are equations:
 
     Config (4.2) -> Cubes (3.1) -> Transformer (3.1: (1)) -> Maskers (3.1: (2), 3.3: top k)
         -> CLIP scores (3.3) -> Losses (3.1: MSE, 3.4: (4)) -> Model (3.1: (3), 3.4: mean, 3.5)
@@ -30,17 +30,17 @@ needs. Shapes, the same letters everywhere:
     N = t*h*w cubes, Nv of them visible, Nm masked    P = tubelet_size*patch_size**2*C values a cube
     E text_dim, the size of CLIP's embeddings    world: number of processes, each is a rank
 
-A mask is (B,N) bool and True means MASKED, everywhere.
+A mask is (B,N) bool and True means MASKED, everywhere: what (2) selects, the visible, is ~mask.
 
-Where we depart from section 3, or where it says nothing:
-  - 3.3 scores every frame. Here a cube's score is that of the first of its tubelet_size frames.
+Where we depart from section 3, or it says nothing (positions, norms, layers are VideoMAE's):
+  - 3.3 scores and masks frames, a cube has tubelet_size of them: here its first frame scores it.
   - 3.3 takes the top k of a frame. Here k cubes are masked in each of the t time slices.
   - 3.3 takes CLIP's [CLS] and [EOS] states. Here they are projected, as CLIP compares them.
   - 3.1 embeds all cubes, then masks. Here masked cubes are dropped before: less work, same result.
   - 3.1 reconstructs the video. Here, as in VideoMAE, only masked cubes are predicted, and their
     target is each cube normalised, per channel, by its own mean and standard deviation.
   - 3.4: all other captions and videos are negatives. With `groups`, not those of the same video.
-  - 3.4 gives neither the temperature (here 0.07) nor the layers of the prediction head.
+  - 3.4 gives no temperature (here 0.07), no layers of the head (here on the video side only).
 """
 
 import math
@@ -55,8 +55,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 # ==================================================================================================
-# Config: the sizes (4.2: ViT-B, 16 frames; the rest is VideoMAE's), and the presets.
-# Needs: math, dataclass, fields. Presets: VideoMAE (Tong et al. 2022), modeling_pretrain.py.
+# Config: sizes (4.2: ViT-B, 16 frames; CLIP's text_dim; our temperature; the rest is VideoMAE's).
+# Needs: math, dataclass, fields. Presets, but for toy: VideoMAE (Tong et al. 2022).
 # ==================================================================================================
 
 
@@ -298,7 +298,7 @@ class Encoder(nn.Module):
         if ids_keep is not None:
             cubes, pos = take(cubes, ids_keep), pos[ids_keep]  # (2) applied: (B,Nv,P), (B,Nv,D)
         x = self.patch_embed(cubes)  # (B,Nv,D)
-        x = x + pos.to(x.dtype)  # under autocast x and all residual sums are bf16, as in VideoMAE
+        x = x + pos.to(x.dtype)  # under autocast x and all residual sums are 16-bit, as in VideoMAE
         return self.norm(_run_blocks(self.blocks, x, self.grad_checkpointing))
 
 
@@ -392,7 +392,7 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
 
     name: a model of open_clip, hf-hub:REPO, or local-dir:FOLDER; pretrained: a tag of open_clip or
     a file of weights, ignored for the last two. Plain ViT-B-32 would run OpenAI's weights with the
-    wrong activation. ValueError that names what is missing or cannot be loaded."""
+    wrong activation. ValueError that names weights that are missing or cannot be loaded."""
     import open_clip  # here: it takes seconds, and a run without CLIP does not need it
 
     tag = None if name.startswith(("local-dir:", "hf-hub:")) else str(pretrained)
@@ -480,7 +480,7 @@ def reconstruction_target(video, mask, config):
 
 def reconstruction_loss(pred, video, mask, config):
     """pred (B,Nm,P), in ascending order of cube; video (B,3,T,H,W) ImageNet-normalised; mask (B,N),
-    True = masked -> scalar, in float32 at least: mean squared error of the masked cubes (3.1)."""
+    True = masked -> scalar, of the video's dtype: mean squared error of the masked cubes (3.1)."""
     with torch.no_grad():
         target, _, _ = reconstruction_target(video, mask, config)
     return F.mse_loss(pred.to(target.dtype), target)  # the MSE of 3.1
@@ -506,18 +506,18 @@ class _Gather(torch.autograd.Function):
 
 def gather(x):
     """x (B,...) on each rank, B the same on all -> (world*B,...): the rows of all ranks, in rank
-    order, with a gradient that DDP's mean makes right (3.4). On a single process: x itself."""
+    order, with a gradient that DDP's mean makes right. On a single process: x itself."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return _Gather.apply(x)
 
 
 def info_nce(video_emb, text_emb, temperature, *, groups=None):
-    """Symmetric InfoNCE (3.4) of the rows given, nothing is gathered: video -> text and back, mean.
+    """InfoNCE (3.4), -log(exp(q.k+/tau) / sum over all k of exp(q.k/tau)), of the rows given, none
+    is gathered: the mean of video -> text and text -> video.
 
-    video_emb, text_emb (B,E), one pair per row, normalised here. groups: tensor (B,) of ints,
-    numbered alike on all ranks: clips of the same group (the same video) are not negatives of each
-    other. -> scalar, float32 or wider."""
+    video_emb, text_emb (B,E), a pair per row, normalised here. groups: tensor (B,) of ints, alike
+    on all ranks: clips of one group (one video) are not negatives. -> scalar, float32 or wider."""
     with torch.autocast(video_emb.device.type, enabled=False):
         dtype = torch.promote_types(video_emb.dtype, torch.float32)
         video_emb = F.normalize(video_emb.to(dtype), dim=-1)
@@ -579,7 +579,7 @@ class TGMAE(nn.Module):
         pos_embed = sinusoid(c.num_patches, c.decoder_embed_dim)
         self.register_buffer("pos_embed", pos_embed, persistent=False)  # the decoder's
         self.decoder = Decoder(c)
-        self.predictor = ContrastiveHead(c.embed_dim, c.text_dim, c.temperature)  # if there is text
+        self.predictor = ContrastiveHead(c.embed_dim, c.text_dim, c.temperature)  # used with text
         self.apply(self._init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
