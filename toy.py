@@ -34,7 +34,6 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import dataset
@@ -43,7 +42,6 @@ from train import (
     last_line,
     one_line_errors,
     progress,
-    rank_and_world,
     replacing,
 )
 
@@ -359,19 +357,6 @@ def build(out="data/toy", clips=800, seed=0, clip_steps=300):
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out
-
-
-def manifest_of(data):
-    """For --data of the scripts: the path of a manifest, or "toy": the world in data/toy, which the
-    first process makes where it is not there yet."""
-    if data != "toy":
-        return Path(data)
-    rank, world = rank_and_world()
-    if rank == 0:
-        build("data/toy")
-    if world > 1:
-        dist.barrier()
-    return Path("data/toy/manifest.jsonl")
 
 
 def read_truth(folder):

@@ -523,16 +523,11 @@ def one_line_errors(script, less):
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
-        said = last_line(error)
-        # Loaders hand over batches as open files; torch says so in two ways.
-        if any(sign in str(error) for sign in (os.strerror(errno.EMFILE), "ancdata")):
-            said += "; `ulimit -n 65536` allows more"
-        elif isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        if isinstance(error, torch.OutOfMemoryError):
-            said += f"; what needs less: {less}"
-        sys.exit(f"{script}: {said}")
+    except (ValueError, OSError) as error:
+        too_many = os.strerror(errno.EMFILE) in str(error)
+        sys.exit(f"{script}: {last_line(error)}" + "; `ulimit -n 65536` allows more" * too_many)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{script}: {last_line(error)}; what needs less: {less}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -66,16 +66,12 @@ def from_videomae(state_dict):
     old, new = state_dict, {}
     if any(name.startswith(("embeddings.", "videomae.")) for name in old):
         for name, value in old.items():
-            if name.startswith(
-                ("embeddings.", "encoder.layer.", "layernorm.")
-            ):  # a bare VideoMAEModel
-                name = "videomae." + name
+            bare = name.startswith(("embeddings.", "encoder.layer.", "layernorm."))
+            name = "videomae." + name if bare else name  # of a bare VideoMAEModel
             for ours, theirs in _HUGGINGFACE:
                 name = name.replace(theirs, ours)
             name = name.replace(".attention.attention.", ".attn.")
-            name = name.replace(".query.bias", ".q_bias").replace(
-                ".value.bias", ".v_bias"
-            )  # since 5.0
+            name = name.replace(".query.bias", ".q_bias").replace(".value.bias", ".v_bias")
             new[name] = value
         for name in [name for name in new if name.endswith(".query.weight")]:
             stem = name.removesuffix("query.weight")

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import TINY  # noqa: E402
 
 import tgmae  # noqa: E402
-import train  # noqa: E402  # noqa: E402
+import train  # noqa: E402
 
 
 def main(out):

@@ -446,6 +446,17 @@ def test_two_runs_in_one_folder(workdir, manifest):
     assert len(log("run")) == 2
 
 
+def test_a_file_system_without_locks(workdir, manifest, monkeypatch, capsys):
+    """A run goes on, and says what it lacks."""
+
+    def lacks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(train.fcntl, "lockf", lacks)
+    train.main(["--data", str(manifest(4)), *FEW, "--out", "run"])
+    assert "run/lock: No locks available; nothing keeps a second run out" in capsys.readouterr().err
+
+
 def test_too_many_open_files(workdir, manifest, monkeypatch):
     """A line that says what to do; the video is not a bad one."""
 

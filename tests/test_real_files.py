@@ -55,7 +55,9 @@ def test_a_packet_that_is_never_shown(tmp_path):
     options = {"auto-alt-ref": "0", "lag-in-frames": "0"}
     encode(tmp_path / "plain.mkv", shades, "libvpx", options)
 
-    def hide(packet, seen=[]):  # noqa: B006
+    seen = []
+
+    def hide(packet):
         seen.append(packet.pts)
         if len(seen) != 4:
             return packet
