@@ -156,9 +156,7 @@ def patchify(video, patch_size, tubelet_size):
             f"{tubelet_size}x{patch_size}x{patch_size}"
         )
     t, h, w = T // tubelet_size, H // patch_size, W // patch_size
-    x = video.reshape(
-        B, C, t, tubelet_size, h, patch_size, w, patch_size
-    )  # t,frame, h,row, w,column
+    x = video.reshape(B, C, t, tubelet_size, h, patch_size, w, patch_size)
     x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, t,h,w, frame,row,column, C)
     return x.reshape(B, t * h * w, tubelet_size * patch_size**2 * C)  # (B,N,P)
 
