@@ -1425,20 +1425,8 @@ def huggingface_of(model):
 
     c = model.config
     theirs = transformers.VideoMAEConfig(
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        num_frames=c.num_frames,
-        tubelet_size=c.tubelet_size,
-        num_channels=c.in_chans,
-        hidden_size=c.embed_dim,
-        num_hidden_layers=c.depth,
-        num_attention_heads=c.num_heads,
+        **{theirs: getattr(c, ours) for ours, theirs in weights.SIZES.items()},
         intermediate_size=int(c.embed_dim * c.mlp_ratio),
-        layer_norm_eps=c.layer_norm_eps,
-        norm_pix_loss=c.norm_pix_loss,
-        decoder_hidden_size=c.decoder_embed_dim,
-        decoder_num_hidden_layers=c.decoder_depth,
-        decoder_num_attention_heads=c.decoder_num_heads,
         decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
         use_mean_pooling=isinstance(model.encoder.norm, nn.Identity),
     )

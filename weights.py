@@ -5,20 +5,19 @@ checkpoints, all in the names of tgmae.py.
     model = tgmae.TGMAE(config)
     model.load_state_dict(state, strict=False)  # the predictor is ours alone
 
-Only transformers' folders and hub names need transformers, 5.18 or later: from 5.0 to 5.15 it sets
-VideoMAE's query and value biases to zero without a word.
+Nothing here needs transformers, of which some versions zero biases as they load.
 """
 
 import argparse
 import json
 import os
-import pickle
 import re
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from tgmae import PRESETS, Config
@@ -131,6 +130,14 @@ def load_file(path):
         raise ValueError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
 
 
+def _tensors(path):
+    """The tensors of a safetensors file; ValueError if it is none."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be loaded as safetensors: {error}") from error
+
+
 def _official_config(state, flags):
     """Config of official weights, in our names except for the patch embedding. Neither the clip's
     size nor heads are in weights: those are what the file's flags say, and the published model's of
@@ -171,48 +178,65 @@ def _official_config(state, flags):
     return Config(**sizes)
 
 
-def _load_huggingface(source):
-    import transformers
+SIZES = {  # of a Config: in transformers' config.json
+    "image_size": "image_size", "patch_size": "patch_size", "num_frames": "num_frames",
+    "tubelet_size": "tubelet_size", "in_chans": "num_channels", "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
+    "decoder_num_heads": "decoder_num_attention_heads", "norm_pix_loss": "norm_pix_loss",
+    "layer_norm_eps": "layer_norm_eps",
+}  # fmt: skip
 
+
+def _load_huggingface(source):
+    """A folder or hub name of transformers, read without it: some of its versions zero biases."""
+    from huggingface_hub import errors, hf_hub_download
+
+    def find(name):
+        """Path of that file, from the hub if source is no folder; None if there is none."""
+        if Path(source).is_dir():
+            return Path(source, name) if Path(source, name).exists() else None
+        try:
+            return Path(hf_hub_download(str(source), name))
+        except errors.EntryNotFoundError:
+            return None
+
+    state = {}
     try:
-        theirs = transformers.VideoMAEConfig.from_pretrained(source)
-        kind = (theirs.architectures or ["VideoMAEForPreTraining"])[0]
-        if kind not in (
-            "VideoMAEModel",
-            "VideoMAEForPreTraining",
-            "VideoMAEForVideoClassification",
-        ):
-            raise ValueError(f"{source}: a {kind}, not a VideoMAE")
-        model = getattr(transformers, kind).from_pretrained(source)
-    except pickle.UnpicklingError as error:  # of older files, read without running what they bring
-        raise ValueError(
-            f"{source}: holds more than weights: {str(error).strip().splitlines()[0]}"
-        ) from error
-    except OSError as error:
+        if not (path := find("config.json")):
+            raise OSError("no config.json, on disk or at a hub that can be reached")
+        theirs = json.loads(path.read_text())
+        if theirs.get("model_type") != "videomae":
+            raise ValueError(f"{source}: a {theirs.get('model_type')}, not a VideoMAE")
+        for name, load in (("model.safetensors", _tensors), ("pytorch_model.bin", load_file)):
+            shards = [name] if find(name) else []
+            if not shards and (index := find(f"{name}.index.json")):
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            for shard in shards:
+                state |= load(find(shard) or Path(source, shard))
+            if shards:
+                break
+        else:
+            raise OSError("no model.safetensors and no pytorch_model.bin")
+    except (OSError, errors.HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{source}: neither a checkpoint nor a folder or hub name of transformers: {reason}"
         ) from error
-    config = Config(
-        image_size=theirs.image_size,
-        patch_size=theirs.patch_size,
-        num_frames=theirs.num_frames,
-        tubelet_size=theirs.tubelet_size,
-        in_chans=theirs.num_channels,
-        embed_dim=theirs.hidden_size,
-        depth=theirs.num_hidden_layers,
-        num_heads=theirs.num_attention_heads,
-        mlp_ratio=theirs.intermediate_size / theirs.hidden_size,
-        layer_norm_eps=theirs.layer_norm_eps,
-        decoder_embed_dim=theirs.decoder_hidden_size,
-        decoder_depth=theirs.decoder_num_hidden_layers,
-        decoder_num_heads=theirs.decoder_num_attention_heads,
-        norm_pix_loss=theirs.norm_pix_loss,
-    )
-    saved = {"transformers": kind}
-    if kind == "VideoMAEForVideoClassification":
-        saved["classes"] = [theirs.id2label[number] for number in range(theirs.num_labels)]
-    return config, from_videomae(model.state_dict()), saved
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{source}: its config.json or index is none of transformers'") from error
+    try:
+        state = from_videomae(state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    wide, D = state["encoder.blocks.0.mlp.fc1.weight"].shape
+    sizes = {"layer_norm_eps": 1e-12, "mlp_ratio": wide / D}  # what is unsaid: VideoMAEConfig's
+    sizes |= {ours: theirs[name] for ours, name in SIZES.items() if name in theirs}
+    saved = {"transformers": theirs.get("architectures")}
+    if "head.bias" in state:
+        names = theirs.get("id2label", {})
+        saved["classes"] = [names.get(str(i), f"LABEL_{i}") for i in range(len(state["head.bias"]))]
+    return _config(source, sizes), state, saved
 
 
 def _config(source, sizes):
@@ -220,21 +244,6 @@ def _config(source, sizes):
         return Config(**sizes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: its config makes no model: {error}") from error
-
-
-def _load_safetensors(path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if "config" not in header:
-                raise ValueError(f"{path}: not one that eval.py export wrote")
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: cannot be loaded as safetensors: {error}") from error
-    rest = {key: value for key, value in json.loads(header["saved"]).items() if value}
-    return _config(path, json.loads(header["config"])), state, rest
 
 
 def load_checkpoint(source):
@@ -246,7 +255,13 @@ def load_checkpoint(source):
             work_offline_if_no_hub()
         return _load_huggingface(source)
     if Path(source).suffix == ".safetensors":
-        return _load_safetensors(source)
+        state = _tensors(source)
+        with safetensors.safe_open(source, "pt") as file:
+            header = file.metadata() or {}
+        if "config" not in header:
+            raise ValueError(f"{source}: not one that eval.py export wrote")
+        rest = {key: value for key, value in json.loads(header["saved"]).items() if value}
+        return _config(source, json.loads(header["config"])), state, rest
     saved = load_file(source)
     if not isinstance(saved, dict):
         raise ValueError(f"{source}: holds a {type(saved).__name__}, not a checkpoint's dict")

@@ -651,7 +651,7 @@ def test_pickles_run_no_code(workdir, world, manifest, tmp_path):
     for main, flags, named in (
         (train.main, [*few, "--out", "a", "--init", "evil.pt"], "evil.pt: cannot be loaded"),
         (train.main, [*few, "--out", "a", "--init", "bare.pt"], "bare.pt: cannot be loaded"),
-        (train.main, [*few, "--out", "a", "--init", "folder"], "folder: holds more than weights"),
+        (train.main, [*few, "--out", "a", "--init", "folder"], "model.bin: cannot be loaded"),
         (train.main, [*few, "--out", "run"], "run/last.pt: cannot be loaded"),
         (train.main, [*few, *tgm, "--out", "a", "--clip", "ViT-B-32", "--clip-pretrained",
                       "evil.pt"], "evil.pt: Weights only load failed"),

@@ -2,11 +2,16 @@
 loops."""
 
 import argparse
+import json
 import math
+import os
+import shutil
+import sys
 import zipfile
 from dataclasses import asdict, replace
 from fractions import Fraction
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -14,7 +19,11 @@ import torch.nn.functional as F
 from conftest import needs_transformers
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
-from transformers import VideoMAEConfig, VideoMAEForPreTraining
+from transformers import (
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+)
 
 import dataset
 import tgmae
@@ -163,6 +172,62 @@ def test_load_checkpoint(config, tmp_path, monkeypatch):
     torch.save(torch.ones(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="tensor.pt: holds a Tensor"):
         weights.load_checkpoint(tmp_path / "tensor.pt")
+
+
+@needs_transformers
+def test_folders_and_hub_names_of_transformers(config, tmp_path, monkeypatch):
+    """Safetensors and .bin, whole and in shards, both spellings of the biases, from a folder and
+    from the hub's cache: read without transformers, and equal to what it loads."""
+    names = {0: "zero", 1: "one", 2: "two"}
+    net = VideoMAEForVideoClassification(hf_config(config, id2label=names))
+    randomise(net)
+    expected, whole = weights.from_videomae(net.state_dict()), tmp_path / "whole"
+    net.save_pretrained(whole)
+    net.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    spelling = ("query.bias", "q_bias"), ("value.bias", "v_bias")
+    for place in ("bin", "bins", "hub/models--some--one/snapshots/1"):
+        shutil.copytree(whole, tmp_path / place)
+        os.remove(tmp_path / place / "model.safetensors")
+    old = {
+        name.replace(*spelling[0]).replace(*spelling[1]): v for name, v in net.state_dict().items()
+    }
+    assert any(name.endswith("q_bias") for name in old)
+    torch.save(old, tmp_path / "bin/pytorch_model.bin")
+    torch.save(old, tmp_path / "hub/models--some--one/snapshots/1/pytorch_model.bin")
+    where = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(old)}
+    for shard in set(where.values()):
+        part = {name: value for name, value in old.items() if where[name] == shard}
+        torch.save(part, tmp_path / "bins" / shard)
+    index = json.dumps({"weight_map": where})
+    (tmp_path / "bins/pytorch_model.bin.index.json").write_text(index)
+    (tmp_path / "hub/models--some--one/refs").mkdir()
+    (tmp_path / "hub/models--some--one/refs/main").write_text("1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it would fail
+    for source in (whole, tmp_path / "shards", tmp_path / "bin", tmp_path / "bins", "some/one"):
+        read, state, rest = weights.load_checkpoint(source)
+        assert replace(read, text_dim=config.text_dim) == config
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+        assert rest["classes"] == ["zero", "one", "two"]
+
+    def refused(source, why):
+        with pytest.raises(ValueError, match=f"{source}.*{why}"):
+            weights.load_checkpoint(source)
+
+    os.remove(tmp_path / "bins/pytorch_model-1.bin")
+    refused(tmp_path / "bins", "pytorch_model-1.bin: cannot be loaded")
+    os.remove(tmp_path / "bin/pytorch_model.bin")
+    refused(tmp_path / "bin", "no model.safetensors and no pytorch_model.bin")
+    (whole / "model.safetensors").write_bytes(b"half a file")
+    refused(whole, "model.safetensors: cannot be loaded as safetensors")
+    (whole / "config.json").write_text('{"model_type": "bert"}')
+    refused(whole, "a bert, not a VideoMAE")
+    (whole / "config.json").write_text("{")
+    refused(whole, "its config.json or index is none of transformers'")
+    refused("some/other", "no config.json, on disk or at a hub that can be reached")
+    refused("runs/gone/last.pt", "neither a checkpoint nor a folder or hub name")
 
 
 @pytest.mark.parametrize("name", ["small", "base", "large", "huge"])
