@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
 import dataset
@@ -44,7 +44,8 @@ import tgmae
 import weights
 from dataset import VideoError
 from train import (
-    end_with_parent,
+    batches_of,
+    init_loader,
     load_clip,
     naming,
     one_line_errors,
@@ -153,13 +154,8 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
     done = read_journal(folder).keys()
     barrier()  # all have read what was done before any adds to it
     todo = [keys for keys in units if not done >= set(keys)][rank::world]
-    loader = DataLoader(
-        Loading(todo, load),
-        batch_size=None,
-        num_workers=min(workers, len(todo)),
-        collate_fn=itself,
-        worker_init_fn=end_with_parent,
-    )
+    loading, workers = Loading(todo, load), min(workers, len(todo))
+    loader = batches_of(loading, workers, init=init_loader, batch_size=None, collate_fn=itself)
     name = settings["command"] + (f", one of {world} processes" if world > 1 else "")
     bar = progress(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0)
     with bar, open(folder / f"{rank}.jsonl", "a", encoding="utf-8") as journal:

@@ -40,7 +40,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -55,9 +55,10 @@ from train import (
     TrainingClips,
     add_run_flags,
     append_log,
+    batches_of,
     check_flags,
+    clip_bytes,
     gather_objects,
-    init_loader,
     learning_rate,
     load_clip,
     load_last,
@@ -535,16 +536,16 @@ def compute_clips(split, records, args, config, grid, compute):
     batches = [list(range(i, min(i + size, len(records)))) for i in range(0, len(records), size)][
         rank::world
     ]
-    data, workers = Views(records, config, args, grid), min(args.workers, len(batches))
-    loader = DataLoader(
-        data,
+    loader = batches_of(
+        Views(records, config, args, grid),
+        min(args.workers, len(batches)),
+        bytes=size * grid[0] * grid[1] * clip_bytes(config),
         batch_sampler=batches,
         collate_fn=list,
-        num_workers=workers,
-        worker_init_fn=init_loader,
     )
+    bar = {"total": len(batches), "desc": f"{split} clips", "unit": "batch", "disable": rank > 0}
     done, values, failed = [], [], []
-    for batch in progress(loader, desc=f"{split} clips", unit="batch", disable=rank > 0):
+    for batch in progress(loader, **bar):
         failed += [(number, why) for number, video, why, _ in batch if video is None]
         read = [item for item in batch if item[1] is not None]
         if not read:
@@ -1073,7 +1074,10 @@ def fit(args, model, classes, train, val):
     )
     net = DistributedDataParallel(model) if world > 1 else model
     with Run(args, step, steps_per_epoch) as run:
-        stream = training_batches(data, share, args, step, steps_per_epoch, collate)
+        clip = clip_bytes(model.config)
+        batch, tests = share.forward * args.repeat * clip * 4, args.batch_size * clip
+        room = {"bytes": batch, "spare": 3 * tests if val else 0}  # float32, for validate
+        stream = training_batches(data, share, args, step, steps_per_epoch, collate, **room)
         while run.step < run.total:
             net.train()
             lr = learning_rate(run.step, warmup, run.total, peak, least, first=least)

@@ -16,17 +16,20 @@ import atexit
 import contextlib
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import math
 import multiprocessing as mp
 import os
+import shutil
 import signal
 import sys
 import time
 import warnings
 from dataclasses import asdict, replace
 from datetime import timedelta
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,8 +64,8 @@ REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, 
 
 
 def end_loaders():
-    """At exit: multiprocessing asks loaders that are left to end, by SIGTERM, which init_loader
-    ignores, and waits."""
+    """At exit: multiprocessing asks loaders that are left to end, by SIGTERM, which a run's ignore,
+    and waits."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
     for child in mp.active_children():
         if child.daemon:
@@ -145,6 +148,17 @@ def gather_objects(mine):
     return parts
 
 
+@functools.cache
+def say_once(line):
+    """Of process 0."""
+    if rank_and_world()[0] == 0:
+        print(line, flush=True)
+
+
+def clip_bytes(config):
+    return config.in_chans * config.num_frames * config.image_size**2
+
+
 def progress(*args, **more):
     """A tqdm bar; where it goes to a file, a line every ten seconds."""
     return tqdm(*args, mininterval=0.5 if sys.stderr.isatty() else 10, **more)
@@ -224,24 +238,99 @@ def share_step(forward, accum, videos=None):
     return Share(videos, mine // accum, accum)
 
 
-def end_with_parent(_=None):
-    """worker_init_fn of loader processes: ends one whose parent was killed before it started. torch
-    watches only the parent that a loader finds at its start."""
+def init_loader(_=None):
+    """worker_init_fn of loader processes: one for which its run would wait in vain ends, and the
+    run with it."""
     if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
+        os._exit(1)  # the run was killed before; torch watches whomever it finds as parent
+
+    def end(error):
+        print(f"loader: a batch cannot be handed over: {last_line(error)}", file=sys.stderr)
         os._exit(1)
 
+    # multiprocessing itself goes on without what found no shared memory, or no open file.
+    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: end(error))
+    sys.excepthook = lambda kind, error, trace: end(error)
 
-def init_loader(_=None):
-    """worker_init_fn of a run's loader processes. A scheduler sends SIGTERM to all processes, but a
-    run needs its loaders until it has saved; they end when it does."""
+
+def init_run_loader(_=None):
+    """The same for a run that saves when a scheduler sends SIGTERM to all processes: it needs its
+    loaders until then, and they end when it does."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_with_parent()
+    init_loader()
 
 
-def training_batches(data, share, args, step, steps_per_epoch, collate):
+SHM = Path("/dev/shm")  # where loaders put batches
+
+
+def fit_loaders(workers, batch, spare=0):
+    """-> how many loader processes, at most `workers`, and how many batches of each ahead, of
+    `batch` bytes, leave `spare` bytes of shared memory free. ValueError if not even one does."""
+    free = shutil.disk_usage(SHM).free if SHM.exists() else sys.maxsize
+    free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = (free - spare) // batch - 2  # one more is handed over, one in use
+    if not workers or room >= 2 * workers:
+        return workers, 2
+    has = f"{SHM} has {free / 1e6:,.1f} MB free for each process"
+    ways = "docker run --shm-size=... or --ipc=host, a smaller --batch-size, --workers 0"
+    if room < 1:
+        need = f"one loader needs {(3 * batch + spare) / 1e6:,.1f} MB for its batches"
+        raise ValueError(f"--workers {workers}: {has}, {need}: {ways}")
+    fewer = min(workers, room)
+    now = f"{fewer} loaders instead of {workers}, each one batch ahead"
+    say_once(f"note    {has}, a batch takes {batch / 1e6:,.1f} MB: {now}. For more: {ways}")
+    return fewer, 1
+
+
+PATIENCE = 30 * 60, 20  # seconds for a batch to come, and when SIGTERM has come
+
+
+def no_batch(*_):
+    """At SIGALRM, while a batch is awaited."""
+    end_loaders()  # they might not listen
+    came = "SIGTERM came, and " if asked_to_stop() else ""
+    raise TimeoutError(f"{came}no batch for {PATIENCE[asked_to_stop()]} s: ended without saving")
+
+
+def batches_of(data, workers, *, bytes=1, spare=0, init=init_run_loader, **more):
+    """Yields the batches of a DataLoader, which take `bytes` bytes each, see fit_loaders.
+    TimeoutError if one does not come."""
+    workers, ahead = fit_loaders(workers, bytes, spare)
+    more |= {"worker_init_fn": init, "prefetch_factor": ahead} if workers else {}
+    stream = iter(DataLoader(data, num_workers=workers, **more))
+    signal.signal(signal.SIGALRM, no_batch)
+    while True:
+        signal.alarm(PATIENCE[0])
+        if asked_to_stop():
+            signal.alarm(PATIENCE[1])
+        try:
+            batch = next(stream)
+        except StopIteration:
+            return
+        finally:
+            signal.alarm(0)
+        yield batch
+
+
+_stop = {"asked": False}
+
+
+def ask_to_stop(*_):
+    """At SIGTERM: the run will save and stop after this step, see Run."""
+    _stop["asked"] = True
+    if signal.alarm(0):  # a batch is awaited
+        signal.alarm(PATIENCE[1])
+
+
+def asked_to_stop():
+    return _stop["asked"]
+
+
+def training_batches(data, share, args, step, steps_per_epoch, collate, **room):
     """Batches of samples for this process, share.accum of them a step, from global step `step` on
     to the end of the last epoch. An epoch's order follows from the seed alone, whatever the number
-    of processes. The loader processes are the same all along, and go on into the next epoch."""
+    of processes. The loader processes are the same all along, and go on into the next epoch; `room`
+    as in batches_of."""
     rank, world = rank_and_world()
 
     def order():
@@ -252,16 +341,14 @@ def training_batches(data, share, args, step, steps_per_epoch, collate):
                 mine = indices[place * share.videos : (place + 1) * share.videos][rank::world]
                 yield from ((epoch, index) for index in mine[: share.forward * share.accum])
 
-    return iter(
-        DataLoader(
-            data,
-            share.forward,
-            sampler=order(),
-            num_workers=args.workers,
-            collate_fn=collate,
-            pin_memory=args.device == "cuda",
-            worker_init_fn=init_loader,
-        )
+    return batches_of(
+        data,
+        args.workers,
+        **room,
+        batch_size=share.forward,
+        sampler=order(),
+        collate_fn=collate,
+        pin_memory=args.device == "cuda",
     )
 
 
@@ -422,15 +509,13 @@ class Run:
             self.lock = lock_folder(self.out)
             _cut_log(self.out / "log.jsonl", step)
         self.skipped = 0  # steps in a row
-        self.signalled = self.stopping = False
+        self.stopping = False
         self.saved_step, self.saved_at = step, time.monotonic()
         self.bar = progress(total=self.total, initial=step, unit="step", disable=self.rank > 0)
 
     def __enter__(self):
-        def ask(*_):
-            self.signalled = True
-
-        self.before = signal.signal(signal.SIGTERM, ask)
+        _stop["asked"] = False
+        self.before = signal.signal(signal.SIGTERM, ask_to_stop)
         return self
 
     def __exit__(self, *_):
@@ -453,7 +538,7 @@ class Run:
         first sum is not finite, or of all if there is none."""
         suspect = not sums[0].isfinite()
         broken = not sums.isfinite().all() or not all(map(math.isfinite, norms))
-        sums = torch.cat([sums, sums.new_tensor([broken, suspect, self.signalled])])
+        sums = torch.cat([sums, sums.new_tensor([broken, suspect, asked_to_stop()])])
         if self.world > 1:
             dist.all_reduce(sums)
         *_, broken, suspects, signalled = sums.tolist()
@@ -512,6 +597,7 @@ def last_line(error):
     if isinstance(error, torch.OutOfMemoryError):  # followed by a page of advice
         return ". ".join(str(error).split(". ")[:2])
     text = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    text += "; `ulimit -n 65536` allows more" * (os.strerror(errno.EMFILE) in text)
     return text.removeprefix("dataset.VideoError: ").removeprefix("ValueError: ")
 
 
@@ -524,10 +610,13 @@ def one_line_errors(script, less):
     try:
         yield
     except (ValueError, OSError) as error:
-        too_many = os.strerror(errno.EMFILE) in str(error)
-        sys.exit(f"{script}: {last_line(error)}" + "; `ulimit -n 65536` allows more" * too_many)
+        sys.exit(f"{script}: {last_line(error)}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"{script}: {last_line(error)}; what needs less: {less}")
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        sys.exit(f"{script}: {error}")  # the loader has said why, or the kernel's log does
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1078,14 +1167,14 @@ def validate(net, data, clip, args, rank, world):
     samples = [
         (0, index) for index in DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
     ]
-    loader = DataLoader(
+    loader = batches_of(
         data,
-        args.batch_size // args.repeat,
+        args.workers,
+        bytes=args.batch_size * clip_bytes(data.config),
+        batch_size=args.batch_size // args.repeat,
         sampler=samples,
-        num_workers=args.workers,
         collate_fn=collate,
         drop_last=True,
-        worker_init_fn=init_loader,
     )
     losses = []
     for batch in loader:
@@ -1163,7 +1252,9 @@ def train(args, share, saved, model, clip, data, val):
     with Run(args, step, steps_per_epoch) as run:
         if rank == 0:
             (run.out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
-        stream = training_batches(data, share, args, step, steps_per_epoch, collate)
+        batch = args.batch_size * clip_bytes(model.config)
+        room = {"bytes": batch, "spare": 3 * batch if val else 0}  # for validate
+        stream = training_batches(data, share, args, step, steps_per_epoch, collate, **room)
         while run.step < run.total:
             lr = learning_rate(run.step, warmup, run.total, peak, last)
             for group in optimizer.param_groups:

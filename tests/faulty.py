@@ -4,7 +4,10 @@ FAULT  half:N     SIGKILL in the middle of writing the N-th checkpoint
        whole:N    SIGKILL when it is written, under its other name
        renamed:N  SIGKILL when it has its own name
        nan:NAME   the frames of that video are not finite
-       term:N     SIGTERM to all processes of the run, as a scheduler sends it, after N steps
+       term:N     SIGTERM, twice, to all processes of the run, as a scheduler and torchrun send it,
+                  after N steps
+       stuck:S    loaders wait for the disk for ever; PATIENCE is S seconds, and 1 after SIGTERM
+       full:WHY   shared memory or files have run out: batches cannot be handed over
        raise:N    an error that nobody expects after N steps"""
 
 import importlib
@@ -13,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -62,6 +66,30 @@ def poisons(name):
     train.TrainingClips.__getitem__ = loads
 
 
+def sticks(seconds):
+    train.PATIENCE = seconds, 1
+    train.TrainingClips.__getitem__ = lambda self, key: time.sleep(1000)
+
+
+class Unsendable:
+    def __init__(self, why):
+        self.why = why
+
+    def __reduce__(self):
+        raise OSError(self.why)
+
+
+def fills(why):
+    load = train.TrainingClips.__getitem__
+    train.TrainingClips.__getitem__ = lambda self, key: load(self, key) | {"bad": [Unsendable(why)]}
+
+
+def terminate():
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.001)
+    os.killpg(0, signal.SIGTERM)
+
+
 def unexpected():
     raise RuntimeError("nobody expects this")
 
@@ -82,9 +110,13 @@ if __name__ == "__main__":
     if kind == "nan":
         poisons(value)
     elif kind == "term":
-        after_step(int(value), lambda: os.killpg(0, signal.SIGTERM))
+        after_step(int(value), terminate)
     elif kind == "raise":
         after_step(int(value), unexpected)
+    elif kind == "stuck":
+        sticks(int(value))
+    elif kind == "full":
+        fills(value)
     else:
         dies_at(kind, int(value))
     importlib.import_module(Path(sys.argv[0]).stem).main()  # with what was replaced in train

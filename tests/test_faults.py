@@ -1,6 +1,7 @@
 """Runs that are killed, asked to stop, moved to other numbers of processes, fed bad numbers, or out
 of disk or memory; and files that would run code."""
 
+import argparse
 import errno
 import json
 import math
@@ -217,6 +218,50 @@ def test_sigterm_saves_and_stops(command, workdir):
 
 
 @pytest.mark.slow
+def test_no_batch_comes(command, workdir):
+    """A disk that does not answer ends a run after a while, and soon after SIGTERM."""
+    process = start([FAULTY, "stuck:2", *command, "--out", "run"], workdir)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "no batch for 2 s: ended without saving" in said, said
+    assert "Traceback" not in said and not of_group(process.pid)
+    process = start([FAULTY, "stuck:1800", *command, "--out", "run"], workdir)
+    wait_until(lambda: len(of_group(process.pid)) > 1, process)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=25)
+    assert process.returncode == 1 and "SIGTERM came, and no batch for 1 s" in said, said
+    assert "Traceback" not in said and not of_group(process.pid)
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_handed_over(command, workdir):
+    """Of which multiprocessing prints a traceback, and then goes on without it."""
+    process = start([FAULTY, "full:No space left", *command, "--out", "run"], workdir)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in said, said
+    assert "loader: a batch cannot be handed over: No space left" in said
+    assert "DataLoader worker" in said.splitlines()[-1] and not of_group(process.pid)
+
+
+def test_loaders_fit_shared_memory(monkeypatch, capsys):
+    """In batches of 10 bytes, two of which are handed over and in use."""
+    for free, asked, spare, processes, fits in (
+        (180, 8, 0, 1, (8, 2)), (179, 8, 0, 1, (8, 1)), (99, 8, 0, 1, (7, 1)),
+        (30, 8, 0, 1, (1, 1)), (30, 1, 0, 1, (1, 1)), (40, 1, 0, 1, (1, 2)),
+        (360, 8, 0, 2, (8, 2)), (90, 8, 30, 1, (4, 1)), (0, 0, 30, 1, (0, 2)),
+    ):  # fmt: skip
+        usage = argparse.Namespace(free=free)
+        monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert train.fit_loaders(asked, 10, spare) == fits
+        said = capsys.readouterr().out
+        assert (f"{fits[0]} loaders instead of {asked}" in said) == (fits[1] < 2 and asked > 0)
+    usage.free = 29
+    with pytest.raises(ValueError, match="--workers 4: /dev/shm has 0.0 MB free.*--ipc=host"):
+        train.fit_loaders(4, 10)
+
+
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(command, workdir):
     process = start([*command, "--out", "run", "--workers", 2], workdir)
     wait_until(lambda: steps("run") >= 5, process)
@@ -242,7 +287,7 @@ def test_an_unexpected_error_ends_the_run(command, workdir):
 def test_a_loader_whose_run_was_killed_before_it_watched(workdir, run_is_killed):
     def loader():
         time.sleep(0.5)
-        train.init_loader()
+        train.init_run_loader()
         Path("goes on").touch()
 
     def run():
