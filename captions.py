@@ -211,7 +211,7 @@ def conclude(manifest, command, outcomes, update):
     have added to it. ValueError if all failed."""
     if rank_and_world()[0]:
         return
-    records, failures, done = dataset.read_manifest(manifest), [], 0
+    records, failures, done = list(dataset.read_manifest(manifest)), [], 0
     for key, record in zip(keys_of(records), records):
         if key not in outcomes:
             continue
@@ -725,7 +725,7 @@ class Llm(Captioner):
 
 
 def caption(args):
-    records = dataset.read_manifest(args.manifest)
+    records = list(dataset.read_manifest(args.manifest))
     wanted = dict(zip(keys_of(records), records))
     if not (args.force or args.append):
         wanted = {key: record for key, record in wanted.items() if not record.get("captions")}
@@ -905,7 +905,7 @@ def estimate(args, clip, made_by, clips, world):
 
 
 def maps(args):
-    records = dataset.read_manifest(args.manifest)
+    records = list(dataset.read_manifest(args.manifest))
     clips, paths = {}, {}
     for key, record in zip(keys_of(records), records):
         if record.get("captions"):

@@ -10,9 +10,11 @@ train.py does this for every sample, captions.py writes manifests and text maps.
 copied: its banner says what it needs. Shapes as in tgmae.py.
 """
 
+import array
 import contextlib
 import errno
 import gc
+import io
 import itertools
 import json
 import math
@@ -20,6 +22,7 @@ import os
 import stat
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -246,10 +249,7 @@ def _packets(video, key, number):
     """Packets from key frame `key` on, or from an earlier one, from which frame `number` can be
     decoded; none if no seek lands early enough."""
     pts = video.index.pts
-    for target in (
-        number,
-        key,
-    ):  # the first may land on a later key frame, where frames are reordered
+    for target in (number, key):  # where frames are reordered, the first may land on a later key
         video.container.seek(int(pts[target]), stream=video.stream)
         with _demux(video.container, video.stream) as packets:
             first = next(packets)
@@ -260,8 +260,7 @@ def _packets(video, key, number):
 
 
 def _decode(video, frames):
-    """Yields (number, frame) for the frames, and for those that had to be decoded on the way to
-    them."""
+    """Yields (number, frame) for the frames, and for those decoded on the way to them."""
     codec, index = video.stream.codec_context, video.index
     if index.pts is None:
         return
@@ -272,9 +271,7 @@ def _decode(video, frames):
                 codec.skip_frame = "DEFAULT" if packet.pts in awaited else "NONREF"
             awaited.discard(packet.pts)
             decoded = packet.decode()
-            if (
-                not awaited and packet.size
-            ):  # all that the run needs is in: flush what the decoder holds back
+            if not awaited and packet.size:  # all is in: flush what the decoder holds back
                 decoded += codec.decode(None)
             for frame in decoded:
                 if (number := _number(index, frame)) is not None:
@@ -284,12 +281,9 @@ def _decode(video, frames):
 
 
 def _decode_from_start(video, frames):
-    """Yields (number, frame) for every frame up to the last of `frames`, in a decoder of its
-    own."""
-    with (
-        _open_stream(video.path, video.motion) as (container, stream),
-        _demux(container, stream) as packets,
-    ):
+    """Yields (number, frame) for every frame up to the last of `frames`, in another decoder."""
+    again = _open_stream(video.path, video.motion)
+    with again as (container, stream), _demux(container, stream) as packets:
         decoded = (packet.decode() for packet in packets)
         for count, frame in enumerate(itertools.chain.from_iterable(decoded)):
             number = count if video.index.pts is None else _number(video.index, frame)
@@ -351,8 +345,7 @@ def _block_motion(frame, rows, cols):
     v = data.to_ndarray()
     length = np.hypot(v["motion_x"], v["motion_y"]) / v["motion_scale"]
     # The cell of a block's upper left corner (dst is its centre), on a plane with two more cells on
-    # each side, where blocks go that lie outside. A block of 16 covers two cells, one of 8 covers
-    # one.
+    # each side, where blocks go that lie outside. A block of 16 covers two cells, one of 8 one.
     y = ((v["dst_y"] - v["h"] // 2) // MOTION_CELL + 2).clip(0, rows + 2)
     x = ((v["dst_x"] - v["w"] // 2) // MOTION_CELL + 2).clip(0, cols + 2)
     plane = rows + 4, cols + 4
@@ -361,10 +354,9 @@ def _block_motion(frame, rows, cols):
     both = tall & wide
     cell = np.concatenate([cell, cell[wide] + 1, cell[tall] + plane[1], cell[both] + plane[1] + 1])
     length = np.concatenate([length, length[wide], length[tall], length[both]])
+    size = math.prod(plane)
     with np.errstate(invalid="ignore"):  # two in a B-block: the mean
-        motion = np.bincount(cell, length, math.prod(plane)) / np.bincount(
-            cell, minlength=math.prod(plane)
-        )
+        motion = np.bincount(cell, length, size) / np.bincount(cell, minlength=size)
     return motion.reshape(plane)[2:-2, 2:-2].astype(np.float32)
 
 
@@ -386,8 +378,7 @@ def _fill_missing(fields):
 
 
 def _frame_difference(frames):
-    """(T,H,W,3) uint8 -> (T,h',w'): mean absolute difference to the frame before, in grey
-    levels."""
+    """(T,H,W,3) uint8 -> (T,h',w'): mean absolute difference to the frame before, in greys."""
     grey = frames.float().mean(-1)
     change = (grey[1:] - grey[:-1]).abs() if len(grey) > 1 else torch.zeros_like(grey)
     change = torch.cat([change[:1], change])[: len(grey)]
@@ -423,9 +414,8 @@ def read_clip(path, frames, *, motion=False):
     with open_video(path, motion=motion) as video:
         path, index, frames = video.path, video.index, list(frames)
         if not frames or frames != sorted(frames) or frames[0] < 0 or frames[-1] >= index.frames:
-            raise ValueError(
-                f"{path}: frame numbers {frames}: must be sorted and in 0..{index.frames - 1}"
-            )
+            must = f"must be sorted and in 0..{index.frames - 1}"
+            raise ValueError(f"{path}: frame numbers {frames}: {must}")
         if motion and not video.motion:
             raise ValueError(f"{path}: motion of a video that was opened without motion=True")
         # If a seek landed too late, frames are missing: then all is decoded from the start.
@@ -441,9 +431,8 @@ def read_clip(path, frames, *, motion=False):
     gc.collect(1)  # in PyAV a frame and its side data hold each other: they would pile up
     if any(field is not None for field in fields.values()):
         return clip, torch.from_numpy(_fill_missing([fields[number] for number in frames]))
-    warnings.warn(
-        NoMotionVectors(f"{path}: no motion vectors, frame differences instead"), stacklevel=2
-    )
+    note = NoMotionVectors(f"{path}: no motion vectors, frame differences instead")
+    warnings.warn(note, stacklevel=2)
     unique = sorted(rgb)
     change = _frame_difference(torch.from_numpy(np.stack([rgb[number] for number in unique])))
     return clip, change[[unique.index(number) for number in frames]]
@@ -451,7 +440,7 @@ def read_clip(path, frames, *, motion=False):
 
 # ==================================================================================================
 # Manifest: what is known of the clips: records, and text maps, which captions.py makes.
-# Needs: json, zipfile, NamedTuple, Path, numpy as np, torch.
+# Needs: array, io, json, os, zipfile, Sequence, NamedTuple, Path, numpy as np, torch.
 # ==================================================================================================
 
 
@@ -489,17 +478,14 @@ def read_map(path, captions, clip=None) -> TextMap:
             )
             made_of = file["captions"].tolist()
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path}: not a whole text map ({error or type(error).__name__}); {again}"
-        ) from error
+        reason = error or type(error).__name__
+        raise ValueError(f"{path}: not a whole text map ({reason}); {again}") from error
     if made_of != captions:
-        raise ValueError(
-            f"{path}: a text map of other captions ({made_of}, now {captions}); {again}"
-        )
+        other = f"a text map of other captions ({made_of}, now {captions})"
+        raise ValueError(f"{path}: {other}; {again}")
     if clip not in (None, saved.clip):
-        raise ValueError(
-            f"{path}: a text map made with CLIP {saved.clip}, not {clip}; {again}, with --force"
-        )
+        other = f"a text map made with CLIP {saved.clip}, not {clip}"
+        raise ValueError(f"{path}: {other}; {again}, with --force")
     return saved
 
 
@@ -516,39 +502,63 @@ VALUES = {  # of a record's known keys
 }
 
 
-def read_manifest(path, split=None):
+def _present(record):
+    return {key: value for key, value in record.items() if value is not None and value == value}
+
+
+class Manifest(Sequence):
+    """Records of a manifest, see read_manifest. They stay bytes, which loader processes share, and
+    each is parsed when it is asked for. A slice, or an array of numbers, gives those records."""
+
+    def __init__(self, path, data, lines):
+        self.path, self.data, self.lines = path, data, lines  # (n,2): where a line begins and ends
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, number):
+        line = self.lines[number]
+        if line.ndim == 2:
+            return Manifest(self.path, self.data, line)
+        record = _present(json.loads(self.data[slice(*line)]))
+        for key, of in (("path", "video"), ("map_path", "maps")):
+            if record.get(of):
+                record[key] = os.path.join(os.path.dirname(self.path), record[of])
+        return record
+
+
+def read_manifest(path, split=None) -> Manifest:
     """Records of a manifest (JSON lines, one clip each) as dicts; with `split`, those of that split
     and those that name none. Adds `path` and `map_path`: `video` and `maps` with the manifest's
     folder in front. A value that is null or NaN is absent, as data frames write it.
 
     Raises ValueError that names file and line for a line that is not such a record."""
-    path, records = Path(path), []
+    path, lines, end = Path(path), array.array("q"), 0
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         raise ValueError(f"{path}: cannot be read as a manifest: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(io.BytesIO(data), 1):
+        start, end = end, end + len(line)
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: not JSON ({error}): {line[:60]}") from error
         if not isinstance(record, dict) or not record.get("video"):
             raise ValueError(f'{path}:{number}: no "video" in {line[:60]}')
-        record = {k: value for k, value in record.items() if value is not None and value == value}
+        record = _present(record)
         for what, (keys, fits) in VALUES.items():
             for key in keys & record.keys():
                 if not fits(record[key]):
-                    value = f"{key} must be {what}, or absent: {record[key]!r}"
-                    raise ValueError(f"{path}:{number}: {value}")
+                    wrong = f"{key} must be {what}, or absent: {record[key]!r}"
+                    raise ValueError(f"{path}:{number}: {wrong}")
         if split is None or record.get("split", split) == split:
-            paths = {"path": str(path.parent / record["video"])}
-            paths |= {"map_path": str(path.parent / record["maps"])} if record.get("maps") else {}
-            records.append(record | paths)
-    if not records:
+            lines.extend((start, end))
+    if not lines:
         raise ValueError(f"{path}: no clips" + (f" of split {split!r}" if split else ""))
-    return records
+    return Manifest(path, data, np.frombuffer(lines, np.int64).reshape(-1, 2))
 
 
 # ==================================================================================================
@@ -579,20 +589,15 @@ def multi_scale_crop(size, *, flip=True, scales=(1, 0.875, 0.75, 0.66), generato
     sides = [int(min(size) * scale) for scale in scales]
     pairs = [(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1]
     height, width = pairs[draw(len(pairs))]
-    places = [
-        (y, x) for y in range(5) for x in range(5) if (y % 2 == x % 2)
-    ]  # quarters of the slack
+    places = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]  # slack / 4
     y, x = places[draw(len(places))]
     top, left = y * ((size[0] - height) // 4), x * ((size[1] - width) // 4)
     return Crop(top, left, height, width, flip and draw(2) == 1)
 
 
 def crop_frames(frames, crop, size):
-    """(T,H,W,3) uint8 -> (3,T,size,size) uint8: cut, resized bilinearly with antialiasing,
-    mirrored."""
-    video = TF.resized_crop(
-        frames.permute(0, 3, 1, 2), crop.top, crop.left, crop.height, crop.width, [size, size]
-    )  # (T,3,size,size)
+    """(T,H,W,3) uint8 -> (3,T,size,size) uint8: cut, resized with antialiasing, mirrored."""
+    video = TF.resized_crop(frames.permute(0, 3, 1, 2), *crop[:4], [size, size])  # (T,3,size,size)
     video = video.flip(-1) if crop.flip else video
     return video.transpose(0, 1).contiguous()  # (3,T,size,size)
 
@@ -621,13 +626,9 @@ def crop_map(similarity, crop, size, grid):
     _, h, w = grid
     y = 2 * (crop.top + (torch.arange(h) + 0.5) * crop.height / h) / size[0] - 1
     x = 2 * (crop.left + (torch.arange(w) + 0.5) * crop.width / w) / size[1] - 1
-    centres = torch.stack(
-        torch.meshgrid(y, x, indexing="ij")[::-1], -1
-    )  # (h,w,2): x and y in -1..1
-    cropped = F.grid_sample(
-        similarity[None].float(), centres[None], padding_mode="border", align_corners=False
-    )
-    cropped = cropped[0]  # (t,h,w)
+    centres = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)  # (h,w,2) in -1..1
+    how = {"padding_mode": "border", "align_corners": False}
+    cropped = F.grid_sample(similarity[None].float(), centres[None], **how)[0]  # (t,h,w)
     return cropped.flip(-1) if crop.flip else cropped
 
 

@@ -443,8 +443,8 @@ def targets(records, classes, where):
         raise ValueError(
             f"{where}: none of its classes is known, such as {first!r}; known: {known}..."
         )
-    new = sorted({str(record["label"]) for record, t in zip(records, target) if t < 0})
-    if new:
+    if (target < 0).any():
+        new = sorted({str(record["label"]) for record, t in zip(records, target) if t < 0})
         clips = f"{int((target < 0).sum())} clips are of {len(new)} classes that training lacks"
         say(f"note    {where}: {clips}, such as {new[0]!r}: misses")
     return target
@@ -1141,9 +1141,7 @@ def train_classifier(args, manifest, test):
     if args.val_split:
         val = labelled(manifest, args.val_split)
     else:
-        val, train = (
-            [train[i] for i in sorted(part.tolist())] for part in hold_out(len(train), args)
-        )
+        val, train = (train[sorted(part.tolist())] for part in hold_out(len(train), args))
     start, _ = load_model(args.checkpoint)
     torch.manual_seed(args.seed)
     start = tgmae.TGMAE(start.config) if args.scratch else start

@@ -148,6 +148,16 @@ def gather_objects(mine):
     return parts
 
 
+def last_line(error):
+    """What an exception says, in one line: a loader process puts its traceback in front of the
+    message."""
+    if isinstance(error, torch.OutOfMemoryError):  # followed by a page of advice
+        return ". ".join(str(error).split(". ")[:2])
+    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    text += "; `ulimit -n 65536` allows more" * (os.strerror(errno.EMFILE) in text)
+    return text.removeprefix("dataset.VideoError: ").removeprefix("ValueError: ")
+
+
 @functools.cache
 def say_once(line):
     """Of process 0."""
@@ -285,6 +295,20 @@ def fit_loaders(workers, batch, spare=0):
 PATIENCE = 30 * 60, 20  # seconds for a batch to come, and when SIGTERM has come
 
 
+_stop = {"asked": False}
+
+
+def ask_to_stop(*_):
+    """At SIGTERM: the run will save and stop after this step, see Run."""
+    _stop["asked"] = True
+    if signal.alarm(0):  # a batch is awaited
+        signal.alarm(PATIENCE[1])
+
+
+def asked_to_stop():
+    return _stop["asked"]
+
+
 def no_batch(*_):
     """At SIGALRM, while a batch is awaited."""
     end_loaders()  # they might not listen
@@ -310,20 +334,6 @@ def batches_of(data, workers, *, bytes=1, spare=0, init=init_run_loader, **more)
         finally:
             signal.alarm(0)
         yield batch
-
-
-_stop = {"asked": False}
-
-
-def ask_to_stop(*_):
-    """At SIGTERM: the run will save and stop after this step, see Run."""
-    _stop["asked"] = True
-    if signal.alarm(0):  # a batch is awaited
-        signal.alarm(PATIENCE[1])
-
-
-def asked_to_stop():
-    return _stop["asked"]
 
 
 def training_batches(data, share, args, step, steps_per_epoch, collate, **room):
@@ -589,16 +599,6 @@ class Run:
             sys.exit(
                 128 + signal.SIGTERM
             )  # as for a process that the signal ends: the run is not finished
-
-
-def last_line(error):
-    """What an exception says, in one line: a loader process puts its traceback in front of the
-    message."""
-    if isinstance(error, torch.OutOfMemoryError):  # followed by a page of advice
-        return ". ".join(str(error).split(". ")[:2])
-    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    text += "; `ulimit -n 65536` allows more" * (os.strerror(errno.EMFILE) in text)
-    return text.removeprefix("dataset.VideoError: ").removeprefix("ValueError: ")
 
 
 @contextlib.contextmanager
@@ -1013,30 +1013,33 @@ def draw_samples(path, model, video, mask, captions, mae):
 # =================================================================================================
 
 
-def find_maps(args, manifest, records):
-    """Whether the records have text maps. If so --clip becomes the CLIP that made them, and each
-    map must be by that one. Some maps but not all, a file that is missing, or another --clip:
-    ValueError."""
-    if not any("map_path" in record for record in records):
-        return False
-    bare = next((record for record in records if "map_path" not in record), None)
-    again = f"python captions.py maps {manifest} makes them"
-    if bare:
-        raise ValueError(f"{manifest}: {bare['video']} has no text map, others have; {again}")
-    gone = next(
-        (record["map_path"] for record in records if not os.path.exists(record["map_path"])), None
-    )
-    if gone:
-        raise ValueError(f"{gone}: no such text map; {again}")
-    first = dataset.read_map(records[0]["map_path"], records[0]["captions"])
+def check_text(manifest, record, with_maps):
+    """ValueError if a record lacks what its text needs."""
+    captioning = f"python captions.py caption {manifest} --source ... makes them"
+    making = f"python captions.py maps {manifest} makes them"
+    gone = with_maps and not os.path.exists(record.get("map_path", ""))
+    for wrong, what in (
+        ("failed" in record, 'is marked "failed": take it out'),
+        (
+            not record.get("captions"),
+            f"has no captions, which --mask tgm, --vt and --clip need; {captioning}",
+        ),
+        ("map_path" in record and not with_maps, f"has a text map, others have none; {making}"),
+        (gone and "map_path" not in record, f"has no text map, others have; {making}"),
+        (gone, f"has no text map at {record.get('map_path')}; {making}"),
+    ):
+        if wrong:
+            raise ValueError(f"{manifest}: {record['video']} {what}")
+
+
+def clip_of_maps(args, manifest, record):
+    """The CLIP that made the text maps, of which one is read. ValueError if --clip is another."""
+    made_by = dataset.read_map(record["map_path"], record["captions"]).clip
     wanted = dataset.clip_name(args.clip, args.clip_pretrained)
-    if args.clip_given and not first.clip.startswith(wanted + " "):
-        raise ValueError(
-            f"--clip: {wanted} is not the CLIP of the text maps, {first.clip}; {again}, with "
-            "--force"
-        )
-    args.clip = first.clip
-    return True
+    if args.clip_given and not made_by.startswith(wanted + " "):
+        again = f"python captions.py maps {manifest} makes them again, with --force"
+        raise ValueError(f"--clip: {wanted} is not the CLIP of the text maps, {made_by}; {again}")
+    return made_by
 
 
 def load_data(args, rank, world):
@@ -1048,25 +1051,16 @@ def load_data(args, rank, world):
     # --clip.
     with_text = args.mask == "tgm" or args.vt or args.data == "toy" or args.clip_given
     if with_text:  # what captions.py could not read is left out, and said so; never in validation
-        failed = [record for record in records if "failed" in record]
-        records = [record for record in records if "failed" not in record]
-        if failed and rank == 0:
+        failed = np.fromiter(("failed" in record for record in records), bool, len(records))
+        if failed.any() and rank == 0:
+            example = records[failed][0]["video"]
             print(
-                f'{manifest}: {len(failed)} clips marked "failed" are left out, such as '
-                f"{failed[0]['video']}"
+                f'{manifest}: {failed.sum()} clips marked "failed" are left out, such as {example}'
             )
-        held = next((record["video"] for record in val or () if "failed" in record), None)
-        if held:
-            raise ValueError(
-                f'{manifest}: {held} of split {args.val_split!r} is marked "failed": take it out'
-            )
-    everything = records + (val or [])
-    silent = next((record for record in everything if not record.get("captions")), None)
-    if silent and with_text:
-        raise ValueError(
-            f"{manifest}: {silent['video']} has no captions, which --mask tgm, --vt and --clip "
-            f"need; python captions.py caption {manifest} --source ... makes them"
-        )
+        records = records[~failed]
+        with_maps = any("map_path" in record for record in records[:1])
+        for record in itertools.chain(records, val or ()):
+            check_text(manifest, record, with_maps)
     for part, name in ((records, args.split), (val, args.val_split)):
         if part is not None and len(part) < world * args.batch_size // args.repeat * args.accum:
             raise ValueError(
@@ -1074,13 +1068,15 @@ def load_data(args, rank, world):
                 f"({world} processes x --batch-size {args.batch_size} x --accum {args.accum} / "
                 f"--repeat {args.repeat})"
             )
-    videos = world * args.batch_size // args.repeat
-    if with_text and videos < 2:
-        what = "--vt" if args.vt else "VT, which is watched,"
-        raise ValueError(f"{what} with a global batch of {videos} video: no negatives")
     if not with_text:
         return records, val, None
-    return records, val, "maps" if find_maps(args, manifest, everything) else "clip"
+    videos = world * args.batch_size // args.repeat
+    if videos < 2:
+        what = "--vt" if args.vt else "VT, which is watched,"
+        raise ValueError(f"{what} with a global batch of {videos} video: no negatives")
+    if with_maps:
+        args.clip = clip_of_maps(args, manifest, records[0])
+    return records, val, "maps" if with_maps else "clip"
 
 
 def build_model(args, text_from, record, *, init=True):

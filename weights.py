@@ -178,6 +178,13 @@ def _official_config(state, flags):
     return Config(**sizes)
 
 
+def _config(source, sizes):
+    try:
+        return Config(**sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its config makes no model: {error}") from error
+
+
 SIZES = {  # of a Config: in transformers' config.json
     "image_size": "image_size", "patch_size": "patch_size", "num_frames": "num_frames",
     "tubelet_size": "tubelet_size", "in_chans": "num_channels", "embed_dim": "hidden_size",
@@ -237,13 +244,6 @@ def _load_huggingface(source):
         names = theirs.get("id2label", {})
         saved["classes"] = [names.get(str(i), f"LABEL_{i}") for i in range(len(state["head.bias"]))]
     return _config(source, sizes), state, saved
-
-
-def _config(source, sizes):
-    try:
-        return Config(**sizes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: its config makes no model: {error}") from error
 
 
 def load_checkpoint(source):

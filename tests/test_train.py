@@ -533,7 +533,7 @@ def test_maps_replace_clip(workdir, world, manifest, clip_flags, monkeypatch, ca
 
     stops("a text map of other captions", lambda line: line | {"captions": ["a blue star"]})
     stops("has no text map, others have", lambda line: line.pop("maps") and line)
-    stops("nowhere.npz: no such text map", lambda line: line | {"maps": "nowhere.npz"})
+    stops("has no text map at nowhere.npz", lambda line: line | {"maps": "nowhere.npz"})
     stops(
         "--clip: ViT-B-32/openai is not the CLIP of the text maps, local-dir:clip",
         dict,
@@ -616,7 +616,7 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags):
         (("--data", data, *FEW, "--batch-size", 1, "--vt", *clip_flags),
          "--vt with a global batch of 1"),
         (("--data", held, *FEW, *clip_flags, "--val-split", "held"),
-         'a.mp4 of split \'held\' is marked "failed"'),
+         'a.mp4 is marked "failed"'),
         (("--data", data, "--warmup-epochs", 999), "--warmup-epochs 999"),
         (("--data", data, "--epochs", 0), "--epochs 0: must be positive"),
         (("--data", data, "--num-captions", -1), "--num-captions -1: must not be negative"),
