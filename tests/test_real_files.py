@@ -1,7 +1,10 @@
 """Files as others' tools leave them: what a player shows is what has a number."""
 
 import json
+import multiprocessing as mp
 import os
+import tracemalloc
+from pathlib import Path
 
 import av
 import numpy as np
@@ -334,3 +337,69 @@ def test_two_files_of_a_kinetics_clip(tmp_path):
     header = "label,youtube_id,time_start,time_end,split\n"
     (root / "train.csv").write_text(header + "waving,abc,1,11,train\n")
     assert index(root, tmp_path / "k.jsonl", "k400").keys() == {f"k/replacement/{name}"}
+
+
+def test_a_manifest_is_a_sequence_of_its_records(tmp_path):
+    """By number, slice and array, against json.loads of every line."""
+    lines = [
+        {"video": f"é{i}.mp4", "split": ["train", "test"][i % 2], "captions": ["ü"] * i or None}
+        for i in range(10)
+    ]
+    text = "\r\n\n".join(json.dumps(line, ensure_ascii=i % 3 > 0) for i, line in enumerate(lines))
+    (tmp_path / "m.jsonl").write_text(text, encoding="utf-8")  # ends without a newline
+    expected = [
+        {key: value for key, value in line.items() if value is not None}
+        | {"path": str(tmp_path / line["video"])}
+        for line in lines
+    ]
+    records = dataset.read_manifest(tmp_path / "m.jsonl")
+    assert list(records) == expected and len(records) == 10 and records[-1] == expected[-1]
+    assert list(records[2:7:2]) == expected[2:7:2] and list(records[[7, 1]]) == [
+        expected[7], expected[1]
+    ]  # fmt: skip
+    assert list(records[np.arange(10) > 7]) == expected[8:]
+    assert list(dataset.read_manifest(tmp_path / "m.jsonl", "test")) == expected[1::2]
+    with pytest.raises(IndexError):
+        records[10]
+
+
+@pytest.fixture
+def many_lines(tmp_path):
+    path, captions = tmp_path / "many.jsonl", [f"{i} " + "a caption of a few words " for i in "abc"]
+    with open(path, "w") as file:
+        for i in range(20_000):
+            file.write(json.dumps({"video": f"{i}.mp4", "captions": captions}) + "\n")
+    return path
+
+
+def test_a_manifest_takes_little_more_than_its_file(many_lines):
+    tracemalloc.start()
+    records = dataset.read_manifest(many_lines)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(records) == 20_000 and peak < 1.5 * many_lines.stat().st_size
+
+
+def test_loaders_share_the_manifest(many_lines):
+    """A forked process that reads all records gets no copy of them, as it would of a list of
+    dicts."""
+
+    def grown(records):
+        def private():
+            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+            return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+        def child():
+            before = private()
+            for record in records:
+                record["captions"][0].lower()
+            sender.send(private() - before)
+
+        receiver, sender = mp.get_context("fork").Pipe(duplex=False)
+        process = mp.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        return receiver.recv()  # kB
+
+    records = dataset.read_manifest(many_lines)
+    assert grown(records) < 2000 and grown(list(records)) > 5000
