@@ -13,12 +13,10 @@ of processes: a test clip that cannot be read is reported and left out, never re
 counted twice."""
 
 import argparse
-import contextlib
 import functools
 import json
 import math
 import os
-import textwrap
 import time
 import warnings
 from collections import Counter
@@ -30,15 +28,11 @@ from typing import NamedTuple
 # torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import av
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -50,30 +44,36 @@ import weights
 from dataset import Crop, VideoError
 from tgmae import MASK_RATIOS
 from train import (
-    RUN_FLAGS,
-    Run,
     TrainingClips,
-    add_run_flags,
     append_log,
+    asked_to_stop,
     batches_of,
     check_flags,
     clip_bytes,
+    close_run,
+    draw_page,
     gather_objects,
     learning_rate,
+    left_out,
+    list_bad,
     load_clip,
     load_last,
     manifest_of,
     one_line_errors,
+    open_run,
     progress,
     rank_and_world,
     reconstruct,
     refuse_another_run,
     replacing,
     save_checkpoint,
+    say,
     seed_of,
     share_step,
     start_processes,
-    training_batches,
+    steps,
+    sum_over_ranks,
+    synchronised,
 )
 
 # Fine-tuning and testing, a recipe a dataset: Table 9, and VideoMAE's FINETUNE.md for the rest.
@@ -117,7 +117,7 @@ def view_grid(flag, text):
 
 
 def check_finetune(args):
-    check_flags(args, not_negative=("lr", "min_lr", "weight_decay", "epochs", *RUN_FLAGS))
+    check_flags(args, not_negative=("lr", "min_lr", "weight_decay", "epochs", "save_minutes"))
     if args.epochs and not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(
             f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
@@ -236,7 +236,9 @@ def finetune_flags(add, late):
         help="less memory for a third more time",
     )
     late("--out", "run folder (CHECKPOINT's folder/finetune-DATA)")
-    add_run_flags(add)
+    saving = "minutes between checkpoints; 0: none between epochs"
+    add("--save-minutes", type=float, default=10.0, help=saving)
+    add("--resume", action=YES_NO, default=True, help="go on from the run folder's last.pt")
 
 
 def linear_flags(add, late):
@@ -272,7 +274,7 @@ def show_flags(add, late):
     )
     late("--mask-ratio", f"of that mask ({MASK_RATIOS})", type=float)
     late("--layers", "whose attention, from 1 (first, middle, last)", type=int, nargs="+")
-    late("--out", "pictures go to OUT.png and OUT.mp4 (CHECKPOINT's folder/show)")
+    late("--out", "pictures go to OUT.png and OUT.gif (CHECKPOINT's folder/show)")
 
 
 def export_flags(add, late):
@@ -407,11 +409,6 @@ def encoders(args):
 # =================================================================================================
 # Clips and their labels.
 # =================================================================================================
-
-
-def say(line):
-    if rank_and_world()[0] == 0:
-        print(line, flush=True)
 
 
 def labelled(manifest, split):
@@ -989,128 +986,119 @@ def test_scores(model, split, records, args, grid):
     return found._replace(values=found.values.mean(1))
 
 
+def validate(step, epoch, model, val, target, args):
+    """Top-1 on the held-out clips after an epoch, which goes into the log."""
+    found = test_scores(model, "held-out", val, args, (1, 1))
+    top = accuracy(found.values, target[found.kept])
+    if rank_and_world()[0] == 0:
+        line = {f"val {name}": value for name, value in top.items()}
+        append_log(Path(args.out) / "log.jsonl", {"step": step, "epoch": epoch, **line})
+    return top["top-1"]
+
+
 # What a run that goes on may change.
 FREE = """workers device json resume out views view_grid test_split amp grad_checkpointing
-batch_size accum save_steps save_minutes keep""".split()
+batch_size accum save_minutes""".split()
 
 
-def forward_backward(net, stream, run, accum, num_classes, videos):
-    """The forwards and backwards of one step -> (2,): its loss, how many videos could not be read.
-    Adds the names of those that were to `videos`."""
-    args, sums = run.args, 0
-    for micro in range(accum):
-        batch = next(stream)
-        videos += batch["names"]
-        run.note_bad(batch["bad"])
-        # Drop path and mixing draw from here, so a run that goes on draws the same.
-        torch.manual_seed(seed_of(args.seed, run.step, micro, run.rank, 2))
-        video, target = (
-            batch[name].to(args.device, non_blocking=True) for name in ("video", "target")
-        )
-        video, target = mix(video, target, num_classes, args)
-        last = run.world == 1 or micro == accum - 1
-        with contextlib.nullcontext() if last else net.no_sync():
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                logits = net(video)
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=args.smoothing) / accum
-            loss.backward()
-        sums = sums + torch.stack([loss.detach(), loss.new_tensor(len(batch["bad"]))])
-    return sums
-
-
-def validate(run, epoch, model, val, target):
-    """Top-1 on the held-out clips after an epoch, which goes into the log."""
-    found = test_scores(model, "held-out", val, run.args, (1, 1))
-    top = accuracy(found.values, target[found.kept])
-    if run.rank == 0:
-        line = {f"val {name}": value for name, value in top.items()}
-        append_log(run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **line})
-    return top["top-1"]
+def go_on(saved, model, optimizer, args, settings):
+    """Loads a checkpoint of the same run; another one's is refused. -> its step, the best top-1 on
+    held-out clips."""
+    keys = (key for key in settings if key not in FREE)
+    refuse_another_run(args, saved["args"], settings, keys)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    found = saved["step"], saved["best"]
+    saved.clear()  # gigabytes
+    return found
 
 
 def fit(args, model, classes, train, val):
     """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in
-    --out."""
-    saved = load_last(args)
+    --out. What happens in a step is read here, from top to bottom, as in train.train."""
+    (rank, world), saved = rank_and_world(), load_last(args)
     share = share_step(args.batch_size, args.accum, saved and saved["videos"])
+    videos, forward, accum = share
     data = Augmented(train, targets(train, classes, args.split), model.config, args)
     val_target = targets(val, classes, "held-out clips") if val else None
-    steps_per_epoch = len(data) // share.videos
+    out, c, steps_per_epoch = Path(args.out), model.config, len(data) // videos
     if not steps_per_epoch:
-        raise ValueError(
-            f"{len(data)} training clips are fewer than a step takes ({rank_and_world()[1]} "
-            f"processes x --batch-size {args.batch_size} x --accum {args.accum})"
-        )
+        batch = f"{world} processes x --batch-size {args.batch_size} x --accum {args.accum}"
+        raise ValueError(f"{len(data)} training clips are fewer than a step takes ({batch})")
+    total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     settings = vars(args) | {"clips": len(data)}
-    peak, least = args.lr * share.videos / 256, args.min_lr * share.videos / 256
+    peak, least = args.lr * videos / 256, args.min_lr * videos / 256
     optimizer = make_optimizer(model, args)
-    step, best = 0, -1.0
-    if saved:
-        keys = (key for key in settings if key not in FREE)
-        refuse_another_run(args, saved["args"], settings, keys)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, best = saved["step"], saved["best"]
-        saved.clear()  # gigabytes
-
-    def state():
-        return {
-            "config": asdict(model.config),
-            "model": model.state_dict(),
-            "classes": classes,
-            "best": best,
-            "epoch": run.step // steps_per_epoch,
-            "videos": share.videos,
-            "args": settings,
-        }
-
-    world, warmup = rank_and_world()[1], int(args.warmup_epochs * steps_per_epoch)
-    say(
-        f"train   {len(data):,} clips, {len(val):,} more choose best.pt; {len(classes)} classes; "
-        f"{args.epochs} epochs x {steps_per_epoch} steps, from step {step}\nsteps   "
-        f"{share.videos} videos = {world} process(es) x {share.forward} x {share.accum}, "
-        f"{args.repeat} clips of each; learning rate {peak:.3g}; {args.device}, "
-        f"{'bf16' if args.amp else 'fp32'}; run folder {args.out}"
-    )
+    start, best = go_on(saved, model, optimizer, args, settings) if saved else (0, -1.0)
+    say(f"train   {len(data):,} clips, {len(val):,} more choose best.pt; {len(classes)} classes")
+    say(f"steps   {total}, from step {start}; {videos} videos = {world} x {forward} x {accum}")
+    say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}")
     net = DistributedDataParallel(model) if world > 1 else model
-    with Run(args, step, steps_per_epoch) as run:
-        clip = clip_bytes(model.config)
-        batch, tests = share.forward * args.repeat * clip * 4, args.batch_size * clip
-        room = {"bytes": batch, "spare": 3 * tests if val else 0}  # float32, for validate
-        stream = training_batches(data, share, args, step, steps_per_epoch, collate, **room)
-        while run.step < run.total:
-            net.train()
-            lr = learning_rate(run.step, warmup, run.total, peak, least, first=least)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            began, videos = time.perf_counter(), []
-            optimizer.zero_grad()
-            sums = forward_backward(net, stream, run, share.accum, len(classes), videos)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
-            (loss, bad), blamed = run.agree(sums, [norm], videos)
-            if not blamed:
-                optimizer.step()
-            epoch, took = run.step // steps_per_epoch, time.perf_counter() - began
-            clips = world * share.forward * share.accum * args.repeat
-            run.log(
-                {
-                    "step": run.step + 1,
-                    "epoch": epoch,
-                    "loss": round(loss.item() / world, 6),
-                    "lr": lr,
-                    "grad_norm": round(norm, 4),
-                    "bad": int(bad),
-                    "clips_per_s": round(clips / took, 2),
-                },
-                blamed,
-            )
-            if val and run.step % steps_per_epoch == 0:
-                before, best = best, max(best, validate(run, epoch, model, val, val_target))
-                if best > before and run.rank == 0:
-                    save_checkpoint(run.out / "best.pt", step=run.step, **state())
-            run.save(lambda: state() | {"optimizer": optimizer.state_dict()})
-    if world > 1:
-        dist.barrier()  # before others read what process 0 writes
+    lock = open_run(out, start)
+    size = clip_bytes(c)
+    room = {"bytes": forward * args.repeat * size * 4}  # float32
+    room["spare"] = 3 * args.batch_size * size if val else 0  # for validate
+    bar = progress(total=total, initial=start, unit="step", disable=rank > 0)
+    done, skipped, saved_at = start, 0, time.monotonic()
+
+    for step, batches in steps(data, share, args, start, collate, **room):
+        net.train()
+        epoch, began = step // steps_per_epoch, time.perf_counter()
+        lr = learning_rate(step, warmup, total, peak, least, first=least)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        optimizer.zero_grad()
+        sums, names = torch.zeros(2, device=args.device), []
+        for micro, batch in enumerate(batches):
+            # Drop path and mixing draw from here, so a run that goes on draws the same.
+            torch.manual_seed(seed_of(args.seed, step, micro, rank, 2))
+            video = batch["video"].to(args.device, non_blocking=True)
+            target = batch["target"].to(args.device, non_blocking=True)
+            video, target = mix(video, target, len(classes), args)
+            with synchronised(net, last=micro == accum - 1):
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                    logits = net(video).float()
+                loss = F.cross_entropy(logits, target, label_smoothing=args.smoothing) / accum
+                loss.backward()
+            sums = sums + torch.stack([loss.detach(), loss.new_tensor(len(batch["bad"]))])
+            names += batch["names"]
+            list_bad(out / "bad_videos.txt", batch["bad"])
+
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+        finite = bool(sums.isfinite().all()) and math.isfinite(norm)
+        flags = sums.new_tensor([not finite, asked_to_stop()])
+        loss, bad, broken, stop = sum_over_ranks(torch.cat([sums, flags]))
+        if not broken:  # in any process: else the step is left out, in all of them
+            optimizer.step()
+        done, skipped = step + 1, skipped + 1 if broken else 0
+
+        clips, took = world * forward * accum * args.repeat, time.perf_counter() - began
+        line = {"step": done, "epoch": epoch, "loss": round(loss / world, 6), "lr": lr}
+        line |= {"grad_norm": round(norm, 4), "bad": int(bad)}
+        line |= {"clips_per_s": round(clips / took, 2)} | ({"skipped": True} if broken else {})
+        if rank == 0:
+            append_log(out / "log.jsonl", line)
+        bar.set_postfix({"loss": line["loss"]}, refresh=False)
+        bar.update()
+        if skipped:
+            left_out(done, skipped, [] if finite else names)
+        state = {"config": asdict(c), "model": model.state_dict(), "step": done, "videos": videos}
+        state |= {"classes": classes, "epoch": done // steps_per_epoch, "args": settings}
+        if val and done % steps_per_epoch == 0:
+            top = validate(done, epoch, model, val, val_target, args)
+            if top > best and rank == 0:
+                save_checkpoint(out / "best.pt", **state, best=top)
+            best = max(best, top)
+        due = stop or done % steps_per_epoch == 0
+        due |= 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
+        if rank == 0 and due and (done == total or not skipped):
+            save_checkpoint(out / "last.pt", **state, best=best, optimizer=optimizer.state_dict())
+            saved_at = time.monotonic()
+        if stop:
+            break
+
+    bar.close()
+    close_run(out, lock, done, total)
 
 
 def as_it_is(args, manifest, test):
@@ -1256,19 +1244,16 @@ def to_uint8(video):
     return video[0].permute(1, 2, 3, 0).clamp(0, 1).mul(255).round().byte().cpu()
 
 
-def reconstruction_panels(model, video, mask, of):
+def reconstruction_panels(model, video, mask):
     c = model.config
     with torch.no_grad():
         made = reconstruct(video, mask, model(video, mask)["pred"].float(), c)
-    if not c.norm_pix_loss:
-        return [(f"reconstruction ({of})", to_uint8(made["reconstructed"]))]
-    labels = {
-        "reconstructed": f"reconstruction ({of}), with each masked cube's true mean and std "
-        "put back",
-        "predicted": f"reconstruction ({of}) as predicted, without true mean and std: grey is 0, "
-        "black and white 3 std",
-    }
-    return [(label, to_uint8(made[name])) for name, label in labels.items()]
+    panels = [("reconstruction", "masked cubes predicted", to_uint8(made["reconstructed"]))]
+    if c.norm_pix_loss:
+        panels[0] = ("reconstruction", "true mean and std put back", panels[0][2])
+        what = "without true mean and std: grey is 0, black and white 3 std"
+        panels.append(("as predicted", what, to_uint8(made["predicted"])))
+    return panels
 
 
 def mark(frames, query, config):
@@ -1292,15 +1277,15 @@ def attention_panels(args, model, video, frames):
     maps = (
         attention_maps(model, video, [layer - 1 for layer in layers], query).view(-1, t, h, w).cpu()
     )
-    label = "attention from the centre patch (white box), layer"
     return [
-        (f"{label} {layer} of {c.depth}", mark(heat_map(weights, frames), query, c))
+        (f"attention {layer}/{c.depth}", "of that layer, from the centre patch (white box)",
+         mark(heat_map(weights, frames), query, c))
         for layer, weights in zip(layers, maps)
-    ]
+    ]  # fmt: skip
 
 
 def panels_of(args, model, saved):
-    """-> [(label, frames (T,S,S,3) uint8), ...], the title, frame numbers."""
+    """-> [(name, what it is, frames (T,S,S,3) uint8), ...], the title, frame numbers."""
     c, trained = model.config, saved.get("args", {})
     frames, motion, motion_is, caption, name, numbers = clip_to_show(args, c)
     video = tgmae.normalize(frames[None]).to(args.device)
@@ -1309,7 +1294,7 @@ def panels_of(args, model, saved):
     scores = {"tube": tgmae.tube_scores(1, c.grid, generator=generator)}
     scores["mgm"] = tgmae.motion_scores(motion[None], c.grid)
     name = os.fsencode(name).decode("utf-8", "replace")  # drawn, though it may be no UTF-8
-    panels, title = [("clip", frames)], f"{name}, frames {numbers[0]} to {numbers[-1]}"
+    panels, title = [("clip", "", frames)], f"{name}, frames {numbers[0]} to {numbers[-1]}"
     if caption:
         title += f': "{caption}"'
         default = (
@@ -1322,10 +1307,8 @@ def panels_of(args, model, saved):
         scores["tgm"] = like = tgmae.text_scores(
             clip[0], video, text, c.patch_size, c.tubelet_size
         ).cpu()
-        label = (
-            f"similarity to the caption ({called}), {like.min():.2f} dark to {like.max():.2f} light"
-        )
-        panels.append((label, heat_map(like[0], frames)))
+        what = f"to the caption, {like.min():.2f} dark to {like.max():.2f} light ({called})"
+        panels.append(("similarity", what, heat_map(like[0], frames)))
     else:
         say("note    no --caption: no text mask")
     words = {"tube": "random tubes", "mgm": motion_is, "tgm": "most like the caption"}
@@ -1340,74 +1323,44 @@ def panels_of(args, model, saved):
     for way, score in scores.items():
         share, lowest = (ratio, own.get("bottom_k")) if way == chosen else (MASK_RATIOS[way], False)
         masks[way] = tgmae.topk_mask(score, share, bottom_k=lowest, generator=generator)
-        masked = reconstruct(video, masks[way], None, c)["masked"]
-        panels.append(
-            (
-                f"{way} mask, {share:g}: {words[way]}{', the lowest' if lowest else ''}",
-                to_uint8(masked),
-            )
-        )
+        masked = to_uint8(reconstruct(video, masks[way], None, c)["masked"])
+        what = words[way] + (", the lowest" if lowest else "")
+        panels.append((f"{way} mask {share:g}", what, masked))
     if model.has_decoder:
-        panels += reconstruction_panels(model, video, masks[chosen], f"{chosen} {ratio:g}")
+        panels += reconstruction_panels(model, video, masks[chosen])
     else:
         say(f"note    {args.checkpoint} has no decoder: no reconstruction")
     return panels + attention_panels(args, model, video, frames), title, numbers
 
 
-def draw_sheet(path, panels, title, numbers, tubelet_size):
-    """A row a panel, its label at the left, and at most 8 frames, each of another tubelet if there
-    are more."""
-    shown = list(range(0, len(numbers), tubelet_size if len(numbers) > 8 else 1))
-    shown = shown[:: -(-len(shown) // 8)]
-    figure = Figure((2.4 + 1.1 * len(shown), 1.13 * len(panels) + 0.6), layout="constrained")
-    axes = figure.subplots(len(panels), len(shown), squeeze=False)
-    for row, (label, frames) in zip(axes, panels):
-        row[0].set_ylabel(textwrap.fill(label, 32), rotation=0, ha="right", va="center", fontsize=9)
-        for axis, i in zip(row, shown):
-            axis.imshow(frames[i].numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-    for axis, i in zip(axes[0], shown):
-        axis.set_title(f"frame {numbers[i]}", fontsize=9)
-    figure.suptitle(textwrap.fill(title, 20 * (1 + len(shown))), fontsize=10, parse_math=False)
-    figure.savefig(path)
+def sheet_of(panels, title, tubelet_size):
+    """A row a panel: at most 8 frames, each of another tubelet if there are more."""
+    every = tubelet_size if len(panels[0][2]) > 8 else 1
+    every *= -(-len(panels[0][2][::every]) // 8)
+    rows = []
+    for name, what, frames in panels:
+        texts = [f"{name}: {what}" if what else name] + [""] * len(frames)
+        rows.append(list(zip(texts, frames[::every])))
+    return draw_page(rows, title)
 
 
-def draw_video(path, panels, title, columns=4, seconds=4):
-    """The panels side by side, all frames, again and again for some seconds."""
-    rows = -(-len(panels) // columns)
-    figure = Figure(
-        (2.4 * columns, 3 * rows + 0.4), layout="constrained"
-    )  # even pixels, which H.264 wants
-    canvas, pictures = FigureCanvasAgg(figure), []
-    figure.suptitle(textwrap.fill(title, 120), fontsize=10, parse_math=False)
-    for i, (label, frames) in enumerate(panels, 1):
-        axis = figure.add_subplot(rows, columns, i)
-        axis.set_title(textwrap.fill(label, 40), fontsize=8)
-        axis.axis("off")
-        pictures.append(axis.imshow(frames[0].numpy(), interpolation="nearest"))
-    T = len(panels[0][1])
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=4, options={"crf": "18"})
-        stream.width, stream.height = canvas.get_width_height()
-        stream.pix_fmt = "yuv420p"
-        for number in range(T * max(1, round(4 * seconds / T))):
-            for picture, (_, frames) in zip(pictures, panels):
-                picture.set_data(frames[number % T].numpy())
-            canvas.draw()
-            figure.set_layout_engine("none")  # laid out once
-            page = av.VideoFrame.from_ndarray(np.asarray(canvas.buffer_rgba()), "rgba")
-            container.mux(stream.encode(page))
-        container.mux(stream.encode())
+def pages_of(panels, title, columns=5):
+    """A page a frame, the panels side by side."""
+    for i in range(len(panels[0][2])):
+        cells = [(name, frames[i]) for name, _, frames in panels]
+        rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
+        yield draw_page(rows, title, side=160)
 
 
 def show(args):
     model, saved = load_model(args.checkpoint)
     panels, title, numbers = panels_of(args, model.to(args.device), saved)
-    files = [Path(f"{args.out}.png"), Path(f"{args.out}.mp4")]
+    files = [Path(f"{args.out}.png"), Path(f"{args.out}.gif")]
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(files[0], panels, title, numbers, model.config.tubelet_size)
-    draw_video(files[1], panels, title)
-    rows = [{"row": i, "shows": label} for i, (label, _) in enumerate(panels, 1)]
+    sheet_of(panels, title, model.config.tubelet_size).save(files[0])
+    first, *rest = pages_of(panels, title)
+    first.save(files[1], save_all=True, append_images=rest, duration=250, loop=0)  # ms a frame
+    rows = [{"row": i, "shows": f"{name}: {what}"} for i, (name, what, _) in enumerate(panels, 1)]
     note = (
         f"{title}. Written: {files[0]}, {files[1]}. Pictures, not a measure: there is no chance to "
         "compare with."

@@ -9,6 +9,8 @@ nothing more (MAE), with --vt (MAE + VT), with --vt --no-mae (VT).
 The first command builds the toy world (data/toy) and ends by itself in under five minutes on two
 CPU cores; the MAE loss ends near 0.8 (1.0 is predicting each cube's mean) and samples.png shows
 clip, mask and reconstruction. Run again, any command goes on from where its last checkpoint stands.
+
+What happens in a step is read in `train`, from top to bottom; what a sample is in `Clips`.
 """
 
 import argparse
@@ -25,13 +27,13 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from dataclasses import asdict, replace
 from datetime import timedelta
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import NamedTuple
 
 # Loader processes share the cores with us: threads without work must sleep, not spin. Read when
 # torch loads.
@@ -40,7 +42,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
@@ -50,21 +52,19 @@ import tgmae
 import weights
 from tgmae import MASK_RATIOS, PRESETS
 
-TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1, "batch_size": 16, "blr": 0.016,
-       "min_lr": 1e-4,
-       "stride": 4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
-REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40, "batch_size": 64, "blr": 1.5e-4,
-        "min_lr": 1e-5,
-        "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
+TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1.0, "batch_size": 16, "blr": 0.016,
+       "min_lr": 1e-4, "stride": 4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
+REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40.0, "batch_size": 64, "blr": 1.5e-4,
+        "min_lr": 1e-5, "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
 
 # ==================================================================================================
-# What fine-tuning (eval.py) and captions.py share with this script: processes, schedule, the place
-# of a video that cannot be read, log, checkpoints, steps with bad numbers, stopping and going on.
+# What fine-tuning (eval.py) and captions.py share with this script: processes, schedule, the stream
+# of batches, the run folder, errors in a line.
 # ==================================================================================================
 
 
 def end_loaders():
-    """At exit: multiprocessing asks loaders that are left to end, by SIGTERM, which a run's ignore,
+    """At exit: multiprocessing asks loaders that are left to end, by SIGTERM, which they ignore,
     and waits."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
     for child in mp.active_children():
@@ -72,40 +72,55 @@ def end_loaders():
             child.kill()
 
 
+def rank_and_world():
+    """(rank, world size) of this process; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def start_processes(args, backend=None, timeout=timedelta(minutes=30)):
     """Joins torchrun's process group, if it is torchrun that started us; settles args.device
     ("auto") and args.amp (None). -> rank, world size. The first process may need `timeout` to build
     the toy world."""
     if args.device == "auto":
-        there = {
-            "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-            "cpu": True,
-        }
-        args.device = next(name for name in there if there[name])
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        args.device = next((name for name in there if there[name]), "cpu")
     try:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=args.device)
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # an AssertionError from a torch that is built without CUDA
+    except (RuntimeError, AssertionError) as error:  # the latter: torch is built without CUDA
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     if args.amp is None:
         args.amp = tgmae.bf16_is_fast(args.device)
     atexit.register(end_loaders)
-    if "RANK" not in os.environ:
-        return 0, 1
-    dist.init_process_group(
-        backend or ("nccl" if args.device == "cuda" else "gloo"), timeout=timeout
-    )
-    return dist.get_rank(), dist.get_world_size()
+    if "RANK" in os.environ:
+        backend = backend or ("nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group(backend, timeout=timeout)
+    return rank_and_world()
 
 
-def rank_and_world():
-    """(rank, world size) of this process; (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def gather_objects(mine):
+    """What each process holds, in order of ranks. Waits for all."""
+    parts = [mine] * rank_and_world()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, mine)
+    return parts
+
+
+def sum_over_ranks(numbers):
+    """(n,) of this process -> the sums over all, a list."""
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def say(line):
+    """Of process 0."""
+    if rank_and_world()[0] == 0:
+        print(line, flush=True)
+
+
+say_once = functools.cache(say)
 
 
 def manifest_of(data):
@@ -113,13 +128,11 @@ def manifest_of(data):
     first process makes where it is not there yet."""
     if data != "toy":
         return Path(data)
-    rank, world = rank_and_world()
-    if rank == 0:
+    if rank_and_world()[0] == 0:
         import toy
 
         toy.build("data/toy")
-    if world > 1:
-        dist.barrier()
+    gather_objects("it is there")
     return Path("data/toy/manifest.jsonl")
 
 
@@ -140,35 +153,6 @@ def load_clip(name, pretrained, device):
         ) from error
 
 
-def gather_objects(mine):
-    """What each process holds, in order of ranks."""
-    parts = [mine] * rank_and_world()[1]
-    if len(parts) > 1:
-        dist.all_gather_object(parts, mine)
-    return parts
-
-
-def last_line(error):
-    """What an exception says, in one line: a loader process puts its traceback in front of the
-    message."""
-    if isinstance(error, torch.OutOfMemoryError):  # followed by a page of advice
-        return ". ".join(str(error).split(". ")[:2])
-    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    text += "; `ulimit -n 65536` allows more" * (os.strerror(errno.EMFILE) in text)
-    return text.removeprefix("dataset.VideoError: ").removeprefix("ValueError: ")
-
-
-@functools.cache
-def say_once(line):
-    """Of process 0."""
-    if rank_and_world()[0] == 0:
-        print(line, flush=True)
-
-
-def clip_bytes(config):
-    return config.in_chans * config.num_frames * config.image_size**2
-
-
 def progress(*args, **more):
     """A tqdm bar; where it goes to a file, a line every ten seconds."""
     return tqdm(*args, mininterval=0.5 if sys.stderr.isatty() else 10, **more)
@@ -184,10 +168,52 @@ def learning_rate(step, warmup, total, peak, last, first=0.0):
     `peak`, then a cosine to `last`, as VideoMAE's cosine_scheduler."""
     if step < warmup:
         return first + (peak - first) * step / max(1, warmup - 1)
-    return last + (peak - last) * 0.5 * (
-        1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))
-    )
+    done = (step - warmup) / max(1, total - warmup)
+    return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * done))
 
+
+def last_line(error):
+    """What an exception says, in one line: a loader process puts its traceback in front of the
+    message."""
+    if isinstance(error, torch.OutOfMemoryError):  # followed by a page of advice
+        return ". ".join(str(error).split(". ")[:2])
+    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    text += "; `ulimit -n 65536` allows more" * (os.strerror(errno.EMFILE) in text)
+    return text.removeprefix("dataset.VideoError: ").removeprefix("ValueError: ")
+
+
+@contextlib.contextmanager
+def one_line_errors(script, less):
+    """For a script's main: a user's mistake is one line and exit code 1, and so is a lack of
+    memory, with what needs `less`; anything else keeps its traceback. Names that are no UTF-8 can
+    be printed."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{script}: {last_line(error)}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{script}: {last_line(error)}; what needs less: {less}")
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        sys.exit(f"{script}: {error}")  # the loader has said why, or the kernel's log does
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_flags(args, *, positive=(), not_negative=()):
+    """ValueError that names the first of these flags, of those that there are, with a value that
+    cannot be."""
+    for name in (*positive, *not_negative):
+        value = getattr(args, name, 1)
+        if value < 0 or value == 0 and name in positive:
+            must = "be positive" if name in positive else "not be negative"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must {must}")
+
+
+# ------------------------------------------------------------------ samples, loaders, steps
 
 MAX_REPLACEMENTS = 100  # bad videos in a row before all are thought to be bad
 
@@ -210,9 +236,8 @@ class TrainingClips(torch.utils.data.Dataset):
         """`index`, then the others in random order."""
         yield index
         generator = torch.Generator().manual_seed(seed_of(self.run_seed, epoch, index, 0))
-        yield from (
-            i for i in torch.randperm(len(self), generator=generator).tolist() if i != index
-        )
+        others = torch.randperm(len(self), generator=generator).tolist()
+        yield from (place for place in others if place != index)
 
     def __getitem__(self, epoch_and_index):
         (epoch, index), bad = epoch_and_index, []
@@ -221,36 +246,15 @@ class TrainingClips(torch.utils.data.Dataset):
                 return {**self.load(place, seed_of(self.run_seed, epoch, index, 1)), "bad": bad}
             except dataset.VideoError as error:
                 bad.append((self.records[place]["video"], str(error)))
-        raise dataset.VideoError(
-            f"{len(bad)} video(s) in a row cannot be read, the last: {bad[-1][1]}"
-        )
-
-
-class Share(NamedTuple):
-    """A step's videos, and how the processes share them."""
-
-    videos: int  # of a step
-    forward: int  # of a process in a forward
-    accum: int  # forwards a step
-
-
-def share_step(forward, accum, videos=None):
-    """Splits a step over the processes that there are: `accum` forwards of `forward` videos each;
-    or, where a run goes on, the `videos` that its steps had, at most `forward` at a time. A
-    remainder that cannot be split evenly is left out of every step. More processes than videos:
-    ValueError."""
-    _, world = rank_and_world()
-    videos = videos or forward * accum * world
-    mine = videos // world
-    if not mine:
-        raise ValueError(f"{world} processes cannot share a step of {videos} video(s)")
-    accum = -(-mine // forward)
-    return Share(videos, mine // accum, accum)
+        count = f"{len(bad)} video(s) in a row cannot be read"
+        raise dataset.VideoError(f"{count}, the last: {bad[-1][1]}")
 
 
 def init_loader(_=None):
-    """worker_init_fn of loader processes: one for which its run would wait in vain ends, and the
-    run with it."""
+    """worker_init_fn of loader processes. A scheduler sends SIGTERM to all processes of a run, and
+    it needs its loaders until it has saved. One for which it would wait in vain ends, and so does
+    it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
         os._exit(1)  # the run was killed before; torch watches whomever it finds as parent
 
@@ -261,13 +265,6 @@ def init_loader(_=None):
     # multiprocessing itself goes on without what found no shared memory, or no open file.
     Queue._on_queue_feeder_error = staticmethod(lambda error, batch: end(error))
     sys.excepthook = lambda kind, error, trace: end(error)
-
-
-def init_run_loader(_=None):
-    """The same for a run that saves when a scheduler sends SIGTERM to all processes: it needs its
-    loaders until then, and they end when it does."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    init_loader()
 
 
 SHM = Path("/dev/shm")  # where loaders put batches
@@ -293,13 +290,11 @@ def fit_loaders(workers, batch, spare=0):
 
 
 PATIENCE = 30 * 60, 20  # seconds for a batch to come, and when SIGTERM has come
-
-
 _stop = {"asked": False}
 
 
 def ask_to_stop(*_):
-    """At SIGTERM: the run will save and stop after this step, see Run."""
+    """At SIGTERM: the run will save and stop after this step."""
     _stop["asked"] = True
     if signal.alarm(0):  # a batch is awaited
         signal.alarm(PATIENCE[1])
@@ -316,11 +311,11 @@ def no_batch(*_):
     raise TimeoutError(f"{came}no batch for {PATIENCE[asked_to_stop()]} s: ended without saving")
 
 
-def batches_of(data, workers, *, bytes=1, spare=0, init=init_run_loader, **more):
+def batches_of(data, workers, *, bytes=1, spare=0, **more):
     """Yields the batches of a DataLoader, which take `bytes` bytes each, see fit_loaders.
     TimeoutError if one does not come."""
     workers, ahead = fit_loaders(workers, bytes, spare)
-    more |= {"worker_init_fn": init, "prefetch_factor": ahead} if workers else {}
+    more |= {"worker_init_fn": init_loader, "prefetch_factor": ahead} if workers else {}
     stream = iter(DataLoader(data, num_workers=workers, **more))
     signal.signal(signal.SIGALRM, no_batch)
     while True:
@@ -336,95 +331,59 @@ def batches_of(data, workers, *, bytes=1, spare=0, init=init_run_loader, **more)
         yield batch
 
 
-def training_batches(data, share, args, step, steps_per_epoch, collate, **room):
-    """Batches of samples for this process, share.accum of them a step, from global step `step` on
-    to the end of the last epoch. An epoch's order follows from the seed alone, whatever the number
-    of processes. The loader processes are the same all along, and go on into the next epoch; `room`
-    as in batches_of."""
-    rank, world = rank_and_world()
+def clip_bytes(config):
+    return config.in_chans * config.num_frames * config.image_size**2
+
+
+def share_step(forward, accum, videos=None):
+    """-> videos of a step, videos of a process in a forward, forwards. The processes that there are
+    share a step of `accum` forwards of `forward` videos each, or, where a run goes on, of the
+    `videos` that its steps had, at most `forward` at a time. What cannot be split evenly is left
+    out of every step. More processes than videos: ValueError."""
+    _, world = rank_and_world()
+    videos = videos or forward * accum * world
+    mine = videos // world
+    if not mine:
+        raise ValueError(f"{world} processes cannot share a step of {videos} video(s)")
+    accum = -(-mine // forward)
+    return videos, mine // accum, accum
+
+
+def steps(data, share, args, start, collate, **room):
+    """Yields (step, batches): a run's steps from number `start` to the end of its last epoch, each
+    with this process's batches, which say how many seconds they were "waited" for. An epoch's order
+    follows from the seed alone, whatever the number of processes. The loader processes are the same
+    all along. share: of share_step; room: as in batches_of."""
+    (rank, world), (videos, forward, accum) = rank_and_world(), share
+    steps_per_epoch = len(data) // videos
 
     def order():
-        for epoch in range(step // steps_per_epoch, args.epochs):
+        for epoch in range(start // steps_per_epoch, args.epochs):
             generator = torch.Generator().manual_seed(args.seed + epoch)
             indices = torch.randperm(len(data), generator=generator).tolist()
-            for place in range(max(0, step - epoch * steps_per_epoch), steps_per_epoch):
-                mine = indices[place * share.videos : (place + 1) * share.videos][rank::world]
-                yield from ((epoch, index) for index in mine[: share.forward * share.accum])
+            for place in range(max(0, start - epoch * steps_per_epoch), steps_per_epoch):
+                mine = indices[place * videos : (place + 1) * videos][rank::world]
+                yield from ((epoch, index) for index in mine[: forward * accum])
 
-    return batches_of(
-        data,
-        args.workers,
-        **room,
-        batch_size=share.forward,
-        sampler=order(),
-        collate_fn=collate,
-        pin_memory=args.device == "cuda",
-    )
+    how = {"batch_size": forward, "sampler": order(), "collate_fn": collate}
+    stream = batches_of(data, args.workers, **how, pin_memory=args.device == "cuda", **room)
 
+    def awaited():
+        for _ in range(accum):
+            asked = time.perf_counter()
+            yield next(stream) | {"waited": time.perf_counter() - asked}
 
-def add_run_flags(add):
-    """The flags of a Run, for train.py and eval.py finetune."""
-    add(
-        "--save-steps",
-        type=int,
-        default=0,
-        help="steps between checkpoints (0: none between epochs)",
-    )
-    add(
-        "--save-minutes",
-        type=float,
-        default=10,
-        help="minutes between checkpoints (0: none between epochs)",
-    )
-    add(
-        "--keep", type=int, default=0, help="how many checkpoints stay as step-N.pt, beside last.pt"
-    )
-    yes_no = argparse.BooleanOptionalAction
-    add("--resume", action=yes_no, default=True, help="go on from the run folder's last.pt")
+    for step in range(start, args.epochs * steps_per_epoch):
+        yield step, awaited()
 
 
-RUN_FLAGS = "save_steps", "save_minutes", "keep"
+def synchronised(net, last):
+    """Gradients are averaged over processes in the last of a step's backwards, for all of them."""
+    alone = not isinstance(net, DistributedDataParallel)
+    return contextlib.nullcontext() if alone or last else net.no_sync()
 
 
-def check_flags(args, *, positive=(), not_negative=()):
-    """ValueError that names the first of these flags, of those that there are, with a value that
-    cannot be."""
-    for name in (*positive, *not_negative):
-        value = getattr(args, name, 1)
-        if value < 0 or value == 0 and name in positive:
-            flag, must = (
-                name.replace("_", "-"),
-                "be positive" if name in positive else "not be negative",
-            )
-            raise ValueError(f"--{flag} {value}: must {must}")
-
-
-def load_last(args):
-    """The checkpoint from which the run in --out goes on, None if it begins. The same one for all
-    processes: a ValueError where a machine sees another."""
-    path = Path(args.out) / "last.pt"
-    saved = weights.load_file(path) if args.resume and path.exists() else None
-    if saved and not {"args", "step", "videos"} <= saved.keys():
-        raise ValueError(
-            f"{path}: not a checkpoint that a run goes on from; another --out, or --no-resume"
-        )
-    steps = gather_objects(saved["step"] if saved else 0)
-    if len(set(steps)) > 1:
-        here = steps[rank_and_world()[0]]
-        raise ValueError(
-            f"{path}: holds step {here} here, {steps[0]} for process 0: machines share --out"
-        )
-    return saved
-
-
-def refuse_another_run(args, then, now, keys):
-    """ValueError if what the run in --out was made with differs in one of the keys."""
-    changed = [f"{key} {then.get(key)} -> {now[key]}" for key in keys if then.get(key) != now[key]]
-    if changed:
-        raise ValueError(
-            f"{args.out}/last.pt is of another run ({', '.join(changed)}): another --out, or "
-            "--no-resume to start over"
-        )
+# ------------------------------------------------------------------ the run folder
 
 
 @contextlib.contextmanager
@@ -433,9 +392,8 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot be written: {error.strerror or error}", str(path)
-        ) from error
+        reason = f"cannot be written: {error.strerror or error}"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -454,172 +412,108 @@ def replacing(path, mode="wb", **more):
             partial.unlink(missing_ok=True)
 
 
-def _append(path, text):
+def save_checkpoint(path, **state):
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def append(path, text):
     # Names that are no UTF-8 stay what they are.
     with naming(path), open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
 
 
 def append_log(path, line):
-    """Adds a dict to a file of JSON lines."""
-    _append(path, json.dumps(line) + "\n")
+    """Adds a dict to a file of JSON lines, in which a number that is not finite is null."""
+    line = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
+    append(path, json.dumps(line) + "\n")
 
 
-def _cut_log(path, step):
-    """Drops the lines after `step`: those steps will be taken again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with replacing(path, "w") as file:
-        file.write("".join(kept))
+def list_bad(path, bad):
+    """Lists videos that could not be read, once each, with the reason."""
+    if bad:
+        how = {"encoding": "utf-8", "errors": "surrogateescape"}
+        known = path.read_text(**how) if path.exists() else ""
+        new = {video: why for video, why in bad if f"\n{video}\t" not in f"\n{known}"}
+        append(path, "".join(f"{video}\t{why}\n" for video, why in new.items()))
 
 
-def save_checkpoint(path, *, keep=0, **state):
-    """Writes `state` to `path`. With keep, a link to it stays as step-N.pt, and only the newest
-    `keep` of these do."""
-    with replacing(path) as file:
-        torch.save(state, file)
-    if keep:
-        numbered = path.with_name(f"step-{state['step']:08}.pt")
-        numbered.unlink(missing_ok=True)
-        os.link(path, numbered)
-        written = sorted(path.parent.glob("step-*.pt"), key=lambda file: file.stat().st_mtime)
-        for old in written[:-keep]:
-            old.unlink()
+def load_last(args):
+    """The checkpoint from which the run in --out goes on, None if it begins. The same one for all
+    processes: a ValueError where a machine sees another."""
+    path = Path(args.out) / "last.pt"
+    saved = weights.load_file(path) if args.resume and path.exists() else None
+    if saved and not {"args", "step", "videos"} <= saved.keys():
+        ways = "another --out, or --no-resume"
+        raise ValueError(f"{path}: not a checkpoint that a run goes on from; {ways}")
+    found = gather_objects(saved["step"] if saved else 0)
+    if len(set(found)) > 1:
+        here = f"{path}: holds step {found[rank_and_world()[0]]} here, {found[0]} for process 0"
+        raise ValueError(f"{here}: machines share --out")
+    return saved
 
 
-def lock_folder(out):
-    """-> a file that holds a lock as long as it is open: the kernel frees it with its owner, and
-    loaders do not inherit it. ValueError if another run has it."""
-    file = open(out / "lock", "a")
+def refuse_another_run(args, then, now, keys):
+    """ValueError if what the run in --out was made with differs in one of the keys."""
+    changed = [f"{key} {then.get(key)} -> {now[key]}" for key in keys if then.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{args.out}/last.pt is of another run ({', '.join(changed)}): another --out, or "
+            "--no-resume to start over"
+        )
+
+
+def open_run(out, step):
+    """Makes the run folder, or goes on in it. From here on SIGTERM asks to stop. Process 0 drops
+    from log.jsonl what comes after `step`: it will be taken again. -> a file that holds a lock as
+    long as it is open: the kernel frees it with its owner, and loaders do not inherit it.
+    ValueError if another run has it."""
+    _stop["asked"] = False
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    out.mkdir(parents=True, exist_ok=True)
+    if rank_and_world()[0]:
+        return None
+    lock, log = open(out / "lock", "a"), out / "log.jsonl"
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise ValueError(f"{out}: another run is writing there; another --out") from error
     except OSError as error:  # file systems without locks
-        note = f"note    {out}/lock: {error.strerror}; nothing keeps a second run out"
+        note = f"note    {lock.name}: {error.strerror}; nothing keeps a second run out"
         print(note, file=sys.stderr)
-    return file
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    with replacing(log, "w") as file:
+        kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+        file.writelines(kept)
+    return lock
+
+
+def close_run(out, lock, step, total):
+    """After the last step. SIGTERM is what it was; one that came before ends the process as it ends
+    any, since the run is not finished."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gather_objects("process 0 has written")
+    if lock:
+        lock.close()
+    if step < total:
+        if lock:
+            print(f"stopped by SIGTERM; {out}/last.pt holds step {step}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 MAX_NON_FINITE = 10  # steps in a row without finite numbers before a run stops
 
 
-class Run:
-    """A training run: its folder and log, where it stands, and when it saves, leaves out a step,
-    stops. Inside `with`, SIGTERM asks it to save and stop. All processes call agree, log and save
-    together."""
-
-    def __init__(self, args, step, steps_per_epoch):
-        self.args, self.step, self.steps_per_epoch = args, step, steps_per_epoch
-        self.total = args.epochs * steps_per_epoch
-        self.out = Path(args.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.rank, self.world = rank_and_world()
-        if self.rank == 0:
-            self.lock = lock_folder(self.out)
-            _cut_log(self.out / "log.jsonl", step)
-        self.skipped = 0  # steps in a row
-        self.stopping = False
-        self.saved_step, self.saved_at = step, time.monotonic()
-        self.bar = progress(total=self.total, initial=step, unit="step", disable=self.rank > 0)
-
-    def __enter__(self):
-        _stop["asked"] = False
-        self.before = signal.signal(signal.SIGTERM, ask_to_stop)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self.before)
-        self.bar.close()
-
-    def note_bad(self, bad):
-        """Lists videos that could not be read in bad_videos.txt, once each, with the reason."""
-        path = self.out / "bad_videos.txt"
-        if bad:
-            how = {"encoding": "utf-8", "errors": "surrogateescape"}
-            known = path.read_text(**how) if path.exists() else ""
-            new = {video: why for video, why in bad if f"\n{video}\t" not in f"\n{known}"}
-            _append(path, "".join(f"{video}\t{why}\n" for video, why in new.items()))
-
-    def agree(self, sums, norms, videos):
-        """Losses and counts of this process's step (n,), norms of the gradient, the step's videos
-        -> sums over all processes, and, if a number of any process is not finite, the videos to
-        blame: then every process must leave the step out. They are those of the processes whose
-        first sum is not finite, or of all if there is none."""
-        suspect = not sums[0].isfinite()
-        broken = not sums.isfinite().all() or not all(map(math.isfinite, norms))
-        sums = torch.cat([sums, sums.new_tensor([broken, suspect, asked_to_stop()])])
-        if self.world > 1:
-            dist.all_reduce(sums)
-        *_, broken, suspects, signalled = sums.tolist()
-        self.stopping = signalled > 0
-        blamed = gather_objects(videos if suspect or not suspects else []) if broken else []
-        return sums[:-3], sorted(set(itertools.chain(*blamed)))
-
-    def log(self, line, blamed=()):
-        """Ends a step: its line in log.jsonl. ValueError after too many in a row without finite
-        numbers."""
-        self.step += 1
-        self.skipped = self.skipped + 1 if blamed else 0
-        line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-        self.bar.set_postfix(
-            {key: line[key] for key in ("mae", "vt", "loss", "wait") if key in line}, refresh=False
-        )
-        self.bar.update()
-        if self.rank == 0:
-            append_log(self.out / "log.jsonl", line | ({"skipped": blamed} if blamed else {}))
-        if self.skipped == MAX_NON_FINITE:
-            raise ValueError(
-                f"step {self.step}: {self.skipped} in a row without a finite loss and gradient, "
-                f"the videos are in {self.out}/log.jsonl; {self.out}/last.pt is as it was, of "
-                f"step {self.saved_step}"
-            )
-
-    def save(self, state):
-        """Writes last.pt, state() and all, if that is due: at the end of an epoch, after
-        --save-steps or --save-minutes, when asked to stop (then SystemExit); not between steps that
-        were left out."""
-        args, last = self.args, self.step == self.total
-        due = self.step % self.steps_per_epoch == 0 or self.stopping
-        due |= args.save_steps > 0 and self.step % args.save_steps == 0
-        due |= args.save_minutes > 0 and time.monotonic() - self.saved_at >= 60 * args.save_minutes
-        if due and (last or not self.skipped):
-            if self.rank == 0:
-                save_checkpoint(self.out / "last.pt", keep=args.keep, step=self.step, **state())
-            self.saved_step, self.saved_at = self.step, time.monotonic()
-        if self.stopping and not last:
-            if self.world > 1:
-                dist.barrier()  # until process 0 has written
-            self.bar.close()
-            if self.rank == 0:
-                print(
-                    f"stopped by SIGTERM; {self.out}/last.pt holds step {self.saved_step}",
-                    file=sys.stderr,
-                )
-            sys.exit(
-                128 + signal.SIGTERM
-            )  # as for a process that the signal ends: the run is not finished
-
-
-@contextlib.contextmanager
-def one_line_errors(script, less):
-    """For a script's main: a user's mistake is one line and exit code 1, and so is a lack of
-    memory, with what needs `less`; anything else keeps its traceback. Names that are no UTF-8 can
-    be printed."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"{script}: {last_line(error)}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"{script}: {last_line(error)}; what needs less: {less}")
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        sys.exit(f"{script}: {error}")  # the loader has said why, or the kernel's log does
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def left_out(step, in_a_row, names):
+    """Says of which videos this process has met numbers that are not finite. ValueError after too
+    many steps in a row."""
+    if names:
+        print(f"note    step {step}: not finite, left out: {', '.join(names)}", file=sys.stderr)
+    if in_a_row == MAX_NON_FINITE:
+        raise ValueError(f"step {step}: {in_a_row} in a row without a finite loss and gradient")
 
 
 # ==================================================================================================
@@ -628,140 +522,91 @@ def one_line_errors(script, less):
 
 
 def check_args(args):
-    positive = "epochs", "batch_size", "accum", "repeat", "stride", "temperature"
-    not_negative = (
-        "num_captions",
-        "blr",
-        "min_lr",
-        "weight_decay",
-        "clip_grad",
-        "workers",
-        "seed",
-        *RUN_FLAGS,
-    )
-    check_flags(args, positive=positive, not_negative=not_negative)
+    check_flags(
+        args,
+        positive=("epochs", "batch_size", "accum", "repeat", "stride", "temperature"),
+        not_negative=("num_captions", "blr", "min_lr", "weight_decay", "clip_grad", "workers",
+                      "seed", "save_minutes"),
+    )  # fmt: skip
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
     if not (args.mae or args.vt):
         raise ValueError("--no-mae without --vt leaves nothing to optimise")
     if args.batch_size % args.repeat:
-        raise ValueError(
-            f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}"
-        )
+        indivisible = f"is not divisible by --repeat {args.repeat}"
+        raise ValueError(f"--batch-size {args.batch_size} {indivisible}")
     if not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(
-            f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
-        )
+        limits = f"must lie in 0 to --epochs {args.epochs}"
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: {limits}")
 
 
 def parse_args(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
 
-    def either(name, help, **more):  # a flag whose default depends on the data
+    def flag(name, default, help, **more):
+        if isinstance(default, bool):
+            more["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, int | float):
+            more["type"] = type(default)
+        parser.add_argument(name, default=default, help=help, **more)
+
+    def either(name, help, **more):  # defaults depend on the data
         key = name[2:].replace("-", "_")
-        more.setdefault("default", argparse.SUPPRESS)
-        add(name, help=f"{help} (toy: {TOY[key]}, other data: {REAL[key]})", **more)
+        flag(name, TOY[key], f"{help}; for other data than toy {REAL[key]}", **more)
 
-    add("--data", default="toy", help="toy, or a manifest (JSON lines, see captions.py)")
-    add("--split", default="train", help="split of the manifest to train on")
-    add(
-        "--val-split",
-        default=argparse.SUPPRESS,
-        help="split for held-out losses after each epoch (none)",
-    )
+    flag("--data", "toy", "toy, or a manifest (JSON lines, see captions.py)")
+    flag("--split", "train", "split of the manifest to train on")
+    flag("--val-split", None, "split for held-out losses after each epoch")
     either("--preset", "size of the model", choices=PRESETS)
-    add(
-        "--mask",
-        default="tube",
-        choices=MASK_RATIOS,
-        help="noise, most motion, or most like the caption",
-    )
-    add(
-        "--mask-ratio",
-        type=float,
-        default=argparse.SUPPRESS,
-        help=f"share of cubes masked ({MASK_RATIOS})",
-    )
-    add(
-        "--bottom-k",
-        action=yes_no,
-        default=False,
-        help="mask the lowest scores instead of the highest",
-    )
-    add("--vt", action=yes_no, default=False, help="optimise the video-text contrastive loss")
-    add("--mae", action=yes_no, default=True, help="optimise the reconstruction loss")
-    add("--vt-weight", type=float, default=1.0, help="weight of the contrastive loss")
-    add("--temperature", type=float, default=0.07, help="of the contrastive loss")
-    either(
-        "--clip",
-        "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is at least watched",
-    )
-    add("--clip-pretrained", default="openai", help="tag of open_clip, or a file of weights")
-    add("--num-captions", type=int, default=0, help="captions to draw from, evenly spread (0: all)")
-    add(
-        "--init",
-        default=argparse.SUPPRESS,
-        help="checkpoint to start from: ours, VideoMAE's, transformers'",
-    )
-    add(
-        "--grad-checkpointing",
-        action=yes_no,
-        default=False,
-        help="less memory for about a third more time",
-    )
-    either("--epochs", "passes over the data", type=int)
-    either("--warmup-epochs", "epochs of linear warm-up", type=float)
-    either("--batch-size", "clips per process and forward", type=int)
-    add("--accum", type=int, default=1, help="forwards per step")
-    add(
-        "--repeat",
-        type=int,
-        default=1,
-        help="clips of the same frames: crop, mask and caption of their own",
-    )
-    either("--blr", "learning rate per 256 clips of global batch", type=float)
-    either("--min-lr", "last learning rate per 256 clips", type=float)
-    add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
-    add("--clip-grad", type=float, default=0.0, help="largest gradient norm (0: no limit)")
-    either("--stride", "frames from one frame of a clip to the next", type=int)
-    either("--flip", "mirror half the clips", action=yes_no)
-    add(
-        "--workers",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        help="loader processes per process",
-    )
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
-    add(
-        "--amp",
-        action=yes_no,
-        default=argparse.SUPPRESS,
-        help="bf16 autocast (where the hardware has it)",
-    )
-    add("--compile", action=yes_no, default=False, help="torch.compile encoder and decoder")
-    add("--seed", type=int, default=0, help="of weights, order, crops and masks")
-    add("--out", default=argparse.SUPPRESS, help="run folder (runs/DATA-MASK...)")
-    add_run_flags(add)
-    args = parser.parse_args(argv)
+    flag("--mask", "tube", "noise, most motion, or most like the caption", choices=MASK_RATIOS)
+    flag("--mask-ratio", None, f"share of cubes masked; {MASK_RATIOS}", type=float)
+    flag("--bottom-k", False, "mask the lowest scores instead of the highest")
+    flag("--vt", False, "optimise the video-text contrastive loss")
+    flag("--mae", True, "optimise the reconstruction loss")
+    flag("--vt-weight", 1.0, "weight of the contrastive loss")
+    flag("--temperature", 0.07, "of the contrastive loss")
+    clips = "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is at least watched"
+    flag("--clip", None, f"{clips}; {TOY['clip']}, or {REAL['clip']}")
+    flag("--clip-pretrained", "openai", "tag of open_clip, or a file of weights")
+    flag("--num-captions", 0, "captions to draw from, evenly spread; 0: all")
+    flag("--init", None, "checkpoint to start from: ours, VideoMAE's, transformers'")
+    flag("--grad-checkpointing", False, "less memory for about a third more time")
+    either("--epochs", "passes over the data")
+    either("--warmup-epochs", "epochs of linear warm-up")
+    either("--batch-size", "clips per process and forward")
+    flag("--accum", 1, "forwards per step")
+    flag("--repeat", 1, "clips of the same frames: crop, mask and caption of their own")
+    either("--blr", "learning rate per 256 clips of global batch")
+    either("--min-lr", "last learning rate per 256 clips")
+    flag("--weight-decay", 0.05, "of AdamW, on matrices only")
+    flag("--clip-grad", 0.0, "largest gradient norm; 0: no limit")
+    either("--stride", "frames from one frame of a clip to the next")
+    either("--flip", "mirror half the clips")
+    flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
+    flag("--device", "auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    yes_no = argparse.BooleanOptionalAction
+    flag("--amp", None, "bf16 autocast; where the hardware has it", action=yes_no)
+    flag("--compile", False, "torch.compile encoder and decoder")
+    flag("--seed", 0, "of weights, order, crops and masks")
+    flag("--out", None, "run folder; runs/DATA-MASK...")
+    flag("--save-minutes", 10.0, "minutes between checkpoints; 0: none between epochs")
+    flag("--resume", True, "go on from the run folder's last.pt")
 
-    given, defaults = vars(args), TOY if args.data == "toy" else REAL
-    name = "-".join(
-        [Path(args.data).stem, args.mask] + ["no-mae"] * (not args.mae) + ["vt"] * args.vt
-    )
-    late = {"mask_ratio": MASK_RATIOS[args.mask], "out": f"runs/{name}"}
-    late |= dict.fromkeys(("val_split", "init", "amp"))
-    args.clip_given = "clip" in given
-    for key, value in {**defaults, **late}.items():
-        given.setdefault(key, value)
+    first = parser.parse_args(argv)
+    defaults = TOY if first.data == "toy" else REAL
+    words = [Path(first.data).stem, first.mask] + ["no-mae"] * (not first.mae) + ["vt"] * first.vt
+    late = {"mask_ratio": MASK_RATIOS[first.mask], "out": f"runs/{'-'.join(words)}"}
+    parser.set_defaults(**defaults | late | {"clip": None})
+    args = parser.parse_args(argv)
+    args.clip_given, args.clip = args.clip is not None, args.clip or defaults["clip"]
     check_args(args)
     return args
 
 
-# =================================================================================================
+# ==================================================================================================
 # Data.
-# =================================================================================================
+# ==================================================================================================
 
 
 class Clips(TrainingClips):
@@ -773,79 +618,81 @@ class Clips(TrainingClips):
         super().__init__(records, args.seed, replace_bad=replace_bad)
         self.config, self.args, self.text_from = config, args, text_from
 
-    def load(self, place, seed):
-        record, args, c = self.records[place], self.args, self.config
-        generator = torch.Generator().manual_seed(seed)
-        motion = args.mask == "mgm"
+    def read(self, record, generator):
+        """-> frames (T,H,W,3), motion (T,H/8,W/8) or None, numbers of the frames, whether motion is
+        the difference of frames."""
+        args, with_motion = self.args, self.args.mask == "mgm"
         with (
-            dataset.open_video(record["path"], motion=motion) as video,
+            dataset.open_video(record["path"], motion=with_motion) as video,
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always", dataset.NoMotionVectors)
             span = dataset.frame_range(video, record.get("start"), record.get("end"))
-            numbers = dataset.clip_indices(*span, c.num_frames, args.stride, generator=generator)
-            read = dataset.read_clip(video, numbers, motion=motion)
-        frames, motion = read if motion else (read, None)
-        chosen = self.draw_captions(record, args.repeat, generator)
-        text_map = None
-        if self.text_from == "maps":
-            text_map = dataset.read_map(record["map_path"], record["captions"], args.clip)
-        videos, masks = [], []
-        for i in range(args.repeat):  # clips of the same frames
-            crop = dataset.multi_scale_crop(frames.shape[1:3], flip=args.flip, generator=generator)
-            videos.append(dataset.crop_frames(frames, crop, c.image_size))
-            if args.mask == "tube":
-                scores = tgmae.tube_scores(1, c.grid, generator=generator)
-            elif args.mask == "mgm":
-                scores = tgmae.motion_scores(
-                    dataset.crop_motion(motion, crop, c.grid)[None], c.grid
-                )
-            elif text_map:
-                firsts = numbers[:: c.tubelet_size]
-                scores = dataset.map_scores(
-                    text_map, chosen[i], firsts, crop, frames.shape[1:3], c.grid
-                )[None]
-            else:
-                continue  # in `prepare`, on the device, where CLIP is
-            masks.append(
-                tgmae.topk_mask(
-                    scores, args.mask_ratio, bottom_k=args.bottom_k, generator=generator
-                )[0]
-            )
-        return {
-            "video": torch.stack(videos),
-            "mask": torch.stack(masks) if masks else None,
-            "captions": [record["captions"][i] for i in chosen],
-            "text": text_map.text[chosen] if text_map else None,
-            "name": record["video"],
-            "group": place,
-            "seed": seed,
-            "no_motion": any(w.category is dataset.NoMotionVectors for w in caught),
-        }
+            count = self.config.num_frames
+            numbers = dataset.clip_indices(*span, count, args.stride, generator=generator)
+            read = dataset.read_clip(video, numbers, motion=with_motion)
+        frames, motion = read if with_motion else (read, None)
+        return frames, motion, numbers, any(w.category is dataset.NoMotionVectors for w in caught)
 
     def draw_captions(self, record, count, generator):
         """Numbers of `count` captions, each drawn from --num-captions of them, evenly spread."""
         if not self.text_from:
-            return []
+            return [None] * count
         total = len(record["captions"])
         among = min(self.args.num_captions or total, total)
         drawn = torch.randint(among, (count,), generator=generator).tolist()
         return [(2 * i + 1) * total // (2 * among) for i in drawn]
 
+    def load(self, place, seed):
+        record, args, c = self.records[place], self.args, self.config
+        generator = torch.Generator().manual_seed(seed)
+        frames, motion, numbers, no_motion = self.read(record, generator)
+        size, firsts = frames.shape[1:3], numbers[:: c.tubelet_size]
+        chosen = self.draw_captions(record, args.repeat, generator)
+        text_map = None
+        if self.text_from == "maps":
+            text_map = dataset.read_map(record["map_path"], record["captions"], args.clip)
+        videos, masks = [], []
+        for caption in chosen:  # a clip of the same frames for each
+            crop = dataset.multi_scale_crop(size, flip=args.flip, generator=generator)
+            videos.append(dataset.crop_frames(frames, crop, c.image_size))
+            if args.mask == "tube":
+                scores = tgmae.tube_scores(1, c.grid, generator=generator)
+            elif args.mask == "mgm":
+                cropped = dataset.crop_motion(motion, crop, c.grid)
+                scores = tgmae.motion_scores(cropped[None], c.grid)
+            elif text_map:
+                scores = dataset.map_scores(text_map, caption, firsts, crop, size, c.grid)[None]
+            else:
+                continue  # in `prepare`, on the device, where CLIP is
+            how = {"bottom_k": args.bottom_k, "generator": generator}
+            masks.append(tgmae.topk_mask(scores, args.mask_ratio, **how))
+        return {
+            "video": torch.stack(videos),  # (repeat,3,T,S,S) uint8
+            "mask": torch.cat(masks) if masks else None,  # (repeat,N)
+            "captions": [record["captions"][i] for i in chosen if i is not None],
+            "text": text_map.text[chosen] if text_map else None,  # (repeat,E)
+            "name": record["video"],
+            "group": place,
+            "seed": seed,
+            "no_motion": no_motion,
+        }
+
 
 def collate(samples):
     """Samples -> a batch of their clips: video (B,3,T,S,S) uint8, mask (B,N) or None, captions,
-    ..."""
+    text (B,E) or None, ..."""
     repeat = len(samples[0]["video"])
-    masks = [sample["mask"] for sample in samples]
+
+    def joined(key):
+        return None if samples[0][key] is None else torch.cat([sample[key] for sample in samples])
+
     return {
-        "video": torch.cat([sample["video"] for sample in samples]),
-        "names": [sample["name"] for sample in samples],
-        "mask": None if masks[0] is None else torch.cat(masks),
+        "video": joined("video"),
+        "mask": joined("mask"),
         "captions": sum((sample["captions"] for sample in samples), []),
-        "text": None
-        if samples[0]["text"] is None
-        else torch.cat([sample["text"] for sample in samples]),
+        "text": joined("text"),
+        "names": [sample["name"] for sample in samples],
         "groups": torch.tensor([sample["group"] for sample in samples]).repeat_interleave(repeat),
         "seeds": [sample["seed"] + i for sample in samples for i in range(repeat)],
         "bad": sum((sample["bad"] for sample in samples), []),
@@ -863,173 +710,31 @@ def prepare(batch, clip, args, config):
     elif clip:
         text = tgmae.encode_text(*clip, batch["captions"])
     if mask is None:
-        scores = tgmae.text_scores(
-            clip[0], video, text, config.patch_size, config.tubelet_size
-        ).cpu()
-        mask = torch.cat(
-            [
-                tgmae.topk_mask(
-                    score[None],
-                    args.mask_ratio,
-                    bottom_k=args.bottom_k,
-                    generator=torch.Generator().manual_seed(seed),
-                )
-                for score, seed in zip(scores, batch["seeds"])
-            ]
-        )
+        c, masks = config, []
+        scores = tgmae.text_scores(clip[0], video, text, c.patch_size, c.tubelet_size).cpu()
+        for score, seed in zip(scores, batch["seeds"]):
+            how = {"bottom_k": args.bottom_k, "generator": torch.Generator().manual_seed(seed)}
+            masks.append(tgmae.topk_mask(score[None], args.mask_ratio, **how))
+        mask = torch.cat(masks)
     return video, mask, text
-
-
-# =================================================================================================
-# Optimisation.
-# =================================================================================================
-
-
-def make_optimizer(model, args):
-    """AdamW as in VideoMAE: betas .9/.95, no decay on 1-D parameters and the mask token."""
-    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decay = [p for name, p in params if p.ndim > 1 and name != "mask_token"]
-    rest = [p for name, p in params if p.ndim <= 1 or name == "mask_token"]
-    groups = [
-        {"params": decay, "weight_decay": args.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def freeze_unused(model, args, text_from):
-    """What gets no gradient is frozen: DDP would wait for it, and stop at the second step."""
-    if not text_from:
-        model.predictor.requires_grad_(False)
-    if not args.mae:
-        for part in (model.decoder, model.encoder_to_decoder):
-            part.requires_grad_(False)
-        model.mask_token.requires_grad_(False)
-
-
-def clip_together(model, args):
-    """Parameters whose gradient norm --clip-grad limits together: those of a predictor that only
-    watches by themselves, since it must not change what the others learn."""
-    watching = [] if args.vt else list(model.predictor.parameters())
-    others = [
-        p for name, p in model.named_parameters() if args.vt or not name.startswith("predictor.")
-    ]
-    return [others, watching]
-
-
-# =================================================================================================
-# The run folder.
-# =================================================================================================
-
-# What a run that goes on must share with its checkpoint, beside the sizes of the model.
-SAME = """data clips split text_from clip clip_pretrained mask mask_ratio bottom_k mae vt vt_weight
-weight_decay seed epochs repeat""".split()
-
-
-def settings(args, data):
-    """What args.json and checkpoints keep of a run."""
-    world = rank_and_world()[1]
-    own = {
-        "clips": len(data),
-        "text_from": data.text_from,
-        "world": world,
-        "torch": str(torch.__version__),
-    }
-    return vars(args) | own
-
-
-def go_on(saved, model, optimizer, args, data):
-    """Loads a checkpoint of the same run; another one's is refused. -> its step, of how many
-    processes it was."""
-    config = asdict(model.config)
-    now = settings(args, data) | config
-    refuse_another_run(args, saved["args"] | saved["config"], now, (*SAME, *config))
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    found = saved["step"], saved["args"]["world"]
-    saved.clear()  # gigabytes
-    return found
-
-
-@torch.no_grad()
-def reconstruct(video, mask, pred, config):
-    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), pred (B,Nm,P) of TGMAE.forward, or None ->
-    dict of videos (B,3,T,H,W) in [0,1]: `clip`, `masked` (in grey), and with pred `reconstructed`,
-    in which masked cubes have their true mean and std put back, and `predicted`, in which they have
-    not: 0.5 + pred/6 (4.7). Without norm_pix_loss these two are the same."""
-    c = config
-    std, mean = (
-        video.new_tensor(v).view(3, 1, 1, 1) for v in (tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN)
-    )
-    cubes = tgmae.patchify(
-        video * std + mean, c.patch_size, c.tubelet_size
-    )  # (B,N,P), pixels in [0,1]
-    _, ids_mask = tgmae.split_mask(mask, video.device)
-    ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)  # (B,Nm,P)
-    volumes = {"clip": cubes, "masked": cubes.scatter(1, ids_mask, 0.5)}
-    if pred is not None:
-        _, mean, std = tgmae.reconstruction_target(video, mask, c)
-        pixels = (pred.unflatten(-1, (-1, 3)) * std + mean).flatten(2)  # (B,Nm,P)
-        volumes["reconstructed"] = cubes.scatter(1, ids_mask, pixels)
-        volumes["predicted"] = cubes.scatter(
-            1, ids_mask, 0.5 + pred / 6 if c.norm_pix_loss else pixels
-        )
-    return {
-        name: tgmae.unpatchify(volume, c.grid, c.patch_size, c.tubelet_size).clamp(0, 1)
-        for name, volume in volumes.items()
-    }
-
-
-@torch.no_grad()
-def draw_samples(path, model, video, mask, captions, mae):
-    """samples.png: for each clip its frames, the frames with the mask, and, if a decoder was
-    trained, the reconstruction, in which masked cubes have their own mean and std put back."""
-    c = model.config
-    model.eval()
-    videos = reconstruct(video, mask, model(video, mask)["pred"].float() if mae else None, c)
-    names = [name for name in ("clip", "masked", "reconstructed") if name in videos]
-    every = max(1, c.num_frames // 8)  # at most 8 frames side by side
-    rows = torch.stack([videos[name][:, :, ::every] for name in names], 1)  # (B, rows, C, t, S, S)
-    rows = rows.mul(255).byte().cpu()
-    B, _, _, t, S, _ = rows.shape
-    scale, margin = max(1, 96 // S), 16
-    S = S * scale
-    height = len(names) * (S + 2) + margin  # of a clip
-    sheet = Image.new("RGB", (90 + t * (S + 2), B * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for b in range(B):
-        draw.text((4, b * height + 2), captions[b] if captions else "", fill="black")
-        for row, name in enumerate(names):
-            top = b * height + margin + row * (S + 2)
-            draw.text((4, top + S // 2), name, fill="black")
-            for i in range(t):
-                frame = Image.fromarray(rows[b, row, :, i].permute(1, 2, 0).numpy())
-                sheet.paste(frame.resize((S, S), Image.NEAREST), (90 + i * (S + 2), top))
-    sheet.save(path)
-
-
-# =================================================================================================
-# The run.
-# =================================================================================================
 
 
 def check_text(manifest, record, with_maps):
     """ValueError if a record lacks what its text needs."""
     captioning = f"python captions.py caption {manifest} --source ... makes them"
     making = f"python captions.py maps {manifest} makes them"
-    gone = with_maps and not os.path.exists(record.get("map_path", ""))
-    for wrong, what in (
-        ("failed" in record, 'is marked "failed": take it out'),
-        (
-            not record.get("captions"),
-            f"has no captions, which --mask tgm, --vt and --clip need; {captioning}",
-        ),
-        ("map_path" in record and not with_maps, f"has a text map, others have none; {making}"),
-        (gone and "map_path" not in record, f"has no text map, others have; {making}"),
-        (gone, f"has no text map at {record.get('map_path')}; {making}"),
-    ):
-        if wrong:
-            raise ValueError(f"{manifest}: {record['video']} {what}")
+    if "failed" in record:
+        wrong = 'is marked "failed": take it out'
+    elif not record.get("captions"):
+        wrong = f"has no captions, which --mask tgm, --vt and --clip need; {captioning}"
+    elif with_maps != ("map_path" in record):
+        wrong = "has no text map, others have" if with_maps else "has a text map, others have none"
+        wrong += f"; {making}"
+    elif with_maps and not os.path.exists(record["map_path"]):
+        wrong = f"has no text map at {record['map_path']}; {making}"
+    else:
+        return
+    raise ValueError(f"{manifest}: {record['video']} {wrong}")
 
 
 def clip_of_maps(args, manifest, record):
@@ -1042,9 +747,9 @@ def clip_of_maps(args, manifest, record):
     return made_by
 
 
-def load_data(args, rank, world):
+def load_data(args):
     """-> training records, validation records or None, and where text comes from: see Clips."""
-    manifest = manifest_of(args.data)
+    manifest, world = manifest_of(args.data), rank_and_world()[1]
     records = dataset.read_manifest(manifest, args.split)
     val = dataset.read_manifest(manifest, args.val_split) if args.val_split else None
     # VT is watched where that costs no download that nobody asked for: on the toy world, or with
@@ -1052,11 +757,9 @@ def load_data(args, rank, world):
     with_text = args.mask == "tgm" or args.vt or args.data == "toy" or args.clip_given
     if with_text:  # what captions.py could not read is left out, and said so; never in validation
         failed = np.fromiter(("failed" in record for record in records), bool, len(records))
-        if failed.any() and rank == 0:
-            example = records[failed][0]["video"]
-            print(
-                f'{manifest}: {failed.sum()} clips marked "failed" are left out, such as {example}'
-            )
+        if failed.any():
+            example = f"such as {records[failed][0]['video']}"
+            say(f'{manifest}: {failed.sum()} clips marked "failed" are left out, {example}')
         records = records[~failed]
         with_maps = any("map_path" in record for record in records[:1])
         for record in itertools.chain(records, val or ()):
@@ -1079,6 +782,36 @@ def load_data(args, rank, world):
     return records, val, "maps" if with_maps else "clip"
 
 
+# ==================================================================================================
+# Model and optimiser.
+# ==================================================================================================
+
+
+def freeze_unused(model, args, text_from):
+    """What gets no gradient is frozen: DDP would wait for it, and stop at the second step."""
+    if not text_from:
+        model.predictor.requires_grad_(False)
+    if not args.mae:
+        for part in (model.decoder, model.encoder_to_decoder):
+            part.requires_grad_(False)
+        model.mask_token.requires_grad_(False)
+
+
+def load_weights(model, args):
+    """Those of --init; its predictor only if it is for a CLIP of the same width."""
+    theirs, state, _ = weights.load_checkpoint(args.init)
+    if theirs.text_dim != model.config.text_dim:
+        state = {name: v for name, v in state.items() if not name.startswith("predictor.")}
+    try:
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        unfit = f"does not fit --preset {args.preset}: {reason}"
+        raise ValueError(f"--init {args.init}: {unfit}") from error
+    if any(name.startswith("encoder.") for name in missing):
+        raise ValueError(f"--init {args.init}: has no {missing[0]}")
+
+
 def build_model(args, text_from, record, *, init=True):
     """-> model on the device, with the weights of --init unless init=False, and (clip, tokenizer),
     or None where there are text maps, or no text."""
@@ -1088,251 +821,300 @@ def build_model(args, text_from, record, *, init=True):
         maps = None if clip else dataset.read_map(record["map_path"], record["captions"])
         text_dim = (tgmae.encode_text(*clip, ["a"]) if clip else maps.text).shape[1]
         config = replace(config, text_dim=text_dim)
-    tgmae.topk_mask(
-        torch.zeros(1, *config.grid), args.mask_ratio
-    )  # refuses a ratio that masks none or all
+    # Refuses a ratio that masks none or all.
+    tgmae.topk_mask(torch.zeros(1, *config.grid), args.mask_ratio)
     torch.manual_seed(args.seed)
     model = tgmae.TGMAE(config)
     if args.init and init:
-        theirs, state, _ = weights.load_checkpoint(args.init)
-        if theirs.text_dim != config.text_dim:  # its predictor was for another CLIP
-            state = {
-                name: value for name, value in state.items() if not name.startswith("predictor.")
-            }
-        try:
-            missing = model.load_state_dict(state, strict=False).missing_keys
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise ValueError(
-                f"--init {args.init}: does not fit --preset {args.preset}: {reason}"
-            ) from error
-        if any(name.startswith("encoder.") for name in missing):
-            raise ValueError(f"--init {args.init}: has no {missing[0]}")
+        load_weights(model, args)
     model.set_grad_checkpointing(args.grad_checkpointing)
     freeze_unused(model, args, text_from)
     return model.to(args.device), clip
 
 
-def describe(args, model, data, share, steps_per_epoch, step, processes_then):
-    """Prints what the run is, and, if it goes on from `step`, of how many processes it was."""
-    world = rank_and_world()[1]
-    c = model.config
-    count = {
-        name: sum(p.numel() for p in part.parameters()) / 1e6
-        for name, part in model.named_children()
+def make_optimizer(model, args):
+    """AdamW as in VideoMAE: betas .9/.95, no decay on 1-D parameters and the mask token."""
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decay = [p for name, p in params if p.ndim > 1 and name != "mask_token"]
+    rest = [p for name, p in params if p.ndim <= 1 or name == "mask_token"]
+    groups = [
+        {"params": decay, "weight_decay": args.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def clip_together(model, args):
+    """Parameters whose gradient norm --clip-grad limits together: those of a predictor that only
+    watches by themselves, since it must not change what the others learn."""
+    watching = [] if args.vt else list(model.predictor.parameters())
+    named = model.named_parameters()
+    others = [p for name, p in named if args.vt or not name.startswith("predictor.")]
+    return [others, watching]
+
+
+# What a run that goes on must share with its checkpoint, beside the sizes of the model.
+SAME = """data clips split text_from clip clip_pretrained mask mask_ratio bottom_k mae vt vt_weight
+weight_decay seed epochs repeat""".split()
+
+
+def settings(args, data):
+    """What args.json and checkpoints keep of a run."""
+    own = {"clips": len(data), "text_from": data.text_from, "world": rank_and_world()[1]}
+    return vars(args) | own | {"torch": str(torch.__version__)}
+
+
+def go_on(saved, model, optimizer, args, data):
+    """Loads a checkpoint of the same run; another one's is refused. -> its step."""
+    config = asdict(model.config)
+    now = settings(args, data) | config
+    refuse_another_run(args, saved["args"] | saved["config"], now, (*SAME, *config))
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    step = saved["step"]
+    saved.clear()  # gigabytes
+    return step
+
+
+# ==================================================================================================
+# Pictures.
+# ==================================================================================================
+
+
+@torch.no_grad()
+def reconstruct(video, mask, pred, config):
+    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), pred (B,Nm,P) of TGMAE.forward, or None ->
+    dict of videos (B,3,T,H,W) in [0,1]: `clip`, `masked` (in grey), and with pred `reconstructed`,
+    in which masked cubes have their true mean and std put back, and `predicted`, in which they have
+    not: 0.5 + pred/6 (4.7). Without norm_pix_loss these two are the same."""
+    c, sizes = config, (config.patch_size, config.tubelet_size)
+    std, mean = (
+        torch.tensor(v, device=video.device).view(3, 1, 1, 1)
+        for v in (tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN)
+    )
+    cubes = tgmae.patchify(video * std + mean, *sizes)  # (B,N,P), pixels in [0,1]
+    _, ids_mask = tgmae.split_mask(mask, video.device)
+    ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)  # (B,Nm,P)
+    volumes = {"clip": cubes, "masked": cubes.scatter(1, ids_mask, 0.5)}
+    if pred is not None:
+        _, mean, std = tgmae.reconstruction_target(video, mask, c)
+        pixels = (pred.unflatten(-1, (-1, 3)) * std + mean).flatten(2)  # (B,Nm,P)
+        volumes["reconstructed"] = cubes.scatter(1, ids_mask, pixels)
+        bare = 0.5 + pred / 6 if c.norm_pix_loss else pixels
+        volumes["predicted"] = cubes.scatter(1, ids_mask, bare)
+    return {
+        name: tgmae.unpatchify(volume, c.grid, *sizes).clamp(0, 1)
+        for name, volume in volumes.items()
     }
-    t, h, w = c.grid
-    batch, clips = args.batch_size * world, share.videos * args.repeat
-    which, k = "lowest" if args.bottom_k else "highest", int(args.mask_ratio * h * w)
-    mask = f"{args.mask}, {which} {k} of {h * w} patches"
-    mask += f" in each of {t} slices"
-    if args.mask == "tgm":
-        online = f"CLIP online ({args.clip}), {c.num_patches} image embeddings a clip"
-        source = online if data.text_from == "clip" else f"text maps ({args.clip})"
-        mask += f"; similarity from {source}"
+
+
+def draw_page(rows, title="", side=112):
+    """rows of (text, picture (S,S,3) uint8) -> a PIL image: each picture below its text, which runs
+    on over the next ones where theirs is empty."""
+    font, line, gap = ImageFont.load_default(13), 17, 4
+    columns = max(map(len, rows))
+    width = columns * (side + gap) + gap
+    title = textwrap.wrap(title, width // 7)
+    top = len(title) * line + gap
+    page = Image.new("RGB", (width, top + len(rows) * (side + line + gap)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, 0), "\n".join(title), "black", font)
+    for row, cells in enumerate(rows):
+        for column, (text, picture) in enumerate(cells):
+            x, y = gap + column * (side + gap), top + row * (side + line + gap)
+            draw.text((x, y), text, "black", font)
+            picture = Image.fromarray(picture.numpy()).resize((side, side), Image.NEAREST)
+            page.paste(picture, (x, y + line))
+    return page
+
+
+@torch.no_grad()
+def draw_samples(path, model, data, clip, args):
+    """samples.png: of four clips the frames, the mask, and, if a decoder was trained, the
+    reconstruction, in which masked cubes have their own mean and std put back."""
+    c, count = model.config, min(4, len(data))
+    batch = collate([data[0, i * len(data) // 4] for i in range(count)])
+    video, mask, _ = prepare(batch, clip, args, c)
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # so few clips are not worth compiling for
+        pred = model(video, mask)["pred"].float() if args.mae else None
+    made = reconstruct(video, mask, pred, c)
+    every, rows = max(1, c.num_frames // 8), []  # at most 8 frames side by side
+    for b in range(0, len(video), args.repeat):
+        said = f': "{batch["captions"][b]}"' if batch["captions"] else ""
+        for name, text in {
+            "clip": f"clip{said}",
+            "masked": "mask",
+            "reconstructed": "reconstruction",
+        }.items():
+            if name in made:
+                frames = made[name][b, :, ::every].permute(1, 2, 3, 0).mul(255).byte().cpu()
+                rows.append([(text if i == 0 else "", frame) for i, frame in enumerate(frames)])
+    draw_page(rows).save(path)
+
+
+# ==================================================================================================
+# The run.
+# ==================================================================================================
+
+
+def describe(args, model, data, videos, steps_per_epoch):
+    """Prints what the run is."""
+    c, world = model.config, rank_and_world()[1]
+    (t, h, w), which = c.grid, "lowest" if args.bottom_k else "highest"
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    batch, clips = args.batch_size * world, videos * args.repeat
     loss = " + ".join(["MAE"] * args.mae + [f"{args.vt_weight:g} VT"] * args.vt)
     if data.text_from:
         loss += "" if args.vt else ", VT watched"
         loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
-    left = clips - batch * args.accum
-    left_out = f", {left} left out of each step" if left else ""
-    print(
-        f"model   {args.preset}, {sum(count.values()):.1f} M parameters (encoder "
-        f"{count['encoder']:.1f}, decoder {count['decoder']:.1f}); clips of {c.num_frames} frames "
-        f"{c.image_size}x{c.image_size}, {c.num_patches} cubes\ndata    {args.data}, split "
-        f"{args.split}: {len(data)} videos, stride {args.stride}, {args.repeat} clip(s) a decode, "
-        f"flip {'on' if args.flip else 'off'}\nmask    {mask}\nloss    {loss}\nsteps   "
-        f"{args.epochs} epochs x {steps_per_epoch} steps; global batch {clips} = {world} "
-        f"process(es) x {args.batch_size} x {args.accum}{left_out}; learning rate "
-        f"{args.blr * clips / 256:.3g}\ndevice  {args.device}, {'bf16' if args.amp else 'fp32'}; "
-        f"run folder {args.out}"
-    )
-    if processes_then:
-        total = args.epochs * steps_per_epoch
-        finished = ": finished, --no-resume starts over" if step == total else ""
-        print(
-            f"resume  at step {step} of {total}, so far of {processes_then} process(es){finished}"
-        )
-    sys.stdout.flush()
+    text = {"clip": "CLIP online", "maps": "text maps"}.get(data.text_from, "no text")
+    for key, value in {
+        "model": f"{args.preset}, {size:.1f} M parameters; clips of {c.num_frames} frames, "
+        f"{c.image_size}x{c.image_size}",
+        "data": f"{args.data}, split {args.split}: {len(data)} videos; {text} ({args.clip})",
+        "mask": f"{args.mask}, {which} {int(args.mask_ratio * h * w)} of {h * w} in each of {t} "
+        "slices",
+        "loss": loss,
+        "steps": f"{args.epochs} epochs x {steps_per_epoch}; global batch {clips} = {world} "
+        f"process(es) x {args.batch_size} x {args.accum}, "
+        f"{clips - batch * args.accum} left out of each step",
+        "device": f"{args.device}, {'bf16' if args.amp else 'fp32'}; learning rate "
+        f"{args.blr * clips / 256:.3g}; run folder {args.out}",
+    }.items():
+        say(f"{key:<8}{value}")
 
 
 @torch.no_grad()
-def validate(net, data, clip, args, rank, world):
-    """Held-out losses, of the same clips and masks each time."""
+def validate(net, data, clip, args):
+    """Held-out losses, of the same clips and masks each time, for the log."""
+    rank, world = rank_and_world()
     net.eval()
-    samples = [
-        (0, index) for index in DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
-    ]
-    loader = batches_of(
-        data,
-        args.workers,
-        bytes=args.batch_size * clip_bytes(data.config),
-        batch_size=args.batch_size // args.repeat,
-        sampler=samples,
-        collate_fn=collate,
-        drop_last=True,
-    )
+    mine = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
+    how = {"batch_size": args.batch_size // args.repeat, "drop_last": True, "collate_fn": collate}
+    how |= {"sampler": [(0, i) for i in mine], "bytes": args.batch_size * clip_bytes(data.config)}
     losses = []
-    for batch in loader:
+    for batch in batches_of(data, args.workers, **how):
         video, mask, text = prepare(batch, clip, args, data.config)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             out = net(video, mask, text, mae=args.mae, groups=batch["groups"].to(args.device))
         losses.append([out[name].item() for name in ("mae", "vt") if name in out])
     net.train()
-    mean = torch.tensor(losses).mean(0).to(args.device)
-    if world > 1:
-        dist.all_reduce(mean)
+    mean = sum_over_ranks(torch.tensor(losses).mean(0).to(args.device))
     names = ["val_mae"] * args.mae + ["val_vt"] * bool(data.text_from)
-    return dict(zip(names, (mean / world).tolist()))
+    return {name: value / world for name, value in zip(names, mean)}
 
 
-def losses_and_gradients(net, batch, clip, args, config):
-    """One forward and backward -> (4,) sums to log: mae, vt, bad videos, clips without motion
-    vectors."""
-    video, mask, text = prepare(batch, clip, args, config)
-    groups = batch["groups"].to(args.device)
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-        out = net(video, mask, text, mae=args.mae, watch=not args.vt, groups=groups)
-    zero = torch.zeros((), device=args.device)
-    mae, vt = out.get("mae", zero), out.get("vt", zero)
-    # VT that is only watched trains the predictor alone, so its weight changes nothing else.
-    loss = mae + args.vt_weight * vt  # (3.5)
-    (loss / args.accum).backward()
-    counts = zero.new_tensor([len(batch["bad"]), batch["no_motion"]])
-    return torch.cat(
-        [torch.stack([mae.detach().float(), vt.detach().float()]) / args.accum, counts]
-    )
-
-
-def log_line(args, text_from, world, sums, step, epoch, lr, norm, took, waited):
-    """What log.jsonl says of a step: losses (means over ranks), schedule, speed, and what went
-    wrong."""
-    mae, vt, bad, no_motion = sums.tolist()
-    line = {"step": step, "epoch": epoch}
-    line |= {"mae": round(mae / world, 6)} if args.mae else {}
-    line |= {"vt": round(vt / world, 6)} if text_from else {}
-    clips = args.batch_size * args.accum * world
-    line |= {"lr": lr, "grad_norm": round(norm, 4), "clips_per_s": round(clips / took, 2)}
-    return line | {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
+def finish(out):
+    """Says how the run ended."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "lr" in line]  # of steps, not of validation
+    last = [line for line in lines[-max(1, len(lines) // 20) :] if "skipped" not in line]
+    for name in ("mae", "vt"):
+        if found := [line[name] for line in last if name in line]:
+            print(f"{name:<8}{sum(found) / len(found):.3f}, mean of the last {len(found)} steps")
+    for name, what in (
+        ("skipped", "steps were left out: numbers that were not finite"),
+        ("bad", f"times a video could not be read, another took its place: {out}/bad_videos.txt"),
+        ("no_motion", "times a video had no motion vectors: the difference of frames stood in"),
+    ):
+        if count := sum(line.get(name, 0) for line in lines):
+            print(f"{name:<8}{count} {what}")
+    print(f"done    {out}/samples.png, {out}/last.pt")
 
 
 def train(args, share, saved, model, clip, data, val):
-    rank, world = rank_and_world()
-    steps_per_epoch = len(data) // share.videos
+    (rank, world), (videos, _, _) = rank_and_world(), share
+    out, c, steps_per_epoch = Path(args.out), model.config, len(data) // videos
+    total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     # Both rates, like VideoMAE's, are given per 256 clips.
-    peak, last = (rate * share.videos * args.repeat / 256 for rate in (args.blr, args.min_lr))
-    warmup = int(args.warmup_epochs * steps_per_epoch)
-    optimizer = make_optimizer(model, args)
-    step, processes_then = go_on(saved, model, optimizer, args, data) if saved else (0, None)
-    if rank == 0:
-        describe(args, model, data, share, steps_per_epoch, step, processes_then)
-    if (
-        args.compile
-    ):  # each by itself: between them the mask's counts are read, which breaks a graph
+    peak, least = (rate * videos * args.repeat / 256 for rate in (args.blr, args.min_lr))
+    optimizer, clipped = make_optimizer(model, args), clip_together(model, args)
+    describe(args, model, data, videos, steps_per_epoch)
+    start = go_on(saved, model, optimizer, args, data) if saved else 0
+    if saved is not None:
+        finished = ": finished, --no-resume starts over" if start == total else ""
+        say(f"resume  at step {start} of {total}{finished}")
+    if args.compile:  # each by itself: between them the mask's counts break a graph
         model.encoder.compile()
         model.decoder.compile()
     # No device_ids: the mask stays on the CPU.
     net = DistributedDataParallel(model) if world > 1 else model
-    clipped = clip_together(model, args)
+    lock = open_run(out, start)  # held until it is closed
+    if rank == 0:
+        (out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
+    size = args.batch_size * clip_bytes(c)
+    stream = steps(data, share, args, start, collate, bytes=size, spare=3 * size if val else 0)
+    bar = progress(total=total, initial=start, unit="step", disable=rank > 0)
+    done, skipped, saved_at, zero = start, 0, time.monotonic(), torch.zeros((), device=args.device)
 
-    def state():
-        return {
-            "config": asdict(model.config),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "epoch": run.step // steps_per_epoch,
-            "videos": share.videos,
-            "args": settings(args, data),
-        }
+    for step, batches in stream:
+        epoch, began = step // steps_per_epoch, time.perf_counter()
+        lr = learning_rate(step, warmup, total, peak, least)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        statistics = [buffer.clone() for buffer in model.predictor.buffers()]  # of its BatchNorm
+        sums, waited, names = torch.zeros(4, device=args.device), 0.0, []
+        for micro, batch in enumerate(batches, 1):
+            video, mask, text = prepare(batch, clip, args, c)
+            groups = batch["groups"].to(args.device)
+            with synchronised(net, last=micro == args.accum):
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                    losses = net(video, mask, text, mae=args.mae, watch=not args.vt, groups=groups)
+                mae, vt = losses.get("mae", zero), losses.get("vt", zero)
+                # VT that is only watched trains the predictor alone: its weight changes nothing.
+                loss = mae + args.vt_weight * vt  # (3.5)
+                (loss / args.accum).backward()
+            counts = zero.new_tensor([len(batch["bad"]), batch["no_motion"]])
+            means = torch.stack([mae.detach().float(), vt.detach().float()]) / args.accum
+            sums, waited = sums + torch.cat([means, counts]), waited + batch["waited"]
+            names += batch["names"]
+            list_bad(out / "bad_videos.txt", batch["bad"])
 
-    with Run(args, step, steps_per_epoch) as run:
+        limit = args.clip_grad or math.inf
+        norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped]
+        finite = sums.isfinite().all() and all(map(math.isfinite, norms))
+        flags = sums.new_tensor([not finite, asked_to_stop()])
+        mae, vt, bad, no_motion, broken, stop = sum_over_ranks(torch.cat([sums, flags]))
+        if broken:  # in any process: the step is left out, in all of them
+            for buffer, value in zip(model.predictor.buffers(), statistics):
+                buffer.copy_(value)
+        else:
+            optimizer.step()
+        done, skipped = step + 1, skipped + 1 if broken else 0
+
+        took = time.perf_counter() - began
+        line = {"step": done, "epoch": epoch}
+        line |= {"mae": round(mae / world, 6)} if args.mae else {}
+        line |= {"vt": round(vt / world, 6)} if data.text_from else {}
+        line |= {"lr": lr, "grad_norm": round(norms[0], 4)}
+        line["clips_per_s"] = round(args.batch_size * args.accum * world / took, 2)
+        line |= {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
         if rank == 0:
-            (run.out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
-        batch = args.batch_size * clip_bytes(model.config)
-        room = {"bytes": batch, "spare": 3 * batch if val else 0}  # for validate
-        stream = training_batches(data, share, args, step, steps_per_epoch, collate, **room)
-        while run.step < run.total:
-            lr = learning_rate(run.step, warmup, run.total, peak, last)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad()
-            statistics = [buffer.clone() for buffer in model.predictor.buffers()]
-            began, waited, sums, videos = time.perf_counter(), 0.0, 0, []
-            for micro in range(args.accum):
-                asked = time.perf_counter()
-                batch = next(stream)
-                waited += time.perf_counter() - asked
-                videos += batch["names"]
-                run.note_bad(batch["bad"])
-                with (
-                    contextlib.nullcontext()
-                    if world == 1 or micro == args.accum - 1
-                    else net.no_sync()
-                ):
-                    sums = sums + losses_and_gradients(net, batch, clip, args, model.config)
-            limit = args.clip_grad or math.inf
-            norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped]
-            sums, blamed = run.agree(sums, norms, videos)
-            if blamed:  # BatchNorm has seen the bad numbers
-                for buffer, value in zip(model.predictor.buffers(), statistics):
-                    buffer.copy_(value)
-            else:
-                optimizer.step()
-            epoch, took = run.step // steps_per_epoch, time.perf_counter() - began
-            run.log(
-                log_line(
-                    args,
-                    data.text_from,
-                    world,
-                    sums,
-                    run.step + 1,
-                    epoch,
-                    lr,
-                    norms[0],
-                    took,
-                    waited,
-                ),
-                blamed,
-            )
-            if val and run.step % steps_per_epoch == 0:
-                losses = validate(net, val, clip, args, rank, world)
-                if rank == 0:
-                    append_log(run.out / "log.jsonl", {"step": run.step, "epoch": epoch, **losses})
-            run.save(state)
+            append_log(out / "log.jsonl", line | ({"skipped": True} if broken else {}))
+        shown = {key: line[key] for key in ("mae", "vt", "wait") if key in line}
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+        if skipped:
+            left_out(done, skipped, [] if finite else names)
+        if val and done % steps_per_epoch == 0:
+            losses = validate(net, val, clip, args)
+            if rank == 0:
+                append_log(out / "log.jsonl", {"step": done, "epoch": epoch, **losses})
+        due = stop or done % steps_per_epoch == 0
+        due |= 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
+        if rank == 0 and due and (done == total or not skipped):
+            state = {"config": asdict(c), "model": model.state_dict(), "step": done}
+            state |= {"optimizer": optimizer.state_dict(), "epoch": done // steps_per_epoch}
+            own = {"videos": videos, "args": settings(args, data)}
+            save_checkpoint(out / "last.pt", **state, **own)
+            saved_at = time.monotonic()
+        if stop:
+            break
 
-
-def finish(args, model, clip, data):
-    """The pictures, and what the reader should know."""
-    out = Path(args.out)
-    batch = collate([data[0, i * len(data) // 4] for i in range(min(4, len(data)))])
-    video, mask, _ = prepare(batch, clip, args, model.config)
-    with torch.compiler.set_stance("force_eager"):  # so few clips are not worth compiling for
-        draw_samples(out / "samples.png", model, video, mask, batch["captions"], args.mae)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "lr" in line]
-    skipped = [line["step"] for line in steps if "skipped" in line]
-    last = [line for line in steps[-max(1, len(steps) // 20) :] if "skipped" not in line]
-    names = [name for name in ("mae", "vt") if last and name in last[0]]
-    means = ", ".join(
-        f"{name} {sum(line[name] for line in last) / len(last):.3f}" for name in names
-    )
-    print(f"done    {means} (mean of the last {len(last)} steps); {out}/samples.png, {out}/last.pt")
-    if skipped:
-        print(
-            f"numbers {len(skipped)} step(s) were not finite and left out, such as {skipped[0]}: "
-            f"{out}/log.jsonl"
-        )
-    bad, no_motion = (sum(line[name] for line in steps) for name in ("bad", "no_motion"))
-    if bad:
-        print(
-            f"bad     {bad} times a video could not be read, another took its place: "
-            f"{out}/bad_videos.txt"
-        )
-    if no_motion:
-        print(
-            f"motion  {no_motion} times a video had no motion vectors: the difference of frames "
-            "stood in"
-        )
+    bar.close()
+    close_run(out, lock, done, total)
 
 
 def main(argv=None):
@@ -1340,17 +1122,19 @@ def main(argv=None):
     less += "a smaller --preset"
     with one_line_errors("train.py", less):
         args = parse_args(argv)
-        rank, world = start_processes(args)
+        rank, _ = start_processes(args)
         saved = load_last(args)
         share = share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
-        args.batch_size, args.accum = share.forward * args.repeat, share.accum
-        records, val, text_from = load_data(args, rank, world)
+        _, forward, args.accum = share
+        args.batch_size = forward * args.repeat
+        records, val, text_from = load_data(args)
         model, clip = build_model(args, text_from, records[0], init=not saved)
         data = Clips(records, model.config, args, text_from=text_from)
         val = val and Clips(val, model.config, args, text_from=text_from, replace_bad=False)
         train(args, share, saved, model, clip, data, val)
         if rank == 0:
-            finish(args, model, clip, val or data)
+            draw_samples(Path(args.out) / "samples.png", model, val or data, clip, args)
+            finish(Path(args.out))
 
 
 if __name__ == "__main__":

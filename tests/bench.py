@@ -473,7 +473,8 @@ def loading_step(data, mask, args, *flags):
     words = f"--data {data} --mask {mask} --mask-ratio 0.6 --vt --batch-size {args.batch}"
     words += f" --preset {args.preset}"
     made = train.parse_args([*words.split(), "--device", args.device, *flags])
-    records, _, text = train.load_data(made, *train.start_processes(made))
+    train.start_processes(made)
+    records, _, text = train.load_data(made)
     model, clip = train.build_model(made, text, records[0])
     clips, optimizer = (
         train.Clips(records, model.config, made, text_from=text),
@@ -482,7 +483,10 @@ def loading_step(data, mask, args, *flags):
 
     def step():
         batch = train.collate([clips[0, i] for i in range(args.batch)])
-        train.losses_and_gradients(model, batch, clip, made, model.config)
+        video, mask, text = train.prepare(batch, clip, made, model.config)
+        with torch.autocast(made.device, torch.bfloat16, enabled=made.amp):
+            out = model(video, mask, text)
+        (out["mae"] + out["vt"]).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -95,14 +95,14 @@ def unexpected():
 
 
 def after_step(step, happens):
-    log = train.Run.log
+    append = train.append_log
 
-    def logs(run, *rest):
-        log(run, *rest)
-        if run.step == step:
+    def appends(path, line):
+        append(path, line)
+        if line["step"] == step:
             happens()
 
-    train.Run.log = logs
+    train.append_log = appends
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main():
             "--data mix.jsonl --mask mgm --preset toy --stride 4 --batch-size 8 --epochs 1000000 "
         )
         words += "--out run --workers 2 "
-        words += "--warmup-epochs 0 --save-minutes 0.2 --keep 2"
+        words += "--warmup-epochs 0 --save-minutes 0.2"
         with open(folder / "said.txt", "w") as said:
             run = subprocess.Popen(
                 [sys.executable, str(ROOT / "train.py"), *words.split()],

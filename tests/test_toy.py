@@ -122,13 +122,13 @@ def test_a_world_is_reused(world, capsys):
 def test_the_first_process_makes_the_default_world(monkeypatch):
     built, waited = [], []
     monkeypatch.setattr(toy, "build", built.append)
-    monkeypatch.setattr(train.dist, "barrier", lambda: waited.append(1))
+    monkeypatch.setattr(train, "gather_objects", lambda mine: waited.append(mine))
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
         assert str(train.manifest_of("toy")) == "data/toy/manifest.jsonl"
     assert (
         built == ["data/toy"] * 2
-        and len(waited) == 2
+        and len(waited) == 3
         and str(train.manifest_of("x.jsonl")) == "x.jsonl"
     )
 
