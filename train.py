@@ -146,11 +146,10 @@ def load_clip(name, pretrained, device):
     except ValueError as error:
         reason = str(error.__cause__).strip().splitlines()[0]
         reason = reason if online else "the hub cannot be reached"
-        raise ValueError(
-            f"--clip {name} --clip-pretrained {pretrained}: {reason}. Ways out: --clip-pretrained "
-            "FILE (weights on disk), --clip local-dir:FOLDER (an open_clip folder), or a manifest "
-            "with text maps"
-        ) from error
+        ways = "--clip-pretrained FILE (weights on disk), --clip local-dir:FOLDER (an open_clip "
+        ways += "folder), or a manifest with text maps"
+        flags = f"--clip {name} --clip-pretrained {pretrained}"
+        raise ValueError(f"{flags}: {reason}. Ways out: {ways}") from error
 
 
 def progress(*args, **more):
@@ -190,14 +189,13 @@ def one_line_errors(script, less):
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"{script}: {last_line(error)}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"{script}: {last_line(error)}; what needs less: {less}")
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (ValueError, OSError, RuntimeError) as error:
+        # A loader that ended has said why, or the kernel's log does.
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
-        sys.exit(f"{script}: {error}")  # the loader has said why, or the kernel's log does
+        sys.exit(f"{script}: {last_line(error)}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -425,11 +423,8 @@ def append(path, text):
 
 def append_log(path, line):
     """Adds a dict to a file of JSON lines, in which a number that is not finite is null."""
-    line = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in line.items()
-    }
-    append(path, json.dumps(line) + "\n")
+    odd = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+    append(path, json.dumps(line | odd) + "\n")
 
 
 def list_bad(path, bad):
@@ -460,10 +455,8 @@ def refuse_another_run(args, then, now, keys):
     """ValueError if what the run in --out was made with differs in one of the keys."""
     changed = [f"{key} {then.get(key)} -> {now[key]}" for key in keys if then.get(key) != now[key]]
     if changed:
-        raise ValueError(
-            f"{args.out}/last.pt is of another run ({', '.join(changed)}): another --out, or "
-            "--no-resume to start over"
-        )
+        ways = "another --out, or --no-resume to start over"
+        raise ValueError(f"{args.out}/last.pt is of another run ({', '.join(changed)}): {ways}")
 
 
 def open_run(out, step):
@@ -533,11 +526,10 @@ def check_args(args):
     if not (args.mae or args.vt):
         raise ValueError("--no-mae without --vt leaves nothing to optimise")
     if args.batch_size % args.repeat:
-        indivisible = f"is not divisible by --repeat {args.repeat}"
-        raise ValueError(f"--batch-size {args.batch_size} {indivisible}")
+        raise ValueError(f"--batch-size {args.batch_size}: not divisible by --repeat {args.repeat}")
     if not 0 <= args.warmup_epochs <= args.epochs:
-        limits = f"must lie in 0 to --epochs {args.epochs}"
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: {limits}")
+        most = args.epochs
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {most}")
 
 
 def parse_args(argv=None):
@@ -766,11 +758,9 @@ def load_data(args):
             check_text(manifest, record, with_maps)
     for part, name in ((records, args.split), (val, args.val_split)):
         if part is not None and len(part) < world * args.batch_size // args.repeat * args.accum:
-            raise ValueError(
-                f"{manifest}: {len(part)} clips of split {name!r} are fewer than a step takes "
-                f"({world} processes x --batch-size {args.batch_size} x --accum {args.accum} / "
-                f"--repeat {args.repeat})"
-            )
+            step = f"{world} processes x --batch-size {args.batch_size} x --accum {args.accum}"
+            fewer = f"{len(part)} clips of split {name!r} are fewer than a step takes"
+            raise ValueError(f"{manifest}: {fewer} ({step} / --repeat {args.repeat})")
     if not with_text:
         return records, val, None
     videos = world * args.batch_size // args.repeat
@@ -837,10 +827,8 @@ def make_optimizer(model, args):
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decay = [p for name, p in params if p.ndim > 1 and name != "mask_token"]
     rest = [p for name, p in params if p.ndim <= 1 or name == "mask_token"]
-    groups = [
-        {"params": decay, "weight_decay": args.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decay, "weight_decay": args.weight_decay}]
+    groups += [{"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
@@ -888,10 +876,8 @@ def reconstruct(video, mask, pred, config):
     in which masked cubes have their true mean and std put back, and `predicted`, in which they have
     not: 0.5 + pred/6 (4.7). Without norm_pix_loss these two are the same."""
     c, sizes = config, (config.patch_size, config.tubelet_size)
-    std, mean = (
-        torch.tensor(v, device=video.device).view(3, 1, 1, 1)
-        for v in (tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN)
-    )
+    statistics = video.new_tensor((tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN))
+    std, mean = statistics.view(2, 3, 1, 1, 1)
     cubes = tgmae.patchify(video * std + mean, *sizes)  # (B,N,P), pixels in [0,1]
     _, ids_mask = tgmae.split_mask(mask, video.device)
     ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)  # (B,Nm,P)
@@ -902,10 +888,8 @@ def reconstruct(video, mask, pred, config):
         volumes["reconstructed"] = cubes.scatter(1, ids_mask, pixels)
         bare = 0.5 + pred / 6 if c.norm_pix_loss else pixels
         volumes["predicted"] = cubes.scatter(1, ids_mask, bare)
-    return {
-        name: tgmae.unpatchify(volume, c.grid, *sizes).clamp(0, 1)
-        for name, volume in volumes.items()
-    }
+    back = {name: tgmae.unpatchify(cubes, c.grid, *sizes) for name, cubes in volumes.items()}
+    return {name: video.clamp(0, 1) for name, video in back.items()}
 
 
 def draw_page(rows, title="", side=112):
@@ -939,17 +923,14 @@ def draw_samples(path, model, data, clip, args):
     with torch.compiler.set_stance("force_eager"):  # so few clips are not worth compiling for
         pred = model(video, mask)["pred"].float() if args.mae else None
     made = reconstruct(video, mask, pred, c)
-    every, rows = max(1, c.num_frames // 8), []  # at most 8 frames side by side
+    rows = []
     for b in range(0, len(video), args.repeat):
         said = f': "{batch["captions"][b]}"' if batch["captions"] else ""
-        for name, text in {
-            "clip": f"clip{said}",
-            "masked": "mask",
-            "reconstructed": "reconstruction",
-        }.items():
-            if name in made:
-                frames = made[name][b, :, ::every].permute(1, 2, 3, 0).mul(255).byte().cpu()
-                rows.append([(text if i == 0 else "", frame) for i, frame in enumerate(frames)])
+        texts = {"clip": f"clip{said}", "masked": "mask", "reconstructed": "reconstruction"}
+        for name in [name for name in texts if name in made]:
+            frames = made[name][b].permute(1, 2, 3, 0).mul(255).byte().cpu()
+            frames = frames[:: max(1, c.num_frames // 8)]  # at most 8 side by side
+            rows.append(list(zip([texts[name]] + [""] * len(frames), frames)))
     draw_page(rows).save(path)
 
 
@@ -958,31 +939,25 @@ def draw_samples(path, model, data, clip, args):
 # ==================================================================================================
 
 
-def describe(args, model, data, videos, steps_per_epoch):
-    """Prints what the run is."""
-    c, world = model.config, rank_and_world()[1]
-    (t, h, w), which = c.grid, "lowest" if args.bottom_k else "highest"
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+def describe(args, c, data, videos, steps_per_epoch):
+    """Prints what the run is. c: the model's Config."""
+    world, which = rank_and_world()[1], "lowest" if args.bottom_k else "highest"
     batch, clips = args.batch_size * world, videos * args.repeat
+    patches = c.grid[1] * c.grid[2]
+    text = {"clip": "CLIP online", "maps": "text maps"}.get(data.text_from, "no text")
     loss = " + ".join(["MAE"] * args.mae + [f"{args.vt_weight:g} VT"] * args.vt)
     if data.text_from:
         loss += "" if args.vt else ", VT watched"
         loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
-    text = {"clip": "CLIP online", "maps": "text maps"}.get(data.text_from, "no text")
-    for key, value in {
-        "model": f"{args.preset}, {size:.1f} M parameters; clips of {c.num_frames} frames, "
-        f"{c.image_size}x{c.image_size}",
-        "data": f"{args.data}, split {args.split}: {len(data)} videos; {text} ({args.clip})",
-        "mask": f"{args.mask}, {which} {int(args.mask_ratio * h * w)} of {h * w} in each of {t} "
-        "slices",
-        "loss": loss,
-        "steps": f"{args.epochs} epochs x {steps_per_epoch}; global batch {clips} = {world} "
-        f"process(es) x {args.batch_size} x {args.accum}, "
-        f"{clips - batch * args.accum} left out of each step",
-        "device": f"{args.device}, {'bf16' if args.amp else 'fp32'}; learning rate "
-        f"{args.blr * clips / 256:.3g}; run folder {args.out}",
-    }.items():
-        say(f"{key:<8}{value}")
+    say(f"model   {args.preset}; clips of {c.num_frames} frames, {c.image_size}x{c.image_size}")
+    say(f"data    {args.data}, split {args.split}: {len(data)} videos; {text} ({args.clip})")
+    masked = f"{int(args.mask_ratio * patches)} of {patches} patches in each of {c.grid[0]} slices"
+    say(f"mask    {args.mask}, {which} {masked}")
+    say(f"loss    {loss}")
+    left = f"{clips - batch * args.accum} left out of each step"
+    say(f"batch   {clips} clips = {world} x {args.batch_size} x {args.accum}, {left}")
+    say(f"steps   {args.epochs} epochs x {steps_per_epoch}; rate {args.blr * clips / 256:.3g}")
+    say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {args.out}")
 
 
 @torch.no_grad()
@@ -1030,7 +1005,7 @@ def train(args, share, saved, model, clip, data, val):
     # Both rates, like VideoMAE's, are given per 256 clips.
     peak, least = (rate * videos * args.repeat / 256 for rate in (args.blr, args.min_lr))
     optimizer, clipped = make_optimizer(model, args), clip_together(model, args)
-    describe(args, model, data, videos, steps_per_epoch)
+    describe(args, c, data, videos, steps_per_epoch)
     start = go_on(saved, model, optimizer, args, data) if saved else 0
     if saved is not None:
         finished = ": finished, --no-resume starts over" if start == total else ""
