@@ -50,17 +50,19 @@ from train import (
     batches_of,
     check_flags,
     clip_bytes,
-    close_run,
+    cut_log,
     draw_page,
     gather_objects,
     learning_rate,
+    leave,
     left_out,
     list_bad,
+    listen,
     load_clip,
     load_last,
+    lock_folder,
     manifest_of,
     one_line_errors,
-    open_run,
     progress,
     rank_and_world,
     reconstruct,
@@ -536,7 +538,7 @@ def compute_clips(split, records, args, config, grid, compute):
     loader = batches_of(
         Views(records, config, args, grid),
         min(args.workers, len(batches)),
-        bytes=size * grid[0] * grid[1] * clip_bytes(config),
+        size=size * grid[0] * grid[1] * clip_bytes(config),
         batch_sampler=batches,
         collate_fn=list,
     )
@@ -1034,12 +1036,14 @@ def fit(args, model, classes, train, val):
     say(f"steps   {total}, from step {start}; {videos} videos = {world} x {forward} x {accum}")
     say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}")
     net = DistributedDataParallel(model) if world > 1 else model
-    lock = open_run(out, start)
+    if rank == 0:
+        cut_log(out / "log.jsonl", start)
     size = clip_bytes(c)
-    room = {"bytes": forward * args.repeat * size * 4}  # float32
+    room = {"size": forward * args.repeat * size * 4}  # float32
     room["spare"] = 3 * args.batch_size * size if val else 0  # for validate
     bar = progress(total=total, initial=start, unit="step", disable=rank > 0)
-    done, skipped, saved_at = start, 0, time.monotonic()
+    done, in_a_row, kept, saved_at = start, 0, start, time.monotonic()
+    listen()
 
     for step, batches in steps(data, share, args, start, collate, **room):
         net.train()
@@ -1065,12 +1069,13 @@ def fit(args, model, classes, train, val):
             list_bad(out / "bad_videos.txt", batch["bad"])
 
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
-        finite = bool(sums.isfinite().all()) and math.isfinite(norm)
-        flags = sums.new_tensor([not finite, asked_to_stop()])
+        mine_finite = bool(sums.isfinite().all())
+        flags = sums.new_tensor([not (mine_finite and math.isfinite(norm)), asked_to_stop()])
         loss, bad, broken, stop = sum_over_ranks(torch.cat([sums, flags]))
         if not broken:  # in any process: else the step is left out, in all of them
             optimizer.step()
-        done, skipped = step + 1, skipped + 1 if broken else 0
+        done = step + 1
+        in_a_row = in_a_row + 1 if broken else 0
 
         clips, took = world * forward * accum * args.repeat, time.perf_counter() - began
         line = {"step": done, "epoch": epoch, "loss": round(loss / world, 6), "lr": lr}
@@ -1080,8 +1085,8 @@ def fit(args, model, classes, train, val):
             append_log(out / "log.jsonl", line)
         bar.set_postfix({"loss": line["loss"]}, refresh=False)
         bar.update()
-        if skipped:
-            left_out(done, skipped, [] if finite else names)
+        if broken:
+            left_out(done, in_a_row, [] if mine_finite else names)
         state = {"config": asdict(c), "model": model.state_dict(), "step": done, "videos": videos}
         state |= {"classes": classes, "epoch": done // steps_per_epoch, "args": settings}
         if val and done % steps_per_epoch == 0:
@@ -1091,14 +1096,14 @@ def fit(args, model, classes, train, val):
             best = max(best, top)
         due = stop or done % steps_per_epoch == 0
         due |= 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
-        if rank == 0 and due and (done == total or not skipped):
+        if rank == 0 and due and (done == total or not broken):
             save_checkpoint(out / "last.pt", **state, best=best, optimizer=optimizer.state_dict())
-            saved_at = time.monotonic()
+            kept, saved_at = done, time.monotonic()
         if stop:
             break
 
     bar.close()
-    close_run(out, lock, done, total)
+    leave(out, kept, unfinished=done < total)
 
 
 def as_it_is(args, manifest, test):
@@ -1141,7 +1146,8 @@ def train_classifier(args, manifest, test):
         start.encoder.state_dict(), strict=False
     )  # all but the final norm
     model.encoder.grad_checkpointing = args.grad_checkpointing
-    fit(args, model, classes, train, val)
+    with lock_folder(Path(args.out)):
+        fit(args, model, classes, train, val)
     kept = [Path(args.out) / name for name in ("last.pt", "best.pt") if val or name == "last.pt"]
     return {str(path): load_model(path)[0] for path in kept}, classes
 

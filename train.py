@@ -132,7 +132,7 @@ def manifest_of(data):
         import toy
 
         toy.build("data/toy")
-    gather_objects("it is there")
+    gather_objects("a barrier: it is there")
     return Path("data/toy/manifest.jsonl")
 
 
@@ -167,8 +167,8 @@ def learning_rate(step, warmup, total, peak, last, first=0.0):
     `peak`, then a cosine to `last`, as VideoMAE's cosine_scheduler."""
     if step < warmup:
         return first + (peak - first) * step / max(1, warmup - 1)
-    done = (step - warmup) / max(1, total - warmup)
-    return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * done))
+    half_turn = math.pi * (step - warmup) / max(1, total - warmup)
+    return last + (peak - last) * 0.5 * (1 + math.cos(half_turn))
 
 
 def last_line(error):
@@ -249,9 +249,9 @@ class TrainingClips(torch.utils.data.Dataset):
 
 
 def init_loader(_=None):
-    """worker_init_fn of loader processes. A scheduler sends SIGTERM to all processes of a run, and
-    it needs its loaders until it has saved. One for which it would wait in vain ends, and so does
-    it."""
+    """worker_init_fn of loader processes. They do not listen to SIGTERM: a scheduler sends it to
+    all processes of a run, which needs its loaders until it has saved. A loader that cannot hand
+    over a batch, or has lost its run, exits; torch then ends the run."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
         os._exit(1)  # the run was killed before; torch watches whomever it finds as parent
@@ -260,7 +260,8 @@ def init_loader(_=None):
         print(f"loader: a batch cannot be handed over: {last_line(error)}", file=sys.stderr)
         os._exit(1)
 
-    # multiprocessing itself goes on without what found no shared memory, or no open file.
+    # multiprocessing itself would print why (no shared memory, no open file), and go on without the
+    # batch: these are called by the thread that sends batches, and the one that sends their files.
     Queue._on_queue_feeder_error = staticmethod(lambda error, batch: end(error))
     sys.excepthook = lambda kind, error, trace: end(error)
 
@@ -269,8 +270,8 @@ SHM = Path("/dev/shm")  # where loaders put batches
 
 
 def fit_loaders(workers, batch, spare=0):
-    """-> how many loader processes, at most `workers`, and how many batches of each ahead, of
-    `batch` bytes, leave `spare` bytes of shared memory free. ValueError if not even one does."""
+    """-> (loader processes, batches that each has ready): `workers` and 2, or as many as fit into
+    free shared memory with `batch` bytes a batch, less `spare`. ValueError if not even one does."""
     free = shutil.disk_usage(SHM).free if SHM.exists() else sys.maxsize
     free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = (free - spare) // batch - 2  # one more is handed over, one in use
@@ -287,7 +288,7 @@ def fit_loaders(workers, batch, spare=0):
     return fewer, 1
 
 
-PATIENCE = 30 * 60, 20  # seconds for a batch to come, and when SIGTERM has come
+PATIENCE, GRACE = 30 * 60, 20  # seconds to wait for a batch; once SIGTERM has come
 _stop = {"asked": False}
 
 
@@ -295,7 +296,7 @@ def ask_to_stop(*_):
     """At SIGTERM: the run will save and stop after this step."""
     _stop["asked"] = True
     if signal.alarm(0):  # a batch is awaited
-        signal.alarm(PATIENCE[1])
+        signal.alarm(GRACE)
 
 
 def asked_to_stop():
@@ -304,26 +305,28 @@ def asked_to_stop():
 
 def no_batch(*_):
     """At SIGALRM, while a batch is awaited."""
-    end_loaders()  # they might not listen
-    came = "SIGTERM came, and " if asked_to_stop() else ""
-    raise TimeoutError(f"{came}no batch for {PATIENCE[asked_to_stop()]} s: ended without saving")
+    came, seconds = ("SIGTERM came, and ", GRACE) if asked_to_stop() else ("", PATIENCE)
+    raise TimeoutError(f"{came}no batch for {seconds} s: ended without saving")
 
 
-def batches_of(data, workers, *, bytes=1, spare=0, **more):
-    """Yields the batches of a DataLoader, which take `bytes` bytes each, see fit_loaders.
+def batches_of(data, workers, *, size=1, spare=0, **more):
+    """Yields the batches of a DataLoader, which take `size` bytes each; spare: see fit_loaders.
     TimeoutError if one does not come."""
-    workers, ahead = fit_loaders(workers, bytes, spare)
+    workers, ahead = fit_loaders(workers, size, spare)
     more |= {"worker_init_fn": init_loader, "prefetch_factor": ahead} if workers else {}
     stream = iter(DataLoader(data, num_workers=workers, **more))
     signal.signal(signal.SIGALRM, no_batch)
     while True:
-        signal.alarm(PATIENCE[0])
-        if asked_to_stop():
-            signal.alarm(PATIENCE[1])
+        signal.alarm(PATIENCE)
+        if asked_to_stop():  # asked after the alarm is set: SIGTERM may come at any moment
+            signal.alarm(GRACE)
         try:
             batch = next(stream)
         except StopIteration:
             return
+        except TimeoutError:
+            end_loaders()  # they might not listen
+            raise
         finally:
             signal.alarm(0)
         yield batch
@@ -436,6 +439,24 @@ def list_bad(path, bad):
         append(path, "".join(f"{video}\t{why}\n" for video, why in new.items()))
 
 
+def lock_folder(out):
+    """Makes the run folder. -> a file, for process 0, that holds a lock as long as it is open: the
+    kernel frees it with its owner, and loaders do not inherit it. ValueError if another run has
+    it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if rank_and_world()[0]:
+        return contextlib.nullcontext()
+    lock = open(out / "lock", "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"{out}: another run is writing there; another --out") from error
+    except OSError as error:  # file systems without locks
+        note = f"note    {lock.name}: {error.strerror}; nothing keeps a second run out"
+        print(note, file=sys.stderr)
+    return lock
+
+
 def load_last(args):
     """The checkpoint from which the run in --out goes on, None if it begins. The same one for all
     processes: a ValueError where a machine sees another."""
@@ -459,41 +480,28 @@ def refuse_another_run(args, then, now, keys):
         raise ValueError(f"{args.out}/last.pt is of another run ({', '.join(changed)}): {ways}")
 
 
-def open_run(out, step):
-    """Makes the run folder, or goes on in it. From here on SIGTERM asks to stop. Process 0 drops
-    from log.jsonl what comes after `step`: it will be taken again. -> a file that holds a lock as
-    long as it is open: the kernel frees it with its owner, and loaders do not inherit it.
-    ValueError if another run has it."""
+def cut_log(path, step):
+    """Drops what comes after `step`: it will be taken again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with replacing(path, "w") as file:
+        file.writelines(kept)
+
+
+def listen():
+    """From here on SIGTERM asks to stop."""
     _stop["asked"] = False
     signal.signal(signal.SIGTERM, ask_to_stop)
-    out.mkdir(parents=True, exist_ok=True)
-    if rank_and_world()[0]:
-        return None
-    lock, log = open(out / "lock", "a"), out / "log.jsonl"
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"{out}: another run is writing there; another --out") from error
-    except OSError as error:  # file systems without locks
-        note = f"note    {lock.name}: {error.strerror}; nothing keeps a second run out"
-        print(note, file=sys.stderr)
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    with replacing(log, "w") as file:
-        kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-        file.writelines(kept)
-    return lock
 
 
-def close_run(out, lock, step, total):
-    """After the last step. SIGTERM is what it was; one that came before ends the process as it ends
-    any, since the run is not finished."""
+def leave(out, saved, unfinished):
+    """After the last step: nothing listens to SIGTERM any more. A run that it has stopped exits as
+    if it had ended it. saved: the step of last.pt."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gather_objects("process 0 has written")
-    if lock:
-        lock.close()
-    if step < total:
-        if lock:
-            print(f"stopped by SIGTERM; {out}/last.pt holds step {step}", file=sys.stderr)
+    gather_objects("a barrier: process 0 has written")
+    if unfinished:
+        if rank_and_world()[0] == 0:
+            print(f"stopped by SIGTERM; {out}/last.pt holds step {saved}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
 
 
@@ -501,8 +509,8 @@ MAX_NON_FINITE = 10  # steps in a row without finite numbers before a run stops
 
 
 def left_out(step, in_a_row, names):
-    """Says of which videos this process has met numbers that are not finite. ValueError after too
-    many steps in a row."""
+    """Says of which videos this process has numbers that are not finite. ValueError after too many
+    steps in a row."""
     if names:
         print(f"note    step {step}: not finite, left out: {', '.join(names)}", file=sys.stderr)
     if in_a_row == MAX_NON_FINITE:
@@ -526,7 +534,8 @@ def check_args(args):
     if not (args.mae or args.vt):
         raise ValueError("--no-mae without --vt leaves nothing to optimise")
     if args.batch_size % args.repeat:
-        raise ValueError(f"--batch-size {args.batch_size}: not divisible by --repeat {args.repeat}")
+        indivisible = f"is not divisible by --repeat {args.repeat}"
+        raise ValueError(f"--batch-size {args.batch_size} {indivisible}")
     if not 0 <= args.warmup_epochs <= args.epochs:
         most = args.epochs
         raise ValueError(f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {most}")
@@ -645,7 +654,7 @@ class Clips(TrainingClips):
         if self.text_from == "maps":
             text_map = dataset.read_map(record["map_path"], record["captions"], args.clip)
         videos, masks = [], []
-        for caption in chosen:  # a clip of the same frames for each
+        for number in chosen:  # a clip of the same frames for each caption
             crop = dataset.multi_scale_crop(size, flip=args.flip, generator=generator)
             videos.append(dataset.crop_frames(frames, crop, c.image_size))
             if args.mask == "tube":
@@ -654,7 +663,7 @@ class Clips(TrainingClips):
                 cropped = dataset.crop_motion(motion, crop, c.grid)
                 scores = tgmae.motion_scores(cropped[None], c.grid)
             elif text_map:
-                scores = dataset.map_scores(text_map, caption, firsts, crop, size, c.grid)[None]
+                scores = dataset.map_scores(text_map, number, firsts, crop, size, c.grid)[None]
             else:
                 continue  # in `prepare`, on the device, where CLIP is
             how = {"bottom_k": args.bottom_k, "generator": generator}
@@ -747,7 +756,7 @@ def load_data(args):
     # VT is watched where that costs no download that nobody asked for: on the toy world, or with
     # --clip.
     with_text = args.mask == "tgm" or args.vt or args.data == "toy" or args.clip_given
-    if with_text:  # what captions.py could not read is left out, and said so; never in validation
+    if with_text:  # what captions.py could not read is left out; in validation it is an error
         failed = np.fromiter(("failed" in record for record in records), bool, len(records))
         if failed.any():
             example = f"such as {records[failed][0]['video']}"
@@ -852,8 +861,8 @@ def settings(args, data):
     return vars(args) | own | {"torch": str(torch.__version__)}
 
 
-def go_on(saved, model, optimizer, args, data):
-    """Loads a checkpoint of the same run; another one's is refused. -> its step."""
+def go_on(saved, model, optimizer, args, data, total):
+    """Loads a checkpoint of the same run; another one's is refused. -> its step, of `total`."""
     config = asdict(model.config)
     now = settings(args, data) | config
     refuse_another_run(args, saved["args"] | saved["config"], now, (*SAME, *config))
@@ -861,6 +870,8 @@ def go_on(saved, model, optimizer, args, data):
     optimizer.load_state_dict(saved["optimizer"])
     step = saved["step"]
     saved.clear()  # gigabytes
+    finished = ": finished, --no-resume starts over" if step == total else ""
+    say(f"resume  at step {step} of {total}{finished}")
     return step
 
 
@@ -967,7 +978,7 @@ def validate(net, data, clip, args):
     net.eval()
     mine = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
     how = {"batch_size": args.batch_size // args.repeat, "drop_last": True, "collate_fn": collate}
-    how |= {"sampler": [(0, i) for i in mine], "bytes": args.batch_size * clip_bytes(data.config)}
+    how |= {"sampler": [(0, i) for i in mine], "size": args.batch_size * clip_bytes(data.config)}
     losses = []
     for batch in batches_of(data, args.workers, **how):
         video, mask, text = prepare(batch, clip, args, data.config)
@@ -999,29 +1010,28 @@ def finish(out):
 
 
 def train(args, share, saved, model, clip, data, val):
-    (rank, world), (videos, _, _) = rank_and_world(), share
+    (rank, world), (videos, _, accum) = rank_and_world(), share
     out, c, steps_per_epoch = Path(args.out), model.config, len(data) // videos
     total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     # Both rates, like VideoMAE's, are given per 256 clips.
     peak, least = (rate * videos * args.repeat / 256 for rate in (args.blr, args.min_lr))
     optimizer, clipped = make_optimizer(model, args), clip_together(model, args)
     describe(args, c, data, videos, steps_per_epoch)
-    start = go_on(saved, model, optimizer, args, data) if saved else 0
-    if saved is not None:
-        finished = ": finished, --no-resume starts over" if start == total else ""
-        say(f"resume  at step {start} of {total}{finished}")
+    start = go_on(saved, model, optimizer, args, data, total) if saved else 0
     if args.compile:  # each by itself: between them the mask's counts break a graph
         model.encoder.compile()
         model.decoder.compile()
     # No device_ids: the mask stays on the CPU.
     net = DistributedDataParallel(model) if world > 1 else model
-    lock = open_run(out, start)  # held until it is closed
     if rank == 0:
+        cut_log(out / "log.jsonl", start)
         (out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
     size = args.batch_size * clip_bytes(c)
-    stream = steps(data, share, args, start, collate, bytes=size, spare=3 * size if val else 0)
+    stream = steps(data, share, args, start, collate, size=size, spare=3 * size if val else 0)
     bar = progress(total=total, initial=start, unit="step", disable=rank > 0)
-    done, skipped, saved_at, zero = start, 0, time.monotonic(), torch.zeros((), device=args.device)
+    zero = torch.zeros((), device=args.device)
+    done, in_a_row, saved, saved_at = start, 0, start, time.monotonic()
+    listen()
 
     for step, batches in stream:
         epoch, began = step // steps_per_epoch, time.perf_counter()
@@ -1029,67 +1039,93 @@ def train(args, share, saved, model, clip, data, val):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        statistics = [buffer.clone() for buffer in model.predictor.buffers()]  # of its BatchNorm
+        # Of the predictor's BatchNorm, to be put back if the step is left out.
+        statistics = [buffer.clone() for buffer in model.predictor.buffers()]
         sums, waited, names = torch.zeros(4, device=args.device), 0.0, []
         for micro, batch in enumerate(batches, 1):
             video, mask, text = prepare(batch, clip, args, c)
             groups = batch["groups"].to(args.device)
-            with synchronised(net, last=micro == args.accum):
+            with synchronised(net, last=micro == accum):
                 with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
                     losses = net(video, mask, text, mae=args.mae, watch=not args.vt, groups=groups)
                 mae, vt = losses.get("mae", zero), losses.get("vt", zero)
-                # VT that is only watched trains the predictor alone: its weight changes nothing.
-                loss = mae + args.vt_weight * vt  # (3.5)
-                (loss / args.accum).backward()
+                # Equation (3.5). VT that is only watched trains the predictor, which AdamW does
+                # alike whatever the weight, and nothing else.
+                loss = mae + args.vt_weight * vt
+                (loss / accum).backward()
+            means = torch.stack([mae.detach().float(), vt.detach().float()]) / accum
             counts = zero.new_tensor([len(batch["bad"]), batch["no_motion"]])
-            means = torch.stack([mae.detach().float(), vt.detach().float()]) / args.accum
-            sums, waited = sums + torch.cat([means, counts]), waited + batch["waited"]
+            sums = sums + torch.cat([means, counts])  # mae, vt, bad, no_motion
+            waited += batch["waited"]
             names += batch["names"]
             list_bad(out / "bad_videos.txt", batch["bad"])
 
         limit = args.clip_grad or math.inf
         norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped]
-        finite = sums.isfinite().all() and all(map(math.isfinite, norms))
-        flags = sums.new_tensor([not finite, asked_to_stop()])
-        mae, vt, bad, no_motion, broken, stop = sum_over_ranks(torch.cat([sums, flags]))
+        mine_finite = bool(sums.isfinite().all())
+        flags = [not (mine_finite and all(map(math.isfinite, norms))), asked_to_stop()]
+        sums = torch.cat([sums, sums.new_tensor(flags)])
+        mae, vt, bad, no_motion, broken, stop = sum_over_ranks(sums)
         if broken:  # in any process: the step is left out, in all of them
             for buffer, value in zip(model.predictor.buffers(), statistics):
                 buffer.copy_(value)
         else:
             optimizer.step()
-        done, skipped = step + 1, skipped + 1 if broken else 0
+        done = step + 1
+        in_a_row = in_a_row + 1 if broken else 0
 
         took = time.perf_counter() - began
         line = {"step": done, "epoch": epoch}
         line |= {"mae": round(mae / world, 6)} if args.mae else {}
         line |= {"vt": round(vt / world, 6)} if data.text_from else {}
         line |= {"lr": lr, "grad_norm": round(norms[0], 4)}
-        line["clips_per_s"] = round(args.batch_size * args.accum * world / took, 2)
+        line["clips_per_s"] = round(args.batch_size * accum * world / took, 2)
         line |= {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
-        if rank == 0:
-            append_log(out / "log.jsonl", line | ({"skipped": True} if broken else {}))
+        line |= {"skipped": True} if broken else {}
         shown = {key: line[key] for key in ("mae", "vt", "wait") if key in line}
         bar.set_postfix(shown, refresh=False)
         bar.update()
-        if skipped:
-            left_out(done, skipped, [] if finite else names)
+        if rank == 0:
+            append_log(out / "log.jsonl", line)
+        if broken:
+            left_out(done, in_a_row, [] if mine_finite else names)
         if val and done % steps_per_epoch == 0:
-            losses = validate(net, val, clip, args)
+            held_out = validate(net, val, clip, args)
             if rank == 0:
-                append_log(out / "log.jsonl", {"step": done, "epoch": epoch, **losses})
+                append_log(out / "log.jsonl", {"step": done, "epoch": epoch, **held_out})
+
         due = stop or done % steps_per_epoch == 0
         due |= 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
-        if rank == 0 and due and (done == total or not skipped):
+        # Not after a step that was left out: weights that make no finite numbers do not replace
+        # those that did.
+        if rank == 0 and due and (done == total or not broken):
             state = {"config": asdict(c), "model": model.state_dict(), "step": done}
             state |= {"optimizer": optimizer.state_dict(), "epoch": done // steps_per_epoch}
-            own = {"videos": videos, "args": settings(args, data)}
-            save_checkpoint(out / "last.pt", **state, **own)
-            saved_at = time.monotonic()
+            state |= {"videos": videos, "args": settings(args, data)}
+            save_checkpoint(out / "last.pt", **state)
+            saved, saved_at = done, time.monotonic()
         if stop:
             break
 
     bar.close()
-    close_run(out, lock, done, total)
+    leave(out, saved, unfinished=done < total)
+
+
+def run(args):
+    """All of it, in a folder that is locked."""
+    rank, _ = rank_and_world()
+    saved = load_last(args)
+    share = share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
+    _, forward, args.accum = share
+    args.batch_size = forward * args.repeat
+    records, val, text_from = load_data(args)
+    model, clip = build_model(args, text_from, records[0], init=not saved)
+    data = Clips(records, model.config, args, text_from=text_from)
+    val = val and Clips(val, model.config, args, text_from=text_from, replace_bad=False)
+    train(args, share, saved, model, clip, data, val)
+    if rank == 0:
+        draw_samples(Path(args.out) / "samples.png", model, val or data, clip, args)
+        finish(Path(args.out))
 
 
 def main(argv=None):
@@ -1097,19 +1133,9 @@ def main(argv=None):
     less += "a smaller --preset"
     with one_line_errors("train.py", less):
         args = parse_args(argv)
-        rank, _ = start_processes(args)
-        saved = load_last(args)
-        share = share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
-        _, forward, args.accum = share
-        args.batch_size = forward * args.repeat
-        records, val, text_from = load_data(args)
-        model, clip = build_model(args, text_from, records[0], init=not saved)
-        data = Clips(records, model.config, args, text_from=text_from)
-        val = val and Clips(val, model.config, args, text_from=text_from, replace_bad=False)
-        train(args, share, saved, model, clip, data, val)
-        if rank == 0:
-            draw_samples(Path(args.out) / "samples.png", model, val or data, clip, args)
-            finish(Path(args.out))
+        start_processes(args)
+        with lock_folder(Path(args.out)):
+            run(args)
 
 
 if __name__ == "__main__":
