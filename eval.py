@@ -1094,8 +1094,8 @@ def fit(args, model, classes, train, val):
             if top > best and rank == 0:
                 save_checkpoint(out / "best.pt", **state, best=top)
             best = max(best, top)
-        due = stop or done % steps_per_epoch == 0
-        due |= 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
+        late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
+        due = stop or late or done % steps_per_epoch == 0
         if rank == 0 and due and (done == total or not broken):
             save_checkpoint(out / "last.pt", **state, best=best, optimizer=optimizer.state_dict())
             kept, saved_at = done, time.monotonic()

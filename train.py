@@ -1094,8 +1094,8 @@ def train(args, share, saved, model, clip, data, val):
             if rank == 0:
                 append_log(out / "log.jsonl", {"step": done, "epoch": epoch, **held_out})
 
-        due = stop or done % steps_per_epoch == 0
-        due |= 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
+        late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
+        due = stop or late or done % steps_per_epoch == 0
         # Not after a step that was left out: weights that make no finite numbers do not replace
         # those that did.
         if rank == 0 and due and (done == total or not broken):

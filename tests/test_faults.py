@@ -160,7 +160,7 @@ def command(request, world, checkpoint, workdir, manifest):
 def test_killed_at_any_moment(command, workdir, kills=8):
     """SIGKILL: three times in the writing of a checkpoint; then half of the times at any moment of
     the process, half while it trains. The end is that of an undisturbed run, bit for bit."""
-    command = [*command, "--epochs", 4 + 2 * kills]  # 6 steps each
+    command = [*command, "--epochs", 4 + kills]  # 6 steps each
     process = start([*command, "--out", "whole"], workdir)
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
