@@ -1041,68 +1041,73 @@ def fit(args, model, classes, train, val):
     size = clip_bytes(c)
     room = {"size": forward * args.repeat * size * 4}  # float32
     room["spare"] = 3 * args.batch_size * size if val else 0  # for validate
-    bar = progress(total=total, initial=start, unit="step", disable=rank > 0)
     done, in_a_row, kept, saved_at = start, 0, start, time.monotonic()
     listen()
+    with progress(total=total, initial=start, unit="step", disable=rank > 0) as bar:
+        for step, batches in steps(data, share, args, start, collate, **room):
+            net.train()
+            epoch, began = step // steps_per_epoch, time.perf_counter()
+            lr = learning_rate(step, warmup, total, peak, least, first=least)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            optimizer.zero_grad()
+            sums, names = torch.zeros(2, device=args.device), []
+            for micro, batch in enumerate(batches):
+                # Drop path and mixing draw from here, so a run that goes on draws the same.
+                torch.manual_seed(seed_of(args.seed, step, micro, rank, 2))
+                video = batch["video"].to(args.device, non_blocking=True)
+                target = batch["target"].to(args.device, non_blocking=True)
+                video, target = mix(video, target, len(classes), args)
+                with synchronised(net, last=micro == accum - 1):
+                    with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                        logits = net(video).float()
+                    loss = F.cross_entropy(logits, target, label_smoothing=args.smoothing) / accum
+                    loss.backward()
+                sums = sums + torch.stack([loss.detach(), loss.new_tensor(len(batch["bad"]))])
+                names += batch["names"]
+                list_bad(out / "bad_videos.txt", batch["bad"])
 
-    for step, batches in steps(data, share, args, start, collate, **room):
-        net.train()
-        epoch, began = step // steps_per_epoch, time.perf_counter()
-        lr = learning_rate(step, warmup, total, peak, least, first=least)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        optimizer.zero_grad()
-        sums, names = torch.zeros(2, device=args.device), []
-        for micro, batch in enumerate(batches):
-            # Drop path and mixing draw from here, so a run that goes on draws the same.
-            torch.manual_seed(seed_of(args.seed, step, micro, rank, 2))
-            video = batch["video"].to(args.device, non_blocking=True)
-            target = batch["target"].to(args.device, non_blocking=True)
-            video, target = mix(video, target, len(classes), args)
-            with synchronised(net, last=micro == accum - 1):
-                with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                    logits = net(video).float()
-                loss = F.cross_entropy(logits, target, label_smoothing=args.smoothing) / accum
-                loss.backward()
-            sums = sums + torch.stack([loss.detach(), loss.new_tensor(len(batch["bad"]))])
-            names += batch["names"]
-            list_bad(out / "bad_videos.txt", batch["bad"])
+            norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+            mine_finite = bool(sums.isfinite().all())
+            flags = sums.new_tensor([not (mine_finite and math.isfinite(norm)), asked_to_stop()])
+            loss, bad, broken, stop = sum_over_ranks(torch.cat([sums, flags]))
+            if not broken:  # in any process: else the step is left out, in all of them
+                optimizer.step()
+            done = step + 1
+            in_a_row = in_a_row + 1 if broken else 0
 
-        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
-        mine_finite = bool(sums.isfinite().all())
-        flags = sums.new_tensor([not (mine_finite and math.isfinite(norm)), asked_to_stop()])
-        loss, bad, broken, stop = sum_over_ranks(torch.cat([sums, flags]))
-        if not broken:  # in any process: else the step is left out, in all of them
-            optimizer.step()
-        done = step + 1
-        in_a_row = in_a_row + 1 if broken else 0
+            clips, took = world * forward * accum * args.repeat, time.perf_counter() - began
+            line = {"step": done, "epoch": epoch, "loss": round(loss / world, 6), "lr": lr}
+            line |= {"grad_norm": round(norm, 4), "bad": int(bad)}
+            line |= {"clips_per_s": round(clips / took, 2)} | ({"skipped": True} if broken else {})
+            if rank == 0:
+                append_log(out / "log.jsonl", line)
+            bar.set_postfix({"loss": line["loss"]}, refresh=False)
+            bar.update()
+            if broken:
+                left_out(done, in_a_row, [] if mine_finite else names)
+            state = {
+                "config": asdict(c),
+                "model": model.state_dict(),
+                "step": done,
+                "videos": videos,
+            }
+            state |= {"classes": classes, "epoch": done // steps_per_epoch, "args": settings}
+            if val and done % steps_per_epoch == 0:
+                top = validate(done, epoch, model, val, val_target, args)
+                if top > best and rank == 0:
+                    save_checkpoint(out / "best.pt", **state, best=top)
+                best = max(best, top)
+            late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
+            due = stop or late or done % steps_per_epoch == 0
+            if rank == 0 and due and (done == total or not broken):
+                save_checkpoint(
+                    out / "last.pt", **state, best=best, optimizer=optimizer.state_dict()
+                )
+                kept, saved_at = done, time.monotonic()
+            if stop:
+                break
 
-        clips, took = world * forward * accum * args.repeat, time.perf_counter() - began
-        line = {"step": done, "epoch": epoch, "loss": round(loss / world, 6), "lr": lr}
-        line |= {"grad_norm": round(norm, 4), "bad": int(bad)}
-        line |= {"clips_per_s": round(clips / took, 2)} | ({"skipped": True} if broken else {})
-        if rank == 0:
-            append_log(out / "log.jsonl", line)
-        bar.set_postfix({"loss": line["loss"]}, refresh=False)
-        bar.update()
-        if broken:
-            left_out(done, in_a_row, [] if mine_finite else names)
-        state = {"config": asdict(c), "model": model.state_dict(), "step": done, "videos": videos}
-        state |= {"classes": classes, "epoch": done // steps_per_epoch, "args": settings}
-        if val and done % steps_per_epoch == 0:
-            top = validate(done, epoch, model, val, val_target, args)
-            if top > best and rank == 0:
-                save_checkpoint(out / "best.pt", **state, best=top)
-            best = max(best, top)
-        late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
-        due = stop or late or done % steps_per_epoch == 0
-        if rank == 0 and due and (done == total or not broken):
-            save_checkpoint(out / "last.pt", **state, best=best, optimizer=optimizer.state_dict())
-            kept, saved_at = done, time.monotonic()
-        if stop:
-            break
-
-    bar.close()
     leave(out, kept, unfinished=done < total)
 
 

@@ -1028,87 +1028,87 @@ def train(args, share, saved, model, clip, data, val):
         (out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
     size = args.batch_size * clip_bytes(c)
     stream = steps(data, share, args, start, collate, size=size, spare=3 * size if val else 0)
-    bar = progress(total=total, initial=start, unit="step", disable=rank > 0)
     zero = torch.zeros((), device=args.device)
-    done, in_a_row, saved, saved_at = start, 0, start, time.monotonic()
+    done, in_a_row, kept, saved_at = start, 0, start, time.monotonic()
     listen()
+    with progress(total=total, initial=start, unit="step", disable=rank > 0) as bar:
+        for step, batches in stream:
+            epoch, began = step // steps_per_epoch, time.perf_counter()
+            lr = learning_rate(step, warmup, total, peak, least)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad()
+            # Of the predictor's BatchNorm, to be put back if the step is left out.
+            statistics = [buffer.clone() for buffer in model.predictor.buffers()]
+            sums, waited, names = torch.zeros(4, device=args.device), 0.0, []
+            for micro, batch in enumerate(batches, 1):
+                video, mask, text = prepare(batch, clip, args, c)
+                groups = batch["groups"].to(args.device)
+                with synchronised(net, last=micro == accum):
+                    with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                        losses = net(
+                            video, mask, text, mae=args.mae, watch=not args.vt, groups=groups
+                        )
+                    mae, vt = losses.get("mae", zero), losses.get("vt", zero)
+                    # Equation (3.5). VT that is only watched trains the predictor, which AdamW does
+                    # alike whatever the weight, and nothing else.
+                    loss = mae + args.vt_weight * vt
+                    (loss / accum).backward()
+                means = torch.stack([mae.detach().float(), vt.detach().float()]) / accum
+                counts = zero.new_tensor([len(batch["bad"]), batch["no_motion"]])
+                sums = sums + torch.cat([means, counts])  # mae, vt, bad, no_motion
+                waited += batch["waited"]
+                names += batch["names"]
+                list_bad(out / "bad_videos.txt", batch["bad"])
 
-    for step, batches in stream:
-        epoch, began = step // steps_per_epoch, time.perf_counter()
-        lr = learning_rate(step, warmup, total, peak, least)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        # Of the predictor's BatchNorm, to be put back if the step is left out.
-        statistics = [buffer.clone() for buffer in model.predictor.buffers()]
-        sums, waited, names = torch.zeros(4, device=args.device), 0.0, []
-        for micro, batch in enumerate(batches, 1):
-            video, mask, text = prepare(batch, clip, args, c)
-            groups = batch["groups"].to(args.device)
-            with synchronised(net, last=micro == accum):
-                with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                    losses = net(video, mask, text, mae=args.mae, watch=not args.vt, groups=groups)
-                mae, vt = losses.get("mae", zero), losses.get("vt", zero)
-                # Equation (3.5). VT that is only watched trains the predictor, which AdamW does
-                # alike whatever the weight, and nothing else.
-                loss = mae + args.vt_weight * vt
-                (loss / accum).backward()
-            means = torch.stack([mae.detach().float(), vt.detach().float()]) / accum
-            counts = zero.new_tensor([len(batch["bad"]), batch["no_motion"]])
-            sums = sums + torch.cat([means, counts])  # mae, vt, bad, no_motion
-            waited += batch["waited"]
-            names += batch["names"]
-            list_bad(out / "bad_videos.txt", batch["bad"])
+            limit = args.clip_grad or math.inf
+            norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped]
+            mine_finite = bool(sums.isfinite().all())
+            flags = [not (mine_finite and all(map(math.isfinite, norms))), asked_to_stop()]
+            sums = torch.cat([sums, sums.new_tensor(flags)])
+            mae, vt, bad, no_motion, broken, stop = sum_over_ranks(sums)
+            if broken:  # in any process: the step is left out, in all of them
+                for buffer, value in zip(model.predictor.buffers(), statistics):
+                    buffer.copy_(value)
+            else:
+                optimizer.step()
+            done = step + 1
+            in_a_row = in_a_row + 1 if broken else 0
 
-        limit = args.clip_grad or math.inf
-        norms = [torch.nn.utils.clip_grad_norm_(part, limit).item() for part in clipped]
-        mine_finite = bool(sums.isfinite().all())
-        flags = [not (mine_finite and all(map(math.isfinite, norms))), asked_to_stop()]
-        sums = torch.cat([sums, sums.new_tensor(flags)])
-        mae, vt, bad, no_motion, broken, stop = sum_over_ranks(sums)
-        if broken:  # in any process: the step is left out, in all of them
-            for buffer, value in zip(model.predictor.buffers(), statistics):
-                buffer.copy_(value)
-        else:
-            optimizer.step()
-        done = step + 1
-        in_a_row = in_a_row + 1 if broken else 0
-
-        took = time.perf_counter() - began
-        line = {"step": done, "epoch": epoch}
-        line |= {"mae": round(mae / world, 6)} if args.mae else {}
-        line |= {"vt": round(vt / world, 6)} if data.text_from else {}
-        line |= {"lr": lr, "grad_norm": round(norms[0], 4)}
-        line["clips_per_s"] = round(args.batch_size * accum * world / took, 2)
-        line |= {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
-        line |= {"skipped": True} if broken else {}
-        shown = {key: line[key] for key in ("mae", "vt", "wait") if key in line}
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
-        if rank == 0:
-            append_log(out / "log.jsonl", line)
-        if broken:
-            left_out(done, in_a_row, [] if mine_finite else names)
-        if val and done % steps_per_epoch == 0:
-            held_out = validate(net, val, clip, args)
+            took = time.perf_counter() - began
+            line = {"step": done, "epoch": epoch}
+            line |= {"mae": round(mae / world, 6)} if args.mae else {}
+            line |= {"vt": round(vt / world, 6)} if data.text_from else {}
+            line |= {"lr": lr, "grad_norm": round(norms[0], 4)}
+            line["clips_per_s"] = round(args.batch_size * accum * world / took, 2)
+            line |= {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
+            line |= {"skipped": True} if broken else {}
+            shown = {key: line[key] for key in ("mae", "vt", "wait") if key in line}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
             if rank == 0:
-                append_log(out / "log.jsonl", {"step": done, "epoch": epoch, **held_out})
+                append_log(out / "log.jsonl", line)
+            if broken:
+                left_out(done, in_a_row, [] if mine_finite else names)
+            if val and done % steps_per_epoch == 0:
+                held_out = validate(net, val, clip, args)
+                if rank == 0:
+                    append_log(out / "log.jsonl", {"step": done, "epoch": epoch, **held_out})
 
-        late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
-        due = stop or late or done % steps_per_epoch == 0
-        # Not after a step that was left out: weights that make no finite numbers do not replace
-        # those that did.
-        if rank == 0 and due and (done == total or not broken):
-            state = {"config": asdict(c), "model": model.state_dict(), "step": done}
-            state |= {"optimizer": optimizer.state_dict(), "epoch": done // steps_per_epoch}
-            state |= {"videos": videos, "args": settings(args, data)}
-            save_checkpoint(out / "last.pt", **state)
-            saved, saved_at = done, time.monotonic()
-        if stop:
-            break
+            late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
+            due = stop or late or done % steps_per_epoch == 0
+            # Not after a step that was left out: weights that make no finite numbers do not replace
+            # those that did.
+            if rank == 0 and due and (done == total or not broken):
+                state = {"config": asdict(c), "model": model.state_dict(), "step": done}
+                state |= {"optimizer": optimizer.state_dict(), "epoch": done // steps_per_epoch}
+                state |= {"videos": videos, "args": settings(args, data)}
+                save_checkpoint(out / "last.pt", **state)
+                kept, saved_at = done, time.monotonic()
+            if stop:
+                break
 
-    bar.close()
-    leave(out, saved, unfinished=done < total)
+    leave(out, kept, unfinished=done < total)
 
 
 def run(args):
