@@ -154,7 +154,7 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
     barrier()  # all have read what was done before any adds to it
     todo = [keys for keys in units if not done >= set(keys)][rank::world]
     loading, workers = Loading(todo, load), min(workers, len(todo))
-    loader = batches_of(loading, workers, batch_size=None, collate_fn=itself)
+    loader = batches_of(loading, (workers, 2), batch_size=None, collate_fn=itself)
     name = settings["command"] + (f", one of {world} processes" if world > 1 else "")
     bar = progress(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0)
     with bar, open(folder / f"{rank}.jsonl", "a", encoding="utf-8") as journal:

@@ -52,6 +52,7 @@ from train import (
     clip_bytes,
     cut_log,
     draw_page,
+    fit_loaders,
     gather_objects,
     learning_rate,
     leave,
@@ -524,7 +525,7 @@ class Computed(NamedTuple):
 
 
 @torch.no_grad()
-def compute_clips(split, records, args, config, grid, compute):
+def compute_clips(split, records, args, config, grid, compute, loaders=None):
     """Runs compute((b*V,3,T,S,S) -> (b*V,...)) on time x space views of every clip that can be
     read.
 
@@ -535,13 +536,9 @@ def compute_clips(split, records, args, config, grid, compute):
     batches = [list(range(i, min(i + size, len(records)))) for i in range(0, len(records), size)][
         rank::world
     ]
-    loader = batches_of(
-        Views(records, config, args, grid),
-        min(args.workers, len(batches)),
-        size=size * grid[0] * grid[1] * clip_bytes(config),
-        batch_sampler=batches,
-        collate_fn=list,
-    )
+    loaders = loaders or fit_loaders(args.workers, size * math.prod(grid) * clip_bytes(config))
+    views = Views(records, config, args, grid)
+    loader = batches_of(views, loaders, batch_sampler=batches, collate_fn=list)
     bar = {"total": len(batches), "desc": f"{split} clips", "unit": "batch", "disable": rank > 0}
     done, values, failed = [], [], []
     for batch in progress(loader, **bar):
@@ -979,18 +976,24 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def test_scores(model, split, records, args, grid):
+def test_scores(model, split, records, args, grid, loaders=None):
     """-> Computed with values (n,K): softmax of each view, mean over views."""
     model.eval()
     found = compute_clips(
-        split, records, args, model.config, grid, lambda video: model(video).float().softmax(-1)
+        split,
+        records,
+        args,
+        model.config,
+        grid,
+        lambda video: model(video).float().softmax(-1),
+        loaders,
     )
     return found._replace(values=found.values.mean(1))
 
 
-def validate(step, epoch, model, val, target, args):
+def validate(step, epoch, model, val, target, args, loaders):
     """Top-1 on the held-out clips after an epoch, which goes into the log."""
-    found = test_scores(model, "held-out", val, args, (1, 1))
+    found = test_scores(model, "held-out", val, args, (1, 1), loaders)
     top = accuracy(found.values, target[found.kept])
     if rank_and_world()[0] == 0:
         line = {f"val {name}": value for name, value in top.items()}
@@ -1035,16 +1038,15 @@ def fit(args, model, classes, train, val):
     say(f"train   {len(data):,} clips, {len(val):,} more choose best.pt; {len(classes)} classes")
     say(f"steps   {total}, from step {start}; {videos} videos = {world} x {forward} x {accum}")
     say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}")
+    floats, bytes = forward * args.repeat, args.batch_size if val else 0  # clips of both loaders
+    loaders = fit_loaders(args.workers, (4 * floats + bytes) * clip_bytes(c))
     net = DistributedDataParallel(model) if world > 1 else model
     if rank == 0:
         cut_log(out / "log.jsonl", start)
-    size = clip_bytes(c)
-    room = {"size": forward * args.repeat * size * 4}  # float32
-    room["spare"] = 3 * args.batch_size * size if val else 0  # for validate
     done, in_a_row, kept, saved_at = start, 0, start, time.monotonic()
     listen()
     with progress(total=total, initial=start, unit="step", disable=rank > 0) as bar:
-        for step, batches in steps(data, share, args, start, collate, **room):
+        for step, batches in steps(data, share, args, start, collate, loaders):
             net.train()
             epoch, began = step // steps_per_epoch, time.perf_counter()
             lr = learning_rate(step, warmup, total, peak, least, first=least)
@@ -1094,7 +1096,7 @@ def fit(args, model, classes, train, val):
             }
             state |= {"classes": classes, "epoch": done // steps_per_epoch, "args": settings}
             if val and done % steps_per_epoch == 0:
-                top = validate(done, epoch, model, val, val_target, args)
+                top = validate(done, epoch, model, val, val_target, args, loaders)
                 if top > best and rank == 0:
                     save_checkpoint(out / "best.pt", **state, best=top)
                 best = max(best, top)

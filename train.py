@@ -18,7 +18,6 @@ import atexit
 import contextlib
 import errno
 import fcntl
-import functools
 import itertools
 import json
 import math
@@ -53,9 +52,9 @@ import weights
 from tgmae import MASK_RATIOS, PRESETS
 
 TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1.0, "batch_size": 16, "blr": 0.016,
-       "min_lr": 1e-4, "stride": 4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
+       "min_lr": 1e-4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
 REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40.0, "batch_size": 64, "blr": 1.5e-4,
-        "min_lr": 1e-5, "stride": 4, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
+        "min_lr": 1e-5, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
 
 # ==================================================================================================
 # What fine-tuning (eval.py) and captions.py share with this script: processes, schedule, the stream
@@ -118,9 +117,6 @@ def say(line):
     """Of process 0."""
     if rank_and_world()[0] == 0:
         print(line, flush=True)
-
-
-say_once = functools.cache(say)
 
 
 def manifest_of(data):
@@ -269,22 +265,23 @@ def init_loader(_=None):
 SHM = Path("/dev/shm")  # where loaders put batches
 
 
-def fit_loaders(workers, batch, spare=0):
+def fit_loaders(workers, batch):
     """-> (loader processes, batches that each has ready): `workers` and 2, or as many as fit into
-    free shared memory with `batch` bytes a batch, less `spare`. ValueError if not even one does."""
+    free shared memory, with `batch` bytes a batch. ValueError if not even one does. Before any
+    process of the machine starts its loaders."""
     free = shutil.disk_usage(SHM).free if SHM.exists() else sys.maxsize
     free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room = (free - spare) // batch - 2  # one more is handed over, one in use
+    room = free // batch - 2  # one more is handed over, one in use
     if not workers or room >= 2 * workers:
         return workers, 2
     has = f"{SHM} has {free / 1e6:,.1f} MB free for each process"
     ways = "docker run --shm-size=... or --ipc=host, a smaller --batch-size, --workers 0"
     if room < 1:
-        need = f"one loader needs {(3 * batch + spare) / 1e6:,.1f} MB for its batches"
+        need = f"one loader needs {3 * batch / 1e6:,.1f} MB for its batches"
         raise ValueError(f"--workers {workers}: {has}, {need}: {ways}")
     fewer = min(workers, room)
     now = f"{fewer} loaders instead of {workers}, each one batch ahead"
-    say_once(f"note    {has}, a batch takes {batch / 1e6:,.1f} MB: {now}. For more: {ways}")
+    say(f"note    {has}, a batch takes {batch / 1e6:,.1f} MB: {now}. For more: {ways}")
     return fewer, 1
 
 
@@ -309,10 +306,10 @@ def no_batch(*_):
     raise TimeoutError(f"{came}no batch for {seconds} s: ended without saving")
 
 
-def batches_of(data, workers, *, size=1, spare=0, **more):
-    """Yields the batches of a DataLoader, which take `size` bytes each; spare: see fit_loaders.
-    TimeoutError if one does not come."""
-    workers, ahead = fit_loaders(workers, size, spare)
+def batches_of(data, loaders, **more):
+    """Yields the batches of a DataLoader; loaders: see fit_loaders. TimeoutError if one does not
+    come."""
+    workers, ahead = loaders
     more |= {"worker_init_fn": init_loader, "prefetch_factor": ahead} if workers else {}
     stream = iter(DataLoader(data, num_workers=workers, **more))
     signal.signal(signal.SIGALRM, no_batch)
@@ -350,11 +347,11 @@ def share_step(forward, accum, videos=None):
     return videos, mine // accum, accum
 
 
-def steps(data, share, args, start, collate, **room):
+def steps(data, share, args, start, collate, loaders):
     """Yields (step, batches): a run's steps from number `start` to the end of its last epoch, each
     with this process's batches, which say how many seconds they were "waited" for. An epoch's order
     follows from the seed alone, whatever the number of processes. The loader processes are the same
-    all along. share: of share_step; room: as in batches_of."""
+    all along. share, loaders: of share_step, of fit_loaders."""
     (rank, world), (videos, forward, accum) = rank_and_world(), share
     steps_per_epoch = len(data) // videos
 
@@ -367,7 +364,7 @@ def steps(data, share, args, start, collate, **room):
                 yield from ((epoch, index) for index in mine[: forward * accum])
 
     how = {"batch_size": forward, "sampler": order(), "collate_fn": collate}
-    stream = batches_of(data, args.workers, **how, pin_memory=args.device == "cuda", **room)
+    stream = batches_of(data, loaders, **how, pin_memory=args.device == "cuda")
 
     def awaited():
         for _ in range(accum):
@@ -582,7 +579,7 @@ def parse_args(argv=None):
     either("--min-lr", "last learning rate per 256 clips")
     flag("--weight-decay", 0.05, "of AdamW, on matrices only")
     flag("--clip-grad", 0.0, "largest gradient norm; 0: no limit")
-    either("--stride", "frames from one frame of a clip to the next")
+    flag("--stride", 4, "frames from one frame of a clip to the next")
     either("--flip", "mirror half the clips")
     flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
     flag("--device", "auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
@@ -765,14 +762,14 @@ def load_data(args):
         with_maps = any("map_path" in record for record in records[:1])
         for record in itertools.chain(records, val or ()):
             check_text(manifest, record, with_maps)
-    for part, name in ((records, args.split), (val, args.val_split)):
-        if part is not None and len(part) < world * args.batch_size // args.repeat * args.accum:
-            step = f"{world} processes x --batch-size {args.batch_size} x --accum {args.accum}"
+    videos = world * args.batch_size // args.repeat
+    for part, name, accum in ((records, args.split, args.accum), (val, args.val_split, 1)):
+        if part is not None and len(part) < videos * accum:
+            step = f"{world} processes x --batch-size {args.batch_size} x --accum {accum}"
             fewer = f"{len(part)} clips of split {name!r} are fewer than a step takes"
             raise ValueError(f"{manifest}: {fewer} ({step} / --repeat {args.repeat})")
     if not with_text:
         return records, val, None
-    videos = world * args.batch_size // args.repeat
     if videos < 2:
         what = "--vt" if args.vt else "VT, which is watched,"
         raise ValueError(f"{what} with a global batch of {videos} video: no negatives")
@@ -838,7 +835,7 @@ def make_optimizer(model, args):
     rest = [p for name, p in params if p.ndim <= 1 or name == "mask_token"]
     groups = [{"params": decay, "weight_decay": args.weight_decay}]
     groups += [{"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
 def clip_together(model, args):
@@ -955,32 +952,34 @@ def describe(args, c, data, videos, steps_per_epoch):
     world, which = rank_and_world()[1], "lowest" if args.bottom_k else "highest"
     batch, clips = args.batch_size * world, videos * args.repeat
     patches = c.grid[1] * c.grid[2]
-    text = {"clip": "CLIP online", "maps": "text maps"}.get(data.text_from, "no text")
+    text = {"clip": "; CLIP online", "maps": "; text maps"}.get(data.text_from, "")
+    text += f" ({args.clip})" * bool(text)
     loss = " + ".join(["MAE"] * args.mae + [f"{args.vt_weight:g} VT"] * args.vt)
     if data.text_from:
         loss += "" if args.vt else ", VT watched"
         loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
     say(f"model   {args.preset}; clips of {c.num_frames} frames, {c.image_size}x{c.image_size}")
-    say(f"data    {args.data}, split {args.split}: {len(data)} videos; {text} ({args.clip})")
+    say(f"data    {args.data}, split {args.split}: {len(data)} videos{text}")
     masked = f"{int(args.mask_ratio * patches)} of {patches} patches in each of {c.grid[0]} slices"
     say(f"mask    {args.mask}, {which} {masked}")
     say(f"loss    {loss}")
-    left = f"{clips - batch * args.accum} left out of each step"
-    say(f"batch   {clips} clips = {world} x {args.batch_size} x {args.accum}, {left}")
+    left = clips - batch * args.accum
+    left = f", {left} left out of each step" if left else ""
+    say(f"batch   {clips} clips = {world} x {args.batch_size} x {args.accum}{left}")
     say(f"steps   {args.epochs} epochs x {steps_per_epoch}; rate {args.blr * clips / 256:.3g}")
     say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {args.out}")
 
 
 @torch.no_grad()
-def validate(net, data, clip, args):
+def validate(net, data, clip, args, loaders):
     """Held-out losses, of the same clips and masks each time, for the log."""
     rank, world = rank_and_world()
     net.eval()
     mine = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
     how = {"batch_size": args.batch_size // args.repeat, "drop_last": True, "collate_fn": collate}
-    how |= {"sampler": [(0, i) for i in mine], "size": args.batch_size * clip_bytes(data.config)}
+    how["sampler"] = [(0, i) for i in mine]
     losses = []
-    for batch in batches_of(data, args.workers, **how):
+    for batch in batches_of(data, loaders, **how):
         video, mask, text = prepare(batch, clip, args, data.config)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             out = net(video, mask, text, mae=args.mae, groups=batch["groups"].to(args.device))
@@ -1021,18 +1020,18 @@ def train(args, share, saved, model, clip, data, val):
     if args.compile:  # each by itself: between them the mask's counts break a graph
         model.encoder.compile()
         model.decoder.compile()
+    batch_bytes = args.batch_size * clip_bytes(c) * (2 if val else 1)  # of both loaders
+    loaders = fit_loaders(args.workers, batch_bytes)
     # No device_ids: the mask stays on the CPU.
     net = DistributedDataParallel(model) if world > 1 else model
     if rank == 0:
         cut_log(out / "log.jsonl", start)
         (out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
-    size = args.batch_size * clip_bytes(c)
-    stream = steps(data, share, args, start, collate, size=size, spare=3 * size if val else 0)
     zero = torch.zeros((), device=args.device)
     done, in_a_row, kept, saved_at = start, 0, start, time.monotonic()
     listen()
     with progress(total=total, initial=start, unit="step", disable=rank > 0) as bar:
-        for step, batches in stream:
+        for step, batches in steps(data, share, args, start, collate, loaders):
             epoch, began = step // steps_per_epoch, time.perf_counter()
             lr = learning_rate(step, warmup, total, peak, least)
             for group in optimizer.param_groups:
@@ -1091,7 +1090,7 @@ def train(args, share, saved, model, clip, data, val):
             if broken:
                 left_out(done, in_a_row, [] if mine_finite else names)
             if val and done % steps_per_epoch == 0:
-                held_out = validate(net, val, clip, args)
+                held_out = validate(net, val, clip, args, loaders)
                 if rank == 0:
                     append_log(out / "log.jsonl", {"step": done, "epoch": epoch, **held_out})
 

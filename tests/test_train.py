@@ -451,8 +451,11 @@ def test_loader_processes_last_for_the_run(tmp_path):
     data = Who([{"video": str(i)} for i in range(11)], seed=3)
     share = train.share_step(2, 2)
 
+    def as_dict(samples):
+        return {"of": samples}
+
     def batches(start):
-        for _, step in train.steps(data, share, args, start, lambda samples: {"of": samples}):
+        for _, step in train.steps(data, share, args, start, as_dict, (2, 2)):
             yield from (batch["of"] for batch in step)
 
     whole = list(batches(0))
