@@ -28,7 +28,6 @@ from typing import NamedTuple
 # torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -180,7 +179,7 @@ def common_flags(name, add, late):
         default=min(8, os.cpu_count() or 1),
         help="loader processes per process",
     )
-    if name in ("retrieve", "show"):
+    if name == "show":
         late("--clip", "open_clip model of the captions (the one CHECKPOINT was trained with)")
         late("--clip-pretrained", "tag of open_clip, or a file of weights (likewise, or openai)")
     if name == "show":
@@ -262,7 +261,7 @@ def linear_flags(add, late):
 
 
 def retrieve_flags(add, late):
-    late("--text", "video-text retrieval (where CHECKPOINT can)", action=YES_NO)
+    pass
 
 
 def show_flags(add, late):
@@ -287,9 +286,9 @@ def export_flags(add, late):
 FLAGS = {
     "finetune": ("Train all of the network on labels, then test it (4.2).", finetune_flags),
     "linear": ("Train a linear classifier on frozen features, then test it (4.2).", linear_flags),
-    "retrieve": ("Find clips of the same class, zero-shot; and captions (4.4).", retrieve_flags),
+    "retrieve": ("Find clips of the same class, zero-shot (4.4).", retrieve_flags),
     "show": ("Draw masks, reconstruction and attention of a clip (4.7).", show_flags),
-    "export": ("Write safetensors, and a folder that transformers opens.", export_flags),
+    "export": ("Write a folder that transformers opens, and model.pt for eval.py.", export_flags),
 }
 
 
@@ -394,8 +393,6 @@ def load_model(source):
         odd = f"an unknown {unexpected[0]}" if unexpected else f"no {missing[0]}"
         raise ValueError(f"{source}: not the weights of a video MAE, it has {odd}")
     model.has_decoder = not fine_tuned and "decoder" not in parts
-    # The predictor's BatchNorm has counted the batches with text.
-    model.has_text = not fine_tuned and bool(model.predictor[1].num_batches_tracked)
     return model.eval(), saved
 
 
@@ -735,131 +732,27 @@ def recall_by_chance(query_labels, gallery_labels, ks=(1, 5, 10)):
     }
 
 
-def middle(captions):
-    return captions[len(captions) // 2]
-
-
-def clip_of(args, saved, default=None):
-    """-> name, (clip, tokenizer): by --clip, else what CHECKPOINT was trained with, else
-    `default`."""
-    trained = saved.get("args", {})
-    own = (
-        {} if trained.get("text_from") == "maps" else trained
-    )  # text maps call a CLIP by a name of their own
-    name = args.clip or own.get("clip") or default
-    if not name:
-        maps = f"{args.checkpoint} was trained on text maps of CLIP {trained.get('clip')}"
-        raise ValueError(f"--clip: needed, since {maps}")
-    tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
-    return name, load_clip(name, tag, args.device)
-
-
-def caption_embeddings(records, args, saved):
-    """Unit embeddings (n,E) of each record's middle caption: from text maps, if CLIP made them that
-    CHECKPOINT was trained with; else by that CLIP."""
-    if args.clip is None and all("map_path" in record for record in records):
-        trained = saved.get("args", {}).get("clip")
-        maps = [dataset.read_map(record["map_path"], record["captions"]) for record in records]
-        short = dataset.clip_name(trained, saved["args"].get("clip_pretrained"))
-        other = next(
-            (m.clip for m in maps if m.clip != trained and not m.clip.startswith(short + " ")), None
-        )
-        if other:
-            raise ValueError(
-                f"{args.checkpoint}: trained with CLIP {trained}, the text maps are of {other}: "
-                "--clip says which"
-            )
-        return torch.stack([middle(m.text) for m in maps]).float()
-    _, clip = clip_of(args, saved)
-    captions = [middle(record["captions"]) for record in records]
-    parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
-    return torch.cat([tgmae.encode_text(*clip, part).cpu() for part in parts])
-
-
-def wants_text(model, records, args):
-    """Whether to retrieve captions: --text, or where both model and clips can. --text in vain:
-    ValueError."""
-    silent = next((record["video"] for record in records if not record.get("captions")), None)
-    if args.text and not model.has_text:
-        raise ValueError(
-            f"--text: {args.checkpoint} has no text head that was trained (train.py --vt does)"
-        )
-    if args.text and silent:
-        raise ValueError(
-            f"--text: {args.data}: {silent} has no captions; captions.py caption makes them"
-        )
-    return model.has_text and not silent if args.text is None else args.text
-
-
-def text_rows(found, records, text_emb, checkpoint):
-    """Rows for video -> caption and back, of the clips whose embeddings (n,V,E) were found.
-    text_emb: (records,E). Clips of the same caption are each right for it, and it is in the gallery
-    once."""
-    video, text = F.normalize(found.values, dim=-1).mean(1), text_emb[found.kept]
-    captions = [middle(records[number]["captions"]) for number in found.kept]
-    _, firsts, label = np.unique(captions, return_index=True, return_inverse=True)
-    firsts, label = map(torch.from_numpy, (firsts, label))
-    number = torch.arange(len(firsts))
-    rows = []
-    for name, sides in (
-        ("clip -> its caption", (video, text[firsts], label, number)),
-        ("caption -> a clip of it", (text[firsts], video, number, label)),
-    ):
-        sizes = {"retrieval": name, "queries": len(sides[0]), "gallery": len(sides[1])}
-        rows.append({**sizes, "encoder": checkpoint, **recall(*sides)})
-        rows.append({**sizes, "encoder": "chance", **recall_by_chance(*sides[2:])})
-    return rows
-
-
 def retrieve(args):
-    manifest = manifest_of(args.data)
-    query = dataset.read_manifest(manifest, args.test_split)
-    by_class = not args.text or any(
-        record.get("label") for record in query
-    )  # captions need no labels
-    gallery = query_target = gallery_target = None
-    if by_class:
-        gallery, query, _, gallery_target, query_target = splits_of(args, manifest)
-    rows, text, clips = [], [], {}
-    for name, model, saved in encoders(args):
-        with_text = not clips and wants_text(model, query, args)
-        if with_text:
-            text_emb, learnt = caption_embeddings(query, args, saved), model.config.text_dim
-            if text_emb.shape[1] != learnt:
-                texts = f"texts of {text_emb.shape[1]} values"
-                raise ValueError(f"--clip: {texts}, {args.checkpoint} has learnt {learnt}")
-        how, D = (args, model.config, args.view_grid), model.config.embed_dim
-
-        def features(video):
-            mean = pooled(model, video)
-            return torch.cat([mean, model.predictor(mean)], 1) if with_text else mean
-
-        tested = clips[args.test_split] = compute_clips(args.test_split, query, *how, features)
-        if with_text:
-            text = text_rows(tested._replace(values=tested.values[..., D:]), query, text_emb, name)
-        if not by_class:
-            break
-        seen = compute_clips(args.split, gallery, *how, functools.partial(pooled, model))
-        clips[args.split] = seen
-        sides = [F.normalize(found.values[..., :D], dim=-1).mean(1) for found in (tested, seen)]
+    gallery, query, _, gallery_target, query_target = splits_of(args, manifest_of(args.data))
+    rows, clips = [], {}
+    what = {"retrieval": "clip -> a training clip of its class"}
+    for name, model, _ in encoders(args):
+        how = (args, model.config, args.view_grid, functools.partial(pooled, model))
+        tested = compute_clips(args.test_split, query, *how)
+        seen = compute_clips(args.split, gallery, *how)
+        clips = {args.test_split: tested, args.split: seen}
+        sides = [F.normalize(found.values, dim=-1).mean(1) for found in (tested, seen)]
         labels = query_target[tested.kept], gallery_target[seen.kept]
-        what = {"retrieval": "clip -> a training clip of its class"}
         what |= {"queries": len(sides[0]), "gallery": len(sides[1])}
         rows.append({**what, "encoder": name, **recall(*sides, *labels)})
-    if by_class:
-        rows.append({**what, "encoder": "chance", **recall_by_chance(*labels)})
+    rows.append({**what, "encoder": "chance", **recall_by_chance(*labels)})
     notes = [
         "R@k: share of queries for which one of the k nearest of the gallery, by cosine, is "
         "right; chance: in a gallery in random order. A clip's feature is the mean over all "
         f"cubes, normalised, averaged over {args.views} views ({args.sampling}, stride "
         f"{args.stride}); nothing is trained."
     ]
-    if text:
-        notes.append(
-            "Captions: the middle one of each test clip, against the output of the predictor that "
-            "pre-training trained; clips with the same caption are all right for it."
-        )
-    report(args, rows + text, notes, clips)
+    report(args, rows, notes, clips)
 
 
 # =================================================================================================
@@ -1220,6 +1113,25 @@ def heat_map(scores, frames):
     return (0.65 * colour + 0.35 * frames.float().mean(-1, keepdim=True)).byte()
 
 
+def middle(captions):
+    return captions[len(captions) // 2]
+
+
+def clip_of(args, saved, default=None):
+    """-> name, (clip, tokenizer): by --clip, else what CHECKPOINT was trained with, else
+    `default`."""
+    trained = saved.get("args", {})
+    own = (
+        {} if trained.get("text_from") == "maps" else trained
+    )  # text maps call a CLIP by a name of their own
+    name = args.clip or own.get("clip") or default
+    if not name:
+        maps = f"{args.checkpoint} was trained on text maps of CLIP {trained.get('clip')}"
+        raise ValueError(f"--clip: needed, since {maps}")
+    tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
+    return name, load_clip(name, tag, args.device)
+
+
 def clip_to_show(args, config):
     """-> video (3,T,S,S) uint8, the middle of a file, its centre cropped; motion (T,h,w) and what
     it is; caption or None; the file's name; numbers of the frames."""
@@ -1382,7 +1294,7 @@ def show(args):
 
 
 # =================================================================================================
-# export: for transformers, and as safetensors.
+# export: for transformers.
 # =================================================================================================
 
 
@@ -1412,7 +1324,6 @@ def huggingface_of(model):
 
 def export(args):
     import transformers
-    from safetensors.torch import save_file
 
     model, saved = load_model(args.checkpoint)
     c, out = model.config, Path(args.out)
@@ -1430,10 +1341,8 @@ def export(args):
         image_std=list(tgmae.IMAGENET_STD),
     )
     processor.save_pretrained(out)
-    rest = {name: saved.get(name) for name in ("args", "classes")}
-    header = {"config": json.dumps(asdict(c)), "saved": json.dumps(rest)}
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(state, out / "tgmae.safetensors", header)
+    rest = {name: saved[name] for name in ("args", "classes") if saved.get(name)}
+    save_checkpoint(out / "model.pt", config=asdict(c), model=model.state_dict(), **rest)
 
     torch.manual_seed(args.seed)
     video = torch.randn(2, c.in_chans, c.num_frames, c.image_size, c.image_size)
@@ -1444,7 +1353,7 @@ def export(args):
     opens = {
         "model.safetensors": f"transformers' {type(net).__name__} and VideoMAEModel "
         f".from_pretrained({str(out)!r})",
-        "tgmae.safetensors": "eval.py, and train.py --init: all weights, in tgmae.py's names",
+        "model.pt": "eval.py, and train.py --init: all weights, in tgmae.py's names",
     }
     rows = [
         {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": by}

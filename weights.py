@@ -254,14 +254,6 @@ def load_checkpoint(source):
         if not Path(source).is_dir():
             work_offline_if_no_hub()
         return _load_huggingface(source)
-    if Path(source).suffix == ".safetensors":
-        state = _tensors(source)
-        with safetensors.safe_open(source, "pt") as file:
-            header = file.metadata() or {}
-        if "config" not in header:
-            raise ValueError(f"{source}: not one that eval.py export wrote")
-        rest = {key: value for key, value in json.loads(header["saved"]).items() if value}
-        return _config(source, json.loads(header["config"])), state, rest
     saved = load_file(source)
     if not isinstance(saved, dict):
         raise ValueError(f"{source}: holds a {type(saved).__name__}, not a checkpoint's dict")
