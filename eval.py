@@ -43,7 +43,9 @@ import weights
 from dataset import Crop, VideoError
 from tgmae import MASK_RATIOS
 from train import (
+    YES_NO,
     TrainingClips,
+    add_flag,
     append_log,
     asked_to_stop,
     batches_of,
@@ -106,7 +108,6 @@ RECIPES = {
     "epic55": _PAPER | {"epochs": 50},
 }  # fmt: skip
 RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # learning rates that `linear` tries
-YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
 
 
@@ -118,223 +119,144 @@ def view_grid(flag, text):
     return [int(part) for part in parts]
 
 
-def check_finetune(args):
-    check_flags(args, not_negative=("lr", "min_lr", "weight_decay", "epochs", "save_minutes"))
-    if args.epochs and not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(
-            f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
-        )
-    limits = dict(
-        smoothing=1,
-        erasing=1,
-        crop_scale=1,
-        layer_decay=1,
-        randaug=30,
-        mixup=math.inf,
-        cutmix=math.inf,
-    )
-    for name, most in limits.items():
-        if not 0 <= getattr(args, name) <= most:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in 0 to {most}"
-            )
+# A recipe's flags: help, the most that a number may be, the commands beside finetune that have it.
+TESTS, ALL = ("linear", "retrieve"), ("linear", "retrieve", "show")
+RECIPE_FLAGS = {
+    "test_split": ("split of the manifest to test on", None, ALL),
+    "stride": ("frames from one frame of a clip to the next", math.inf, ALL),
+    "sampling": ("dense: every stride-th frame; tsn: one of each of num_frames parts", None, ALL),
+    "views": ("of each test clip, time x space", None, TESTS),
+    "batch_size": ("per process: videos a forward (finetune), views at a time (tests)", math.inf,
+                   TESTS),
+    "random": ("do the same with random weights, beside it", None, TESTS),
+    "lr": ("learning rate per 256 videos of global batch", math.inf, ()),
+    "epochs": ("passes over the data; 0 tests a fine-tuned checkpoint as it is", math.inf, ()),
+    "warmup_epochs": ("epochs of linear warm-up", math.inf, ()),
+    "layer_decay": ("factor of the learning rate from a block to the one below", 1, ()),
+    "drop_path": ("chance to drop the last block for a clip; less for those below", 1, ()),
+    "smoothing": ("label smoothing", 1, ()),
+    "mixup": ("alpha of MixUp; 0: none", math.inf, ()),
+    "cutmix": ("alpha of CutMix; 0: none", math.inf, ()),
+    "randaug": ("RandAugment's bin of 31, in each of 4 operations; 0: none", 30, ()),
+    "crop_scale": ("least area of a crop, as a share of the frame", 1, ()),
+    "erasing": ("chance to erase a box of a clip", 1, ()),
+    "flip": ("mirror half the clips", None, ()),
+    "repeat": ("augmented clips from each decoded video", math.inf, ()),
+    "holdout": ("share of the training clips that chooses best.pt; 0: no best.pt", 1, ()),
+}  # fmt: skip
+COMMANDS = {
+    "finetune": "Train all of the network on labels, then test it (4.2).",
+    "linear": "Train a linear classifier on frozen features, then test it (4.2).",
+    "retrieve": "Find clips of the same class, zero-shot (4.4).",
+    "show": "Draw masks, reconstruction and attention of a clip (4.7).",
+    "export": "Write a folder that transformers opens, and model.pt for eval.py.",
+}
 
 
 def check_args(args):
     check_flags(
-        args, positive=("stride", "batch_size", "repeat", "accum"), not_negative=("seed", "workers")
+        args,
+        positive=("stride", "batch_size", "repeat", "accum"),
+        not_negative=("seed", "workers", "weight_decay", "min_lr", "save_minutes"),
     )
-    if args.command == "show":
-        return
-    args.view_grid = view_grid("--views", args.views)
-    if args.command == "linear":
-        args.train_view_grid = view_grid("--train-views", args.train_views)
-        if args.epochs <= 0 or min(args.rates) <= 0:
-            raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
-    if args.command == "finetune":
-        check_finetune(args)
-    if "holdout" in args and not (
-        0 < args.holdout < 1 or args.holdout == 0 and args.command == "finetune"
-    ):
+    for name, (_, most, _) in RECIPE_FLAGS.items():
+        value = getattr(args, name, None)
+        if most is not None and value is not None and not 0 <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in 0 to {most}")
+    for name in ("views", "train_views"):
+        if name in args:
+            grid = view_grid(f"--{name.replace('_', '-')}", getattr(args, name))
+            setattr(args, name.replace("views", "view_grid"), grid)
+    if args.command == "finetune" and args.epochs and args.warmup_epochs > args.epochs:
+        limits = f"must lie in 0 to --epochs {args.epochs}"
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: {limits}")
+    if args.command == "linear" and (args.epochs <= 0 or min(args.rates) <= 0):
+        raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
+    if "holdout" in args and (args.holdout == 1 or args.holdout == 0 and args.command == "linear"):
         raise ValueError(f"--holdout {args.holdout}: must lie between 0 and 1")
 
 
-def common_flags(name, add, late):
-    add("checkpoint", metavar="CHECKPOINT", help="a file, a folder, or a hub name")
-    late("--json", "write the result there, too", metavar="FILE")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    late("--amp", "bf16 autocast (where the hardware has it)", action=YES_NO)
-    add("--seed", type=int, default=0, help="of weights, order, augmentation, splits and masks")
-    if name == "export":
+def add_flags(parser, command):
+    flag = functools.partial(add_flag, parser)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, a folder, or a hub name")
+    flag("--json", None, "write the result there, too", metavar="FILE")
+    flag("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    flag("--amp", None, "bf16 autocast; where the hardware has it", action=YES_NO)
+    flag("--seed", 0, "of weights, order, augmentation, splits and masks")
+    if command in ("show", "finetune", "export"):
+        flag("--out", None, "run folder, OUT.png and OUT.gif, or folder; named after CHECKPOINT")
+    if command == "export":
         return
-    add("--data", default="toy", help="toy, or a manifest (JSON lines, see captions.py)")
-    late("--test-split", "split of the manifest to test on")
-    late("--recipe", "whose defaults to take (toy for --data toy, else other)", choices=RECIPES)
-    late("--stride", "frames from one frame of a clip to the next", type=int)
-    ways = "dense: every stride-th frame; tsn: one of each of num_frames equal parts"
-    late("--sampling", ways, choices=("dense", "tsn"))
-    add(
-        "--workers",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        help="loader processes per process",
+    flag("--data", "toy", "toy, or a manifest (JSON lines, see captions.py)")
+    flag(
+        "--recipe", None, "whose defaults to take; toy for --data toy, else other", choices=RECIPES
     )
-    if name == "show":
-        late("--clip", "open_clip model of the captions (the one CHECKPOINT was trained with)")
-        late("--clip-pretrained", "tag of open_clip, or a file of weights (likewise, or openai)")
-    if name == "show":
-        return
-    add("--split", default="train", help="split of the manifest to train on, or to retrieve from")
-    late("--views", "of each test clip, time x space", metavar="TxS")
-    late(
-        "--batch-size",
-        "per process: videos a forward (finetune), views at a time (tests)",
-        type=int,
-    )
-    if name != "finetune":
-        late("--random", "do the same with random weights, beside it", action=YES_NO)
-
-
-def finetune_flags(add, late):
-    late("--lr", "learning rate per 256 videos of global batch", type=float)
-    add(
-        "--min-lr",
-        type=float,
-        default=1e-6,
-        help="per 256 videos, where warm-up begins and the cosine ends",
-    )
-    late("--epochs", "passes over the data; 0 tests a fine-tuned checkpoint as it is", type=int)
-    late("--warmup-epochs", "epochs of linear warm-up", type=float)
-    add("--accum", type=int, default=1, help="forwards per step")
-    add("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
-    late("--layer-decay", "factor of the learning rate from a block to the one below", type=float)
-    late(
-        "--drop-path", "chance to drop the last block for a clip; less for those below", type=float
-    )
-    late("--smoothing", "label smoothing", type=float)
-    late("--mixup", "alpha of MixUp (0: none)", type=float)
-    late("--cutmix", "alpha of CutMix (0: none)", type=float)
-    late("--randaug", "RandAugment's bin of 31, in each of 4 operations (0: none)", type=int)
-    late("--crop-scale", "least area of a crop, as a share of the frame", type=float)
-    late("--erasing", "chance to erase a box of a clip", type=float)
-    late("--flip", "mirror half the clips", action=YES_NO)
-    late("--repeat", "augmented clips from each decoded video", type=int)
-    late(
-        "--holdout",
-        "share of the training clips kept to choose best.pt by (0: no best.pt)",
-        type=float,
-    )
-    add(
-        "--scratch",
-        action=YES_NO,
-        default=False,
-        help="begin with random weights, of CHECKPOINT's sizes",
-    )
-    late("--val-split", "split to choose best.pt by, in place of --holdout")
-    add(
-        "--grad-checkpointing",
-        action=YES_NO,
-        default=False,
-        help="less memory for a third more time",
-    )
-    late("--out", "run folder (CHECKPOINT's folder/finetune-DATA)")
-    saving = "minutes between checkpoints; 0: none between epochs"
-    add("--save-minutes", type=float, default=10.0, help=saving)
-    add("--resume", action=YES_NO, default=True, help="go on from the run folder's last.pt")
-
-
-def linear_flags(add, late):
-    add("--epochs", type=int, default=100, help="passes over the features")
-    add("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
-    add(
-        "--holdout",
-        type=float,
-        default=0.2,
-        help="share of the training clips that chooses the rate",
-    )
-    add(
-        "--train-views",
-        default="1x1",
-        metavar="TxS",
-        help="views of each training clip, time x space",
-    )
-
-
-def retrieve_flags(add, late):
-    pass
-
-
-def show_flags(add, late):
-    late("--video", "a video file, in place of a clip of --data")
-    late("--caption", "what it shows (of a clip of --data: its middle caption)")
-    add("--number", type=int, default=0, help="which clip of --data, without --video")
-    late("--start", "seconds; the clip is from the middle of what follows", type=float)
-    late(
-        "--mask",
-        "of the reconstruction (CHECKPOINT's own, or tube)",
-        choices=("tube", "mgm", "tgm"),
-    )
-    late("--mask-ratio", f"of that mask ({MASK_RATIOS})", type=float)
-    late("--layers", "whose attention, from 1 (first, middle, last)", type=int, nargs="+")
-    late("--out", "pictures go to OUT.png and OUT.gif (CHECKPOINT's folder/show)")
-
-
-def export_flags(add, late):
-    late("--out", "folder (CHECKPOINT's name-huggingface)")
-
-
-FLAGS = {
-    "finetune": ("Train all of the network on labels, then test it (4.2).", finetune_flags),
-    "linear": ("Train a linear classifier on frozen features, then test it (4.2).", linear_flags),
-    "retrieve": ("Find clips of the same class, zero-shot (4.4).", retrieve_flags),
-    "show": ("Draw masks, reconstruction and attention of a clip (4.7).", show_flags),
-    "export": ("Write a folder that transformers opens, and model.pt for eval.py.", export_flags),
-}
+    for name, (help, _, commands) in RECIPE_FLAGS.items():
+        if command == "finetune" and name != "random" or command in commands:
+            values = {recipe: f"{values[name]}" for recipe, values in RECIPES.items()}
+            other = [f"{k}: {v}" for k, v in values.items() if v != values["k400"]]
+            more = {"choices": ("dense", "tsn")} if name == "sampling" else {}
+            flag(f"--{name.replace('_', '-')}", _PAPER[name], "; ".join([help, *other]), **more)
+    flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
+    if command != "show":
+        flag("--split", "train", "split of the manifest to train on, or to retrieve from")
+    if command == "finetune":
+        flag("--min-lr", 1e-6, "per 256 videos, where warm-up begins and the cosine ends")
+        flag("--accum", 1, "forwards per step")
+        flag("--weight-decay", 0.05, "of AdamW, on matrices only")
+        flag("--scratch", False, "begin with random weights, of CHECKPOINT's sizes")
+        flag("--val-split", None, "split to choose best.pt by, in place of --holdout")
+        flag("--grad-checkpointing", False, "less memory for a third more time")
+        flag("--save-minutes", 10.0, "minutes between checkpoints; 0: none between epochs")
+        flag("--resume", True, "go on from the run folder's last.pt")
+    if command == "linear":
+        flag("--epochs", 100, "passes over the features")
+        rates = "learning rates to choose from"
+        parser.add_argument("--rates", type=float, nargs="+", default=RATES, help=rates)
+        flag("--holdout", 0.2, "share of the training clips that chooses the rate")
+        flag("--train-views", "1x1", "views of each training clip, time x space")
+    if command == "show":
+        flag("--clip", None, "open_clip model of the caption; the one of CHECKPOINT's training")
+        flag("--clip-pretrained", None, "tag of open_clip, or a file; likewise, or openai")
+        flag("--video", None, "a video file, in place of a clip of --data")
+        flag("--caption", None, "what it shows; of a clip of --data: its middle caption")
+        flag("--number", 0, "which clip of --data, without --video")
+        flag("--start", None, "seconds; the clip is from the middle of what follows", type=float)
+        whose = "of the reconstruction; CHECKPOINT's own, or tube"
+        flag("--mask", None, whose, choices=tuple(MASK_RATIOS))
+        flag("--mask-ratio", None, f"of that mask; {MASK_RATIOS}", type=float)
+        flag("--layers", None, "of attention, from 1; first, middle, last", type=int, nargs="+")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    late_keys = {name: [] for name in FLAGS}
-    for name, (help, flags) in FLAGS.items():
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        add = commands.add_parser(
-            name, help=help, description=help, formatter_class=formatter
-        ).add_argument
-
-        def late(flag, help, add=add, keys=late_keys[name], **more):
-            """A flag whose default is settled below: the recipe's, or None."""
-            keys.append(flag[2:].replace("-", "_"))
-            if keys[-1] in _PAPER:
-                values = {which: recipe[keys[-1]] for which, recipe in RECIPES.items()}
-                most = values["k400"]
-                others = "".join(
-                    f", {which}: {value}" for which, value in values.items() if value != most
-                )
-                help = f"{help} ({most}{others})"
-            add(flag, default=argparse.SUPPRESS, help=help, **more)
-
-        common_flags(name, add, late)
-        flags(add, late)
-
-    args = parser.parse_args(argv)
-    given, here = vars(args), Path(args.checkpoint)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parsers = {
+        name: commands.add_parser(name, help=help, description=help, formatter_class=formatter)
+        for name, help in COMMANDS.items()
+    }
+    for name, one in parsers.items():
+        add_flags(one, name)
+    first = parser.parse_args(argv)
+    here = Path(first.checkpoint)
     folder = here.parent if here.is_file() else Path("runs") / here.name
-    if args.command == "export":
-        out = f"{here.with_suffix('')}-huggingface"
-    else:
-        given.setdefault("recipe", "toy" if args.data == "toy" else "other")
-        scratch = "-scratch" if getattr(args, "scratch", False) else ""
-        out = folder / {"finetune": f"finetune-{Path(args.data).stem}{scratch}"}.get(
-            args.command, args.command
-        )
-    defaults = {"out": str(out)} | RECIPES[given.get("recipe", "other")]
-    for key in late_keys[args.command]:
-        given.setdefault(key, defaults.get(key))
+    late = {"out": f"{here.with_suffix('')}-huggingface"}
+    if first.command != "export":
+        scratch = "-scratch" if getattr(first, "scratch", False) else ""
+        outs = {"finetune": f"finetune-{Path(first.data).stem}{scratch}"}
+        late["out"] = str(folder / outs.get(first.command, first.command))
+        late["recipe"] = first.recipe or ("toy" if first.data == "toy" else "other")
+        own = {"linear": ("epochs", "holdout")}.get(first.command, ())
+        recipe = RECIPES[late["recipe"]].items()
+        late |= {key: value for key, value in recipe if key not in own}
+    parsers[first.command].set_defaults(
+        **{key: value for key, value in late.items() if key in first}
+    )
+    args = parser.parse_args(argv)
     if args.json and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: no such folder {Path(args.json).parent}")
-    if args.command != "export":
-        check_args(args)
+    check_args(args)
     return args
 
 

@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -195,6 +196,18 @@ def one_line_errors(script, less):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
+
+
+def add_flag(parser, name, default, help, **more):
+    """A flag of the type of its default, which is said behind its help."""
+    if isinstance(default, bool):
+        more["action"] = YES_NO
+    elif isinstance(default, int | float):
+        more["type"] = type(default)
+    parser.add_argument(name, default=default, help=help, **more)
 
 
 def check_flags(args, *, positive=(), not_negative=()):
@@ -542,12 +555,7 @@ def parse_args(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
 
-    def flag(name, default, help, **more):
-        if isinstance(default, bool):
-            more["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, int | float):
-            more["type"] = type(default)
-        parser.add_argument(name, default=default, help=help, **more)
+    flag = functools.partial(add_flag, parser)
 
     def either(name, help, **more):  # defaults depend on the data
         key = name[2:].replace("-", "_")
@@ -583,8 +591,7 @@ def parse_args(argv=None):
     either("--flip", "mirror half the clips")
     flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
     flag("--device", "auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
-    yes_no = argparse.BooleanOptionalAction
-    flag("--amp", None, "bf16 autocast; where the hardware has it", action=yes_no)
+    flag("--amp", None, "bf16 autocast; where the hardware has it", action=YES_NO)
     flag("--compile", False, "torch.compile encoder and decoder")
     flag("--seed", 0, "of weights, order, crops and masks")
     flag("--out", None, "run folder; runs/DATA-MASK...")
