@@ -23,7 +23,6 @@ import os
 import pickle
 import re
 import shutil
-import time
 from collections import Counter, defaultdict
 from datetime import timedelta
 from pathlib import Path
@@ -504,11 +503,6 @@ def relative(path, folder):
     return os.path.relpath(path, folder)
 
 
-def check_video(path):
-    """Decodes a frame, or raises VideoError."""
-    dataset.read_clip(path, [0])
-
-
 def index(args):
     if not args.root.is_dir():
         raise ValueError(f"{args.root}: no such folder")
@@ -519,20 +513,6 @@ def index(args):
     paths = list(dict.fromkeys(str(record["video"]) for *_, record in rows if record["video"]))
     empty = (path for path in paths if not os.path.isfile(path) or not os.path.getsize(path))
     unreadable = {path: f"{path}: empty, or a link to nothing" for path in empty}
-    if args.check:
-        settings = {"command": "index", "dataset": args.dataset, "root": str(args.root)}
-        checked = share(
-            args.out,
-            settings,
-            [[path] for path in paths],
-            check_video,
-            lambda keys, _: [{} for _ in keys],
-            workers=args.workers,
-            unit="video",
-        )
-        unreadable |= {
-            path: result["error"] for path, result in checked.items() if "error" in result
-        }
     if rank_and_world()[0]:
         return
     found, problems, table = [], [], defaultdict(Counter)
@@ -556,8 +536,6 @@ def index(args):
     report(args.out, "index", problems)
     if found:
         write_manifest(args.out, found)
-    if args.check:
-        shutil.rmtree(journal_of(args.out), ignore_errors=True)
     if not found:
         raise ValueError(f"{args.root}: none of {len(rows)} videos can be read")
 
@@ -867,42 +845,6 @@ def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
     return [{} for _ in keys]
 
 
-def estimate(args, clip, made_by, clips, world):
-    """Measures a few frames of a few clips, and says how long the whole will take and how large it
-    gets."""
-    some = clips[:: max(1, len(clips) // 8)]
-    counts, captions = [], []
-    for record in some:
-        try:
-            with dataset.open_video(record["path"]) as video:
-                numbers = map_numbers(video, record, args.every)
-                frames = dataset.read_clip(video, numbers[:2])
-        except VideoError:
-            continue  # reported when its turn comes
-        counts.append(len(numbers))
-        captions.append(len(record["captions"]))
-    if not counts:
-        return
-    resized = map_size(frames.shape[1:3], args.image_size, args.patch_size)
-    frames = TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True)
-    text = tgmae.encode_text(clip[0], clip[1], ["a"])
-    for _ in range(2):  # the first warms up
-        began = time.perf_counter()
-        similarity_map(clip[0], frames, text, args.patch_size, args.device)
-    took = (time.perf_counter() - began) / len(frames)
-    cells = resized[0] * resized[1] // args.patch_size**2
-    total = len(clips) * sum(counts) / len(counts)
-    texts = sum(captions) / len(captions)
-    disk = texts * 2 * (total * cells + len(clips) * text.shape[1]) + 3000 * len(clips)
-    print(
-        f"maps    {len(clips)} clips to do, about {total:.3g} frames x {cells} patches = "
-        f"{total * cells:.3g} forwards of {made_by}: "
-        f"{timedelta(seconds=round(total * took / world))} on {world} process(es) like this one; "
-        f"{disk / 1e6:,.0f} MB",
-        flush=True,
-    )
-
-
 def maps(args):
     records = list(dataset.read_manifest(args.manifest))
     clips, paths = {}, {}
@@ -919,14 +861,8 @@ def maps(args):
         raise ValueError(
             f"--image-size {args.image_size} is not divisible by --patch-size {args.patch_size}"
         )
-    rank, world = rank_and_world()
     clip = load_clip(args.clip, args.clip_pretrained, args.device)
     made_by = clip_id(args, clip[0])
-    done = read_journal(journal_of(args.manifest))
-    made_before = (key for key, path in paths.items() if path.exists() and not args.force)
-    left = [clips[key] for key in clips.keys() - done - set(made_before)]
-    if rank == 0 and left:
-        estimate(args, clip, made_by, left, world)
     names = "command every image_size patch_size force".split()
     settings = {name: getattr(args, name) for name in names} | {"clip": made_by}
     made = share(
@@ -984,7 +920,6 @@ def parse_args(argv=None):
     add("--fold", "which split of ucf101 and hmdb51", type=int, default=1, choices=(1, 2, 3))
     add("--classes", "list: file with the names of integer labels, a line each, from 0", type=Path)
     add("--out", "the manifest to write", type=Path, default=Path("data.jsonl"))
-    add("--check", "decode a frame of each video; leave out the unreadable", action="store_true")
     shared(add, "overwrite the manifest")
 
     add = command("caption", "captions for the clips of a manifest that have none")

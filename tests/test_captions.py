@@ -316,7 +316,7 @@ def test_list(tree, tmp_path):
     assert "label 7 is a number" in fails("caption", tmp_path / "m.jsonl", "--source", "label")
 
 
-def test_folder_and_check(tree, tmp_path, capsys):
+def test_folder(tree, tmp_path, capsys):
     root = tree(
         {
             "train/wave/a.mp4": None,
@@ -330,20 +330,20 @@ def test_folder_and_check(tree, tmp_path, capsys):
     # An empty file, or a link to none, needs no decoding.
     assert set(by_name(tmp_path / "f.jsonl")) == {"a.mp4", "b.mp4", "bad.mp4"}
     assert "f.jsonl: exists" in fails("index", root, "--out", tmp_path / "f.jsonl")
-    run("index", root, "--out", tmp_path / "f.jsonl", "--force", "--check", "--workers", 2)
+    (root / "train/jump/bad.mp4").unlink()
+    run("index", root, "--out", tmp_path / "f.jsonl", "--force")
     assert by_name(tmp_path / "f.jsonl") == {
         "a.mp4": {"video": "data/train/wave/a.mp4", "label": "wave", "split": "train"},
         "b.mp4": {"video": "data/val/wave/b.mp4", "label": "wave", "split": "val"},
     }
-    assert "train: 1 found, 0 missing, 3 unreadable" in capsys.readouterr().out
-    assert "bad.mp4: Invalid data" in (tmp_path / "f.index-problems.txt").read_text()
+    assert "train: 1 found, 0 missing, 2 unreadable" in capsys.readouterr().out
+    assert "empty.mp4: empty, or a link" in (tmp_path / "f.index-problems.txt").read_text()
     assert not (tmp_path / "f.jsonl.work").exists()
     said = fails(
         "index",
-        tree({"bad.mp4": "", "worse.mp4": "x"}, root="all bad"),
+        tree({"bad.mp4": "", "worse.mp4": ""}, root="all bad"),
         "--out",
         tmp_path / "b.jsonl",
-        "--check",
     )
     assert "all bad: none of 2 videos can be read" in said and not (tmp_path / "b.jsonl").exists()
 
@@ -759,10 +759,6 @@ def test_stale_maps(world, manifest, tmp_path, capsys):
     --force."""
     data = manifest(3)
     run("maps", data, *map_flags(world))
-    assert (
-        "about 18 frames x 64 patches = 1.15e+03 forwards of local-dir:clip"
-        in capsys.readouterr().out
-    )
     paths = [tmp_path / record["maps"] for record in records(data)]
     whole = [path.read_bytes() for path in paths]
     times = [path.stat().st_mtime_ns for path in paths]
@@ -964,15 +960,15 @@ def test_no_hub_is_told_at_once(manifest, monkeypatch, tmp_path):
 def test_the_manifest_may_be_edited_meanwhile(world, manifest, monkeypatch):
     """Records that others add while maps are made, and their keys, stay."""
     data = manifest(2)
-    estimate = captions.estimate
+    share = captions.share
 
-    def edits(*args):
+    def edits(*args, **more):
         captions.write_manifest(
             data, [records(data)[1], records(data)[0] | {"mine": 1}, {"video": "new.mp4"}]
         )
-        estimate(*args)
+        return share(*args, **more)
 
-    monkeypatch.setattr(captions, "estimate", edits)
+    monkeypatch.setattr(captions, "share", edits)
     run("maps", data, *map_flags(world))
     one, two, new = records(data)
     assert "maps" in one and "maps" in two and two["mine"] == 1 and new == {"video": "new.mp4"}
@@ -989,7 +985,7 @@ def test_names_that_are_no_utf8(tmp_path, clip_file):
         os.link(clip_file, name)
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    run("index", tmp_path / "v", "--out", tmp_path / "n.jsonl", "--check")
+    run("index", tmp_path / "v", "--out", tmp_path / "n.jsonl")
     run("caption", tmp_path / "n.jsonl", "--source", "label")
     (record,) = dataset.read_manifest(tmp_path / "n.jsonl")
     assert os.fsencode(record["path"]) == name and dataset.probe_video(record["path"]).frames == 50
