@@ -364,8 +364,8 @@ def test_other_processes_and_compiled(workdir, manifest):
     """2 processes, then 1 that compiles, then 3: the losses of one process all along."""
     flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube",
              "--batch-size", 6, "--epochs", 12,
-             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp", "--save-steps",
-             1]  # fmt: skip
+             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp",
+             "--save-minutes", 1e-9]  # fmt: skip
     train.main([*map(str, flags), "--out", "whole"])
 
     def goes_until(step, processes, *more):
@@ -379,12 +379,10 @@ def test_other_processes_and_compiled(workdir, manifest):
     goes_until(5, 2, "--batch-size", 3)
     first = torch.load("parts/last.pt")["step"]
     said = goes_until(first + 5, 1, "--compile")
-    assert f"resume  at step {first} of 24, so far of 2 process(es)" in said
-    assert "global batch 6 = 1 process(es) x 6 x 1" in said
+    assert f"resume  at step {first} of 24" in said
+    assert "batch   6 clips = 1 x 6 x 1" in said
     done = torchrun(3, ROOT / "train.py", *flags, "--out", "parts", cwd=workdir)
-    assert done.returncode == 0 and "global batch 6 = 3 process(es) x 2 x 1" in done.stdout, (
-        done.stderr
-    )
+    assert done.returncode == 0 and "batch   6 clips = 3 x 2 x 1" in done.stdout, done.stderr
     one, parts = log("whole"), log("parts")
     assert [line["step"] for line in parts] == list(range(1, 25))
     for a, b in zip(one, parts):
@@ -409,8 +407,8 @@ def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
     last checkpoint. Then a node is: the other goes on alone, to the end."""
     flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube",
              "--batch-size", 3, "--epochs", 500,
-             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp", "--save-steps", 1,
-             "--out", "run"]  # fmt: skip
+             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp",
+             "--save-minutes", 1e-9, "--out", "run"]  # fmt: skip
     agent = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", 1,
              "--max-restarts", 3, "--rdzv-backend",
              "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test",
@@ -446,7 +444,7 @@ def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
                 os.kill(pid, signal.SIGKILL)
             process.wait()
     said = (workdir / "first.txt").read_text()
-    assert "so far of 2 process(es)" in said and "global batch 6 = 1 process(es) x 3 x 2" in said
+    assert "resume  at step" in said and "batch   6 clips = 1 x 3 x 2" in said
     numbers = [line["step"] for line in log("run")]
     assert numbers == list(range(1, len(numbers) + 1))
 
