@@ -903,25 +903,21 @@ def fit(args, model, classes, train, val):
             bar.update()
             if broken:
                 left_out(done, in_a_row, [] if mine_finite else names)
-            state = {
-                "config": asdict(c),
-                "model": model.state_dict(),
-                "step": done,
-                "videos": videos,
-            }
-            state |= {"classes": classes, "epoch": done // steps_per_epoch, "args": settings}
-            if val and done % steps_per_epoch == 0:
+            epoch_ends = done % steps_per_epoch == 0
+            if val and epoch_ends:
                 top = validate(done, epoch, model, val, val_target, args, loaders)
-                if top > best and rank == 0:
-                    save_checkpoint(out / "best.pt", **state, best=top)
-                best = max(best, top)
             late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
-            due = stop or late or done % steps_per_epoch == 0
-            if rank == 0 and due and (done == total or not broken):
-                save_checkpoint(
-                    out / "last.pt", **state, best=best, optimizer=optimizer.state_dict()
-                )
-                kept, saved_at = done, time.monotonic()
+            if rank == 0 and (stop or late or epoch_ends):
+                state = {"config": asdict(c), "model": model.state_dict(), "step": done}
+                state |= {"videos": videos, "classes": classes, "args": settings}
+                state["epoch"] = done // steps_per_epoch
+                if val and epoch_ends and top > best:
+                    best = top
+                    save_checkpoint(out / "best.pt", **state, best=best)
+                if done == total or not broken:
+                    state |= {"best": best, "optimizer": optimizer.state_dict()}
+                    save_checkpoint(out / "last.pt", **state)
+                    kept, saved_at = done, time.monotonic()
             if stop:
                 break
 
@@ -1039,17 +1035,13 @@ def middle(captions):
     return captions[len(captions) // 2]
 
 
-def clip_of(args, saved, default=None):
+def clip_of(args, saved, default):
     """-> name, (clip, tokenizer): by --clip, else what CHECKPOINT was trained with, else
     `default`."""
     trained = saved.get("args", {})
-    own = (
-        {} if trained.get("text_from") == "maps" else trained
-    )  # text maps call a CLIP by a name of their own
+    # Text maps call a CLIP by a name of their own.
+    own = {} if trained.get("text_from") == "maps" else trained
     name = args.clip or own.get("clip") or default
-    if not name:
-        maps = f"{args.checkpoint} was trained on text maps of CLIP {trained.get('clip')}"
-        raise ValueError(f"--clip: needed, since {maps}")
     tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
     return name, load_clip(name, tag, args.device)
 
@@ -1095,9 +1087,9 @@ def reconstruction_panels(model, video, mask):
     c = model.config
     with torch.no_grad():
         made = reconstruct(video, mask, model(video, mask)["pred"].float(), c)
-    panels = [("reconstruction", "masked cubes predicted", to_uint8(made["reconstructed"]))]
+    what = "true mean and std put back" if c.norm_pix_loss else "masked cubes predicted"
+    panels = [("reconstruction", what, to_uint8(made["reconstructed"]))]
     if c.norm_pix_loss:
-        panels[0] = ("reconstruction", "true mean and std put back", panels[0][2])
         what = "without true mean and std: grey is 0, black and white 3 std"
         panels.append(("as predicted", what, to_uint8(made["predicted"])))
     return panels
@@ -1141,7 +1133,8 @@ def panels_of(args, model, saved):
     scores = {"tube": tgmae.tube_scores(1, c.grid, generator=generator)}
     scores["mgm"] = tgmae.motion_scores(motion[None], c.grid)
     name = os.fsencode(name).decode("utf-8", "replace")  # drawn, though it may be no UTF-8
-    panels, title = [("clip", "", frames)], f"{name}, frames {numbers[0]} to {numbers[-1]}"
+    title = f"{name}, frames {numbers[0]} to {numbers[-1]}"
+    panels = [("clip", "its middle, centre cropped", frames)]
     if caption:
         title += f': "{caption}"'
         default = (
@@ -1186,7 +1179,7 @@ def sheet_of(panels, title, tubelet_size):
     every *= -(-len(panels[0][2][::every]) // 8)
     rows = []
     for name, what, frames in panels:
-        texts = [f"{name}: {what}" if what else name] + [""] * len(frames)
+        texts = [f"{name}: {what}"] + [""] * len(frames)
         rows.append(list(zip(texts, frames[::every])))
     return draw_page(rows, title)
 

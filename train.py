@@ -554,7 +554,6 @@ def check_args(args):
 def parse_args(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-
     flag = functools.partial(add_flag, parser)
 
     def either(name, help, **more):  # defaults depend on the data
@@ -1010,7 +1009,9 @@ def finish(out):
         ("bad", f"times a video could not be read, another took its place: {out}/bad_videos.txt"),
         ("no_motion", "times a video had no motion vectors: the difference of frames stood in"),
     ):
-        if count := sum(line.get(name, 0) for line in lines):
+        # What was skipped was once a list of names.
+        counts = (name in line if name == "skipped" else line.get(name, 0) for line in lines)
+        if count := sum(counts):
             print(f"{name:<8}{count} {what}")
     print(f"done    {out}/samples.png, {out}/last.pt")
 

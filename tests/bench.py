@@ -1,11 +1,12 @@
 """Speed, against what one would use instead and against the floor: side by side, in turns, on the
 same input, in one run; medians and their ratios. Run by hand, on an idle machine.
 
-python tests/bench.py step     # a training step, beside transformers' VideoMAE python
-tests/bench.py load     # from H.264 to clips, beside decord, torchcodec and a bare decode python
-tests/bench.py maps     # text maps: what they cost, and what they save python tests/bench.py end
-# train.py as it is: clips/s, and the share of time that waits for data python tests/bench.py all
---json bench.json"""
+    python tests/bench.py step   # a training step, beside transformers' VideoMAE
+    python tests/bench.py load   # from files to clips, beside decord, torchcodec, a bare decode
+    python tests/bench.py maps   # text maps: what they cost, and what they save
+    python tests/bench.py end    # train.py as it is: clips/s, and the share that waits for data
+    python tests/bench.py all --json bench.json
+"""
 
 import argparse
 import copy

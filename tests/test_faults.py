@@ -574,6 +574,16 @@ def test_many_bad_numbers_in_a_row_stop_the_run(workdir, manifest, monkeypatch):
     assert [line["step"] for line in log("run") if "skipped" in line] == list(range(8, 18))
 
 
+def test_a_log_that_names_what_was_skipped(tmp_path, capsys):
+    """As runs wrote it until --save-steps went: they still go on to their end."""
+    line = {"lr": 0.1, "mae": 1.0, "bad": 2, "no_motion": 0}
+    lines = [line | {"step": 1}, line | {"step": 2, "skipped": ["a.mp4", "b.mp4"]}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    train.finish(tmp_path)
+    said = capsys.readouterr().out
+    assert "skipped 1 steps were left out" in said and "bad     4 times" in said
+
+
 @pytest.mark.slow
 def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
     data = manifest(8)
