@@ -359,7 +359,7 @@ def test_annotation_mistakes_name_file_and_line(tree, tmp_path):
          "train.csv:2: invalid literal for int() with base 10: 'one'"),
         ({"train.csv": good + "a,b,1,2,dev\n"}, "k400", "train.csv:2: 'dev' is unknown or missing"),
         ({"train.csv": good + "a,b,1,2,train\n"}, "k400",
-         "none of the 1 in the annotations, such as b_000001"),
+         "none of the 1 listed, such as b_000001"),
         ({"train.json": "{", "labels.json": {}}, "ssv2", "train.json: Expecting property name"),
         ({"train.json": [{}], "labels.json": {}}, "ssv2",
          "train.json: entry 1: 'id' is unknown or missing"),
@@ -930,8 +930,8 @@ def test_an_unfinished_command_is_not_mixed_with_another(manifest, blip2, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run(*flags)
     assert data.read_bytes() == before
-    assert "unfinished command with other settings (frames 3 -> 1)" in fails(*flags, "--frames", 1)
-    assert "(source blip2 -> label" in fails("caption", data, "--source", "label")
+    assert "unfinished work with {'frames': 3}; finish it" in fails(*flags, "--frames", 1)
+    assert "'source': 'blip2'" in fails("caption", data, "--source", "label")
     with open(tmp_path / "some.jsonl.work/0.jsonl", "a") as file:
         file.write('{"key": "half a li}')
     captions.write_manifest(
