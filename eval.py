@@ -18,7 +18,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,6 +42,8 @@ import weights
 from dataset import Crop, VideoError
 from tgmae import MASK_RATIOS
 from train import (
+    REAL,
+    TOY,
     YES_NO,
     TrainingClips,
     add_flag,
@@ -83,20 +84,17 @@ from train import (
 # Fine-tuning and testing, a recipe a dataset: Table 9, and VideoMAE's FINETUNE.md for the rest.
 _PAPER = {
     "lr": 1e-3, "epochs": 75, "stride": 4, "flip": True, "sampling": "dense", "views": "5x3",
-    "batch_size": 48,
-    "warmup_epochs": 5.0, "repeat": 2, "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1,
-    "mixup": 0.8,
-    "cutmix": 1.0, "randaug": 21, "crop_scale": 0.08, "erasing": 0.25, "holdout": 0.02,
-    "random": False,
+    "batch_size": 48, "warmup_epochs": 5.0, "repeat": 2, "layer_decay": 0.75, "drop_path": 0.1,
+    "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "randaug": 21, "crop_scale": 0.08,
+    "erasing": 0.25, "holdout": 0.02, "random": False,
     "test_split": "val",  # Kinetics' and SSv2's test labels are not public
 }  # fmt: skip
 RECIPES = {
     "toy": _PAPER | {
         "lr": 0.03, "epochs": 16, "flip": False, "views": "3x1", "batch_size": 16,
-        "warmup_epochs": 2.0, "holdout": 0.1,
-        "test_split": "test", "layer_decay": 0.9, "repeat": 1, "mixup": 0.0, "cutmix": 0.0,
-        "randaug": 0, "crop_scale": 0.6,
-        "erasing": 0.0, "random": True,
+        "warmup_epochs": 2.0, "holdout": 0.1, "test_split": "test", "layer_decay": 0.9, "repeat": 1,
+        "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6, "erasing": 0.0,
+        "random": True,
     },
     "other": _PAPER | {"test_split": "test"},
     "k400": _PAPER,
@@ -188,9 +186,8 @@ def add_flags(parser, command):
     if command == "export":
         return
     flag("--data", "toy", "toy, or a manifest (JSON lines, see captions.py)")
-    flag(
-        "--recipe", None, "whose defaults to take; toy for --data toy, else other", choices=RECIPES
-    )
+    whose = "whose defaults to take; toy for --data toy, else other"
+    flag("--recipe", None, whose, choices=RECIPES)
     for name, (help, _, commands) in RECIPE_FLAGS.items():
         if command == "finetune" and name != "random" or command in commands:
             values = {recipe: f"{values[name]}" for recipe, values in RECIPES.items()}
@@ -250,9 +247,8 @@ def parse_args(argv=None):
         own = {"linear": ("epochs", "holdout")}.get(first.command, ())
         recipe = RECIPES[late["recipe"]].items()
         late |= {key: value for key, value in recipe if key not in own}
-    parsers[first.command].set_defaults(
-        **{key: value for key, value in late.items() if key in first}
-    )
+    late = {key: value for key, value in late.items() if key in first}
+    parsers[first.command].set_defaults(**late)
     args = parser.parse_args(argv)
     if args.json and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: no such folder {Path(args.json).parent}")
@@ -359,9 +355,8 @@ def targets(records, classes, where):
     target = torch.tensor([number.get(str(record["label"]), -1) for record in records])
     if (target < 0).all():
         first, known = records[0]["label"], ", ".join(classes[:3])
-        raise ValueError(
-            f"{where}: none of its classes is known, such as {first!r}; known: {known}..."
-        )
+        unknown = f"none of its classes is known, such as {first!r}"
+        raise ValueError(f"{where}: {unknown}; known: {known}...")
     if (target < 0).any():
         new = sorted({str(record["label"]) for record, t in zip(records, target) if t < 0})
         clips = f"{int((target < 0).sum())} clips are of {len(new)} classes that training lacks"
@@ -401,9 +396,8 @@ def view_crops(size, views):
     the centre."""
     side, slack = min(size), max(size) - min(size)
     offsets = [int(v * slack / (views - 1)) for v in range(views)] if views > 1 else [slack // 2]
-    return [
-        Crop(o, 0, side, side) if size[0] > size[1] else Crop(0, o, side, side) for o in offsets
-    ]
+    tall = size[0] > size[1]
+    return [Crop(o, 0, side, side) if tall else Crop(0, o, side, side) for o in offsets]
 
 
 class Views(Dataset):
@@ -418,12 +412,11 @@ class Views(Dataset):
 
     def __getitem__(self, number):
         record, args, c = self.records[number], self.args, self.config
+        how = c.num_frames, args.stride, args.sampling, self.grid[0]
         try:
             with dataset.open_video(record["path"]) as video:
                 first, stop = dataset.frame_range(video, record.get("start"), record.get("end"))
-                clips = view_frames(
-                    first, stop, c.num_frames, args.stride, args.sampling, self.grid[0]
-                )
+                clips = view_frames(first, stop, *how)
                 wanted = sorted(set(sum(clips, [])))  # all views in one decode
                 frames = dataset.read_clip(video, wanted)
         except VideoError as error:
@@ -451,10 +444,8 @@ def compute_clips(split, records, args, config, grid, compute, loaders=None):
     Processes share batches that are the same however many share them, so what comes out is the
     same, too."""
     rank, world = rank_and_world()
-    size = max(1, args.batch_size // (grid[0] * grid[1]))
-    batches = [list(range(i, min(i + size, len(records)))) for i in range(0, len(records), size)][
-        rank::world
-    ]
+    size = max(1, args.batch_size // math.prod(grid))
+    batches = [part.tolist() for part in torch.arange(len(records)).split(size)][rank::world]
     loaders = loaders or fit_loaders(args.workers, size * math.prod(grid) * clip_bytes(config))
     views = Views(records, config, args, grid)
     loader = batches_of(views, loaders, batch_sampler=batches, collate_fn=list)
@@ -473,9 +464,8 @@ def compute_clips(split, records, args, config, grid, compute, loaders=None):
     parts = gather_objects((done, values, failed))
     done, values, failed = (sum(part, []) for part in zip(*parts))
     if not done:
-        raise ValueError(
-            f"none of the {len(records)} clips of split {split!r} can be read: {min(failed)[1]}"
-        )
+        count = f"none of the {len(records)} clips of split {split!r}"
+        raise ValueError(f"{count} can be read: {min(failed)[1]}")
     values = torch.cat(values)[torch.tensor([number for number, _ in done]).argsort()]
     short = sum(short for _, short in done)
     for _, why in sorted(failed):
@@ -488,13 +478,8 @@ def compute_clips(split, records, args, config, grid, compute, loaders=None):
 
 
 def in_table(value):
-    return (
-        f"{value:.1%}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else value
-    )
+    form = {float: ".1%", int: ","}.get(type(value), "")
+    return f"{value:{form}}"
 
 
 def report(args, rows, notes, clips, **more):
@@ -508,13 +493,18 @@ def report(args, rows, notes, clips, **more):
     counted = "; ".join(f"{split}: {found.text}" for split, found in clips.items())
     print(*(f"\n{note}" for note in notes), *([f"\n{counted}."] if counted else []), sep="\n")
     if args.json:
-        counts = {
-            split: {"clips": found.text, "failed": found.failed, "shorter than a view": found.short}
-            for split, found in clips.items()
-        }
+        counts = {}
+        for split, found in clips.items():
+            of = {"clips": found.text, "failed": found.failed, "shorter than a view": found.short}
+            counts[split] = of
         result = {"rows": rows, "notes": notes, "clips": counts, "settings": vars(args), **more}
         with replacing(args.json, "w") as file:
             file.write(json.dumps(result, indent=1) + "\n")
+
+
+def views_text(args):
+    how = f"{args.sampling}, stride {args.stride}" if args.sampling == "dense" else args.sampling
+    return f"Mean over {args.views} views, time x space ({how})."
 
 
 def accuracy(scores, target, ks=(1, 5)):
@@ -534,7 +524,9 @@ def chance_row(name, classes, ks=(1, 5)):
 
 
 def train_head(x, y, num_classes, rate, args):
-    """Features (n,D), classes (n,) -> BatchNorm1d(affine=False) + Linear, by SGD with a cosine."""
+    """Features (n,V,D), classes (n,) -> BatchNorm1d(affine=False) + Linear, by SGD with a
+    cosine."""
+    x, y = x.flatten(0, 1), y.repeat_interleave(x.shape[1])
     generator = torch.Generator().manual_seed(args.seed)
     linear = nn.Linear(x.shape[1], num_classes)
     nn.init.normal_(linear.weight, std=0.01, generator=generator)
@@ -575,19 +567,16 @@ def choose_rate(x, y, num_classes, args):
     """Features (n,V,D) of training clips -> (the rate whose head does best on held-out ones of
     them, top-1 there of every rate)."""
     held, kept = hold_out(len(x), args, least=1)
-    views = x.shape[1]
     found = {}
     for rate in args.rates:
-        head = train_head(
-            x[kept].flatten(0, 1), y[kept].repeat_interleave(views), num_classes, rate, args
-        )
+        head = train_head(x[kept], y[kept], num_classes, rate, args)
         found[rate] = accuracy(view_scores(head, x[held]), y[held], ks=(1,))["top-1"]
     return max(found, key=found.get), found
 
 
 def linear(args):
     train, test, classes, train_target, test_target = splits_of(args, manifest_of(args.data))
-    rows, chosen, held_out = [], {}, []
+    rows, chosen, rates = [], {}, []
     for name, model, _ in encoders(args):
         how, features = (args, model.config), functools.partial(pooled, model)
         seen = compute_clips(args.split, train, *how, args.train_view_grid, features)
@@ -596,31 +585,16 @@ def linear(args):
             continue  # the head is small: one process trains it
         x, labels = seen.values.to(args.device), train_target[seen.kept].to(args.device)
         rate, tops = choose_rate(x, labels, len(classes), args)
-        head = train_head(
-            x.flatten(0, 1), labels.repeat_interleave(x.shape[1]), len(classes), rate, args
-        )
+        head = train_head(x, labels, len(classes), rate, args)
         scores = view_scores(head, tested.values.to(args.device)).cpu()
         rows.append({"encoder": name, **accuracy(scores, test_target[tested.kept])})
-        chosen[name] = {
-            "rate": rate,
-            "held-out top-1": {f"{key:g}": top for key, top in tops.items()},
-        }
-        held_out.append(
-            f"{name}: {', '.join(f'{r:g} {top:.1%}' for r, top in tops.items())}, chosen {rate:g}"
-        )
+        chosen[name] = {"rate": rate, "held-out top-1": {f"{r:g}": top for r, top in tops.items()}}
+        rates.append(f"{rate:g} for {name}")
     rows.append(chance_row("encoder", len(classes)))
-    notes = [
-        "Top-k: share of test clips whose class is among the k that the linear classifier finds "
-        "likeliest. The encoder is frozen, features are means over all cubes. Chance is k of "
-        f"{len(classes)} classes.",
-        "Head: BatchNorm without affine + Linear; SGD, momentum 0.9, no weight decay, batch 256, "
-        f"{args.epochs} epochs, cosine; {args.train_views} view(s) of a training clip. Test: "
-        f"{args.views} views ({args.sampling}, stride {args.stride}), mean of their softmax.",
-        f"Learning rate: by top-1 on {args.holdout:.0%} of the training clips, then trained on "
-        "all of them. " + "; ".join(held_out),
-    ]
+    note = f"{views_text(args)} Learning rate: the best of {len(args.rates)} on {args.holdout:.0%} "
+    note += f"of the training clips: {', '.join(rates)}."
     clips = {args.split: seen, args.test_split: tested}
-    report(args, rows, notes, clips, rates=chosen)
+    report(args, rows, [note], clips, rates=chosen)
 
 
 # =================================================================================================
@@ -648,10 +622,8 @@ def recall_by_chance(query_labels, gallery_labels, ks=(1, 5, 10)):
     def hit(relevant, k):  # one less the chance that none of k drawn is among the relevant ones
         return 1 - math.comb(G - relevant, min(k, G)) / math.comb(G, min(k, G))
 
-    return {
-        f"R@{k}": sum(n * hit(count[label], k) for label, n in queries.items()) / len(query_labels)
-        for k in ks
-    }
+    hits = {k: sum(n * hit(count[label], k) for label, n in queries.items()) for k in ks}
+    return {f"R@{k}": hits[k] / len(query_labels) for k in ks}
 
 
 def retrieve(args):
@@ -668,13 +640,10 @@ def retrieve(args):
         what |= {"queries": len(sides[0]), "gallery": len(sides[1])}
         rows.append({**what, "encoder": name, **recall(*sides, *labels)})
     rows.append({**what, "encoder": "chance", **recall_by_chance(*labels)})
-    notes = [
-        "R@k: share of queries for which one of the k nearest of the gallery, by cosine, is "
-        "right; chance: in a gallery in random order. A clip's feature is the mean over all "
-        f"cubes, normalised, averaged over {args.views} views ({args.sampling}, stride "
-        f"{args.stride}); nothing is trained."
-    ]
-    report(args, rows, notes, clips)
+    note = (
+        "R@k: one of the k nearest training clips, by cosine, has the class; nothing is trained. "
+    )
+    report(args, rows, [note + views_text(args)], clips)
 
 
 # =================================================================================================
@@ -691,12 +660,11 @@ def augmentation(args, size):
     # timm's rand-m7-n4-mstd0.5-inc1: each of 4 operations with probability 0.5. Its noise on the
     # magnitude is left out.
     randaug = v2.RandAugment(1, args.randaug, interpolation=bilinear, fill=mean)
+    box = {"scale": (args.crop_scale, 1.0), "ratio": (0.75, 1 / 0.75)}
     return v2.Compose(
         [
             *[v2.RandomApply([randaug], 0.5)] * (4 if args.randaug else 0),
-            v2.RandomResizedCrop(
-                size, scale=(args.crop_scale, 1.0), ratio=(0.75, 1 / 0.75), antialias=True
-            ),
+            v2.RandomResizedCrop(size, **box, antialias=True),
             v2.RandomHorizontalFlip(0.5 if args.flip else 0.0),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(tgmae.IMAGENET_MEAN, tgmae.IMAGENET_STD),
@@ -720,13 +688,9 @@ class Augmented(TrainingClips):
             torch.manual_seed(seed)
             first, stop = dataset.frame_range(video, record.get("start"), record.get("end"))
             if args.sampling == "tsn":
-                jitter = torch.rand(
-                    c.num_frames
-                ).tolist()  # added in double: 15 + 0.9999999 is 16 in float32
-                numbers = [
-                    first + int((i + u) * (stop - first) / c.num_frames)
-                    for i, u in enumerate(jitter)
-                ]
+                jitter = torch.rand(c.num_frames).double()  # 15 + 0.9999999 is 16 in float32
+                places = (torch.arange(c.num_frames) + jitter) * (stop - first) / c.num_frames
+                numbers = (first + places.long()).tolist()
             else:
                 numbers = dataset.clip_indices(first, stop, c.num_frames, args.stride)
             frames = dataset.read_clip(video, numbers).permute(0, 3, 1, 2)  # (T,3,H,W)
@@ -738,13 +702,11 @@ class Augmented(TrainingClips):
 
 def collate(samples):
     """First one clip of each video, then another of each: torchvision mixes neighbours."""
+    video = torch.stack([sample["video"] for sample in samples], 1)  # (repeat,videos,3,T,S,S)
+    target = torch.stack([sample["target"] for sample in samples])
     return {
-        "video": torch.stack([sample["video"] for sample in samples], 1).flatten(
-            0, 1
-        ),  # (repeat*videos,3,T,S,S)
-        "target": torch.stack([sample["target"] for sample in samples]).repeat(
-            len(samples[0]["video"])
-        ),
+        "video": video.flatten(0, 1),
+        "target": target.repeat(len(video)),
         "names": [sample["name"] for sample in samples],
         "bad": sum((sample["bad"] for sample in samples), []),
     }
@@ -757,9 +719,8 @@ def mix(video, target, num_classes, args):
     ways += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
     if not ways:
         return video, target
-    clips, shares = v2.RandomChoice(ways)(
-        tv_tensors.Video(video.transpose(1, 2)), target
-    )  # (B,T,3,S,S)
+    clips = tv_tensors.Video(video.transpose(1, 2))  # (B,T,3,S,S)
+    clips, shares = v2.RandomChoice(ways)(clips, target)
     return clips.as_subclass(torch.Tensor).transpose(1, 2), shares
 
 
@@ -779,30 +740,18 @@ def layer_scales(model, decay):
 def make_optimizer(model, args):
     """AdamW, betas .9/.999; a group for each parameter: its factor of the learning rate, and weight
     decay (none on 1-D parameters)."""
-    scales = layer_scales(model, args.layer_decay)
-    groups = [
-        {
-            "params": [p],
-            "scale": scales[name],
-            "weight_decay": args.weight_decay if p.ndim > 1 else 0.0,
-        }
-        for name, p in model.named_parameters()
-    ]
+    scales, groups = layer_scales(model, args.layer_decay), []
+    for name, p in model.named_parameters():
+        decay = args.weight_decay if p.ndim > 1 else 0.0
+        groups.append({"params": [p], "scale": scales[name], "weight_decay": decay})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def test_scores(model, split, records, args, grid, loaders=None):
     """-> Computed with values (n,K): softmax of each view, mean over views."""
     model.eval()
-    found = compute_clips(
-        split,
-        records,
-        args,
-        model.config,
-        grid,
-        lambda video: model(video).float().softmax(-1),
-        loaders,
-    )
+    softmax = lambda video: model(video).float().softmax(-1)  # noqa: E731
+    found = compute_clips(split, records, args, model.config, grid, softmax, loaders)
     return found._replace(values=found.values.mean(1))
 
 
@@ -931,9 +880,7 @@ def as_it_is(args, manifest, test):
         raise ValueError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
     classes = saved.get("classes")
     if not classes or all(name.removeprefix("LABEL_").isdigit() for name in classes):
-        classes = class_names(
-            labelled(manifest, args.split)
-        )  # a head without names: the manifest's, in order
+        classes = class_names(labelled(manifest, args.split))  # a head without names
     if len(classes) != model.head.out_features:
         count = f"a head of {model.head.out_features} classes, {manifest} has {len(classes)}"
         raise ValueError(f"{args.checkpoint}: {count}")
@@ -946,9 +893,7 @@ def train_classifier(args, manifest, test):
     classes = class_names(train)
     if len(classes) < 2:
         raise ValueError(f"{manifest}: split {args.split!r} has one class, {classes[0]!r}")
-    targets(
-        test, classes, f"{manifest}, split {args.test_split!r}"
-    )  # before, not after, the training
+    targets(test, classes, f"{manifest}, split {args.test_split!r}")  # says now what is wrong
     if args.val_split:
         val = labelled(manifest, args.val_split)
     else:
@@ -957,12 +902,9 @@ def train_classifier(args, manifest, test):
     torch.manual_seed(args.seed)
     start = tgmae.TGMAE(start.config) if args.scratch else start
     torch.manual_seed(args.seed)  # the same head with --scratch and without
-    model = Classifier(replace(start.config, drop_path=args.drop_path), len(classes)).to(
-        args.device
-    )
-    model.encoder.load_state_dict(
-        start.encoder.state_dict(), strict=False
-    )  # all but the final norm
+    model = Classifier(replace(start.config, drop_path=args.drop_path), len(classes))
+    model.encoder.load_state_dict(start.encoder.state_dict(), strict=False)  # no final norm
+    model.to(args.device)
     model.encoder.grad_checkpointing = args.grad_checkpointing
     with lock_folder(Path(args.out)):
         fit(args, model, classes, train, val)
@@ -980,21 +922,11 @@ def finetune(args):
         found = test_scores(model.to(args.device), args.test_split, test, args, args.view_grid)
         rows.append({"model": name, **accuracy(found.values, target[found.kept])})
     rows.append(chance_row("model", len(classes)))
-    notes = [
-        "Top-k: share of test clips whose class is among the k likeliest; chance is k of "
-        f"{len(classes)} classes. Test: {args.views} views in time x space ({args.sampling}, "
-        f"stride {args.stride}), mean of their softmax."
-    ]
+    note = views_text(args)
     if len(models) == 2:
-        clips = (
-            f"split {args.val_split}"
-            if args.val_split
-            else f"{args.holdout:.0%} of the training clips"
-        )
-        notes.append(
-            f"best.pt is the epoch with the highest top-1 on {clips}, never on test clips."
-        )
-    report(args, rows, notes, {args.test_split: found})
+        held = args.val_split or f"{args.holdout:.0%} of the training clips"
+        note += f" best.pt: the epoch with the highest top-1 on {held}, never on test clips."
+    report(args, rows, [note], {args.test_split: found})
 
 
 # =================================================================================================
@@ -1007,9 +939,8 @@ def attention_maps(model, video, layers, query):
     """video (1,3,T,S,S) -> (layers,N): how much cube number `query` attends to each cube, the mean
     over heads, in the given layers (from 0) of the encoder. None is masked."""
     c, encoder, maps = model.config, model.encoder, []
-    x = (
-        encoder.patch_embed(tgmae.patchify(video, c.patch_size, c.tubelet_size)) + encoder.pos_embed
-    )  # (1,N,D)
+    x = encoder.patch_embed(tgmae.patchify(video, c.patch_size, c.tubelet_size))
+    x = x + encoder.pos_embed  # (1,N,D)
     for block in encoder.blocks:
         y, attn = block.norm1(x)[0], block.attn  # (N,D)
         wq, wk, _ = attn.qkv.weight.chunk(3)
@@ -1024,75 +955,46 @@ def heat_map(scores, frames):
     """scores (t,h,w), frames (T,S,S,3) uint8 -> (T,S,S,3) uint8: dark where lowest, light where
     highest, over the grey frames."""
     value = (scores - scores.min()) / (scores.max() - scores.min()).clamp(min=1e-12)
-    value = F.interpolate(value[None, None].float().cpu(), frames.shape[:3])[
-        0, 0
-    ]  # (T,S,S), nearest
+    value = F.interpolate(value[None, None].float().cpu(), frames.shape[:3])[0, 0]  # (T,S,S)
     colour = 255 * torch.from_numpy(colormaps["inferno"](value.numpy())[..., :3])
     return (0.65 * colour + 0.35 * frames.float().mean(-1, keepdim=True)).byte()
 
 
-def middle(captions):
-    return captions[len(captions) // 2]
-
-
-def clip_of(args, saved, default):
-    """-> name, (clip, tokenizer): by --clip, else what CHECKPOINT was trained with, else
-    `default`."""
-    trained = saved.get("args", {})
-    # Text maps call a CLIP by a name of their own.
-    own = {} if trained.get("text_from") == "maps" else trained
-    name = args.clip or own.get("clip") or default
+def clip_of(args, saved):
+    """-> (clip, tokenizer) of --clip, else what CHECKPOINT was trained with, else train.py's."""
+    own = saved.get("args", {})
+    if own.get("text_from") == "maps":  # they call a CLIP by a name of their own
+        own = {}
+    default = (TOY if args.data == "toy" and not args.video else REAL)["clip"]
     tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
-    return name, load_clip(name, tag, args.device)
+    return load_clip(args.clip or own.get("clip") or default, tag, args.device)
 
 
 def clip_to_show(args, config):
-    """-> video (3,T,S,S) uint8, the middle of a file, its centre cropped; motion (T,h,w) and what
-    it is; caption or None; the file's name; numbers of the frames."""
-    if args.video:
-        record = {"path": args.video, "video": args.video}
-    else:
+    """-> name and caption (or None) of a clip, numbers of the frames in its middle, these frames
+    (3,T,S,S) uint8, their centre cropped, and their motion (T,h,w)."""
+    record = {"path": args.video, "video": args.video}
+    if not args.video:
         records = dataset.read_manifest(manifest_of(args.data), args.test_split)
         if not 0 <= args.number < len(records):
-            last = len(records) - 1
-            raise ValueError(
-                f"--number {args.number}: split {args.test_split!r} has clips 0 to {last}"
-            )
+            which = f"split {args.test_split!r} has clips 0 to {len(records) - 1}"
+            raise ValueError(f"--number {args.number}: {which}")
         record = records[args.number]
-    caption = args.caption or middle(record.get("captions") or [None])
+    captions = record.get("captions") or [None]
     start = record.get("start") if args.start is None else args.start
-    first, stop = dataset.frame_range(record["path"], start, record.get("end"))
-    (numbers,) = view_frames(first, stop, config.num_frames, args.stride, args.sampling, 1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", dataset.NoMotionVectors)
-        frames, motion = dataset.read_clip(record["path"], numbers, motion=True)
-    none = any(warning.category is dataset.NoMotionVectors for warning in caught)
+    span = dataset.frame_range(record["path"], start, record.get("end"))
+    (numbers,) = view_frames(*span, config.num_frames, args.stride, args.sampling, 1)
+    frames, motion = dataset.read_clip(record["path"], numbers, motion=True)
     (crop,) = view_crops(frames.shape[1:3], 1)
+    name = os.fsencode(record["video"]).decode("utf-8", "replace")  # drawn, whatever its bytes
+    found = name, args.caption or captions[len(captions) // 2], numbers
     video = dataset.crop_frames(frames, crop, config.image_size)
-    motion = dataset.crop_motion(motion, crop, config.grid)
-    what = (
-        "frame differences: the codec has no motion vectors"
-        if none
-        else "the codec's motion vectors"
-    )
-    return video, motion, what, caption, record["video"], numbers
+    return *found, video, dataset.crop_motion(motion, crop, config.grid)
 
 
 def to_uint8(video):
     """(1,3,T,S,S) in [0,1] -> (T,S,S,3) uint8."""
     return video[0].permute(1, 2, 3, 0).clamp(0, 1).mul(255).round().byte().cpu()
-
-
-def reconstruction_panels(model, video, mask):
-    c = model.config
-    with torch.no_grad():
-        made = reconstruct(video, mask, model(video, mask)["pred"].float(), c)
-    what = "true mean and std put back" if c.norm_pix_loss else "masked cubes predicted"
-    panels = [("reconstruction", what, to_uint8(made["reconstructed"]))]
-    if c.norm_pix_loss:
-        what = "without true mean and std: grey is 0, black and white 3 std"
-        panels.append(("as predicted", what, to_uint8(made["predicted"])))
-    return panels
 
 
 def mark(frames, query, config):
@@ -1109,102 +1011,74 @@ def mark(frames, query, config):
 def attention_panels(args, model, video, frames):
     c = model.config
     t, h, w = c.grid
-    query = (t // 2 * h + h // 2) * w + w // 2
+    query = (t // 2 * h + h // 2) * w + w // 2  # the centre cube
     layers = args.layers or sorted({1, (c.depth + 1) // 2, c.depth})
     if not all(1 <= layer <= c.depth for layer in layers):
         raise ValueError(f"--layers {' '.join(map(str, layers))}: the encoder has 1 to {c.depth}")
-    maps = (
-        attention_maps(model, video, [layer - 1 for layer in layers], query).view(-1, t, h, w).cpu()
-    )
-    return [
-        (f"attention {layer}/{c.depth}", "of that layer, from the centre patch (white box)",
-         mark(heat_map(weights, frames), query, c))
-        for layer, weights in zip(layers, maps)
-    ]  # fmt: skip
+    maps = attention_maps(model, video, [layer - 1 for layer in layers], query).view(-1, t, h, w)
+    for layer, scores in zip(layers, maps):
+        yield f"attention {layer}/{c.depth}", mark(heat_map(scores, frames), query, c)
 
 
+@torch.no_grad()
 def panels_of(args, model, saved):
-    """-> [(name, what it is, frames (T,S,S,3) uint8), ...], the title, frame numbers."""
+    """-> title, [(name, frames (T,S,S,3) uint8), ...], numbers of the frames."""
     c, trained = model.config, saved.get("args", {})
-    frames, motion, motion_is, caption, name, numbers = clip_to_show(args, c)
+    name, caption, numbers, frames, motion = clip_to_show(args, c)
     video = tgmae.normalize(frames[None]).to(args.device)
     frames = frames.permute(1, 2, 3, 0)  # (T,S,S,3)
+    title, panels = f"{name}, frames {numbers[0]} to {numbers[-1]}", [("clip", frames)]
     generator = torch.Generator().manual_seed(args.seed)
     scores = {"tube": tgmae.tube_scores(1, c.grid, generator=generator)}
     scores["mgm"] = tgmae.motion_scores(motion[None], c.grid)
-    name = os.fsencode(name).decode("utf-8", "replace")  # drawn, though it may be no UTF-8
-    title = f"{name}, frames {numbers[0]} to {numbers[-1]}"
-    panels = [("clip", "its middle, centre cropped", frames)]
     if caption:
-        title += f': "{caption}"'
-        default = (
-            "local-dir:data/toy/clip"
-            if args.data == "toy" and not args.video
-            else "ViT-B-32-quickgelu"
+        title = f'"{caption}"   {title}'
+        clip, tokenizer = clip_of(args, saved)
+        text = tgmae.encode_text(clip, tokenizer, [caption])
+        like = tgmae.text_scores(clip, video, text, c.patch_size, c.tubelet_size).cpu()
+        panels.append(
+            (f"similarity {like.min():.2f} to {like.max():.2f}", heat_map(like[0], frames))
         )
-        called, clip = clip_of(args, saved, default)
-        text = tgmae.encode_text(*clip, [caption])
-        scores["tgm"] = like = tgmae.text_scores(
-            clip[0], video, text, c.patch_size, c.tubelet_size
-        ).cpu()
-        what = f"to the caption, {like.min():.2f} dark to {like.max():.2f} light ({called})"
-        panels.append(("similarity", what, heat_map(like[0], frames)))
+        scores["tgm"] = like
     else:
         say("note    no --caption: no text mask")
-    words = {"tube": "random tubes", "mgm": motion_is, "tgm": "most like the caption"}
     chosen = args.mask or (trained.get("mask") if trained.get("mask") in scores else "tube")
     if chosen not in scores:
         raise ValueError(f"--mask {chosen}: needs --caption")
-    own = trained if trained.get("mask") == chosen else {}
-    ratio = (
-        own.get("mask_ratio", MASK_RATIOS[chosen]) if args.mask_ratio is None else args.mask_ratio
-    )
-    masks = {}
+    own, masks = trained if trained.get("mask") == chosen else {}, {}
+    ratio = own.get("mask_ratio", MASK_RATIOS[chosen])
+    ratios = MASK_RATIOS | {chosen: ratio if args.mask_ratio is None else args.mask_ratio}
     for way, score in scores.items():
-        share, lowest = (ratio, own.get("bottom_k")) if way == chosen else (MASK_RATIOS[way], False)
-        masks[way] = tgmae.topk_mask(score, share, bottom_k=lowest, generator=generator)
-        masked = to_uint8(reconstruct(video, masks[way], None, c)["masked"])
-        what = words[way] + (", the lowest" if lowest else "")
-        panels.append((f"{way} mask {share:g}", what, masked))
+        lowest = way == chosen and own.get("bottom_k", False)
+        masks[way] = tgmae.topk_mask(score, ratios[way], bottom_k=lowest, generator=generator)
+        label = f"{way} mask {ratios[way]:g}" + (", the lowest" if lowest else "")
+        panels.append((label, to_uint8(reconstruct(video, masks[way], None, c)["masked"])))
     if model.has_decoder:
-        panels += reconstruction_panels(model, video, masks[chosen])
+        made = reconstruct(video, masks[chosen], model(video, masks[chosen])["pred"].float(), c)
+        panels.append(("reconstruction", to_uint8(made["reconstructed"])))
+        if c.norm_pix_loss:  # without the masked cubes' own mean and std
+            panels.append(("as predicted", to_uint8(made["predicted"])))
     else:
         say(f"note    {args.checkpoint} has no decoder: no reconstruction")
-    return panels + attention_panels(args, model, video, frames), title, numbers
-
-
-def sheet_of(panels, title, tubelet_size):
-    """A row a panel: at most 8 frames, each of another tubelet if there are more."""
-    every = tubelet_size if len(panels[0][2]) > 8 else 1
-    every *= -(-len(panels[0][2][::every]) // 8)
-    rows = []
-    for name, what, frames in panels:
-        texts = [f"{name}: {what}"] + [""] * len(frames)
-        rows.append(list(zip(texts, frames[::every])))
-    return draw_page(rows, title)
-
-
-def pages_of(panels, title, columns=5):
-    """A page a frame, the panels side by side."""
-    for i in range(len(panels[0][2])):
-        cells = [(name, frames[i]) for name, _, frames in panels]
-        rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
-        yield draw_page(rows, title, side=160)
+    return title, [*panels, *attention_panels(args, model, video, frames)], numbers
 
 
 def show(args):
     model, saved = load_model(args.checkpoint)
-    panels, title, numbers = panels_of(args, model.to(args.device), saved)
+    title, panels, numbers = panels_of(args, model.to(args.device), saved)
     files = [Path(f"{args.out}.png"), Path(f"{args.out}.gif")]
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    sheet_of(panels, title, model.config.tubelet_size).save(files[0])
-    first, *rest = pages_of(panels, title)
-    first.save(files[1], save_all=True, append_images=rest, duration=250, loop=0)  # ms a frame
-    rows = [{"row": i, "shows": f"{name}: {what}"} for i, (name, what, _) in enumerate(panels, 1)]
-    note = (
-        f"{title}. Written: {files[0]}, {files[1]}. Pictures, not a measure: there is no chance to "
-        "compare with."
-    )
+    every = -(-len(numbers) // 8)  # the sheet: a row a panel, at most 8 frames of each
+    rows = [list(zip([name] + [""] * 7, frames[::every])) for name, frames in panels]
+    draw_page(rows, title).save(files[0])
+    pages = []  # the animation: a page a frame, at most 5 panels a row
+    for i in range(len(numbers)):
+        cells = [(name, frames[i]) for name, frames in panels]
+        rows = [cells[first : first + 5] for first in range(0, len(cells), 5)]
+        pages.append(draw_page(rows, title, side=160))
+    pages[0].save(files[1], save_all=True, append_images=pages[1:], duration=250, loop=0)
+    rows = [{"row": i, "shows": name} for i, (name, _) in enumerate(panels, 1)]
+    note = f"{title}. Written: {files[0]}, {files[1]}."
     report(args, rows, [note], {}, files=list(map(str, files)), frames=numbers)
 
 
@@ -1219,22 +1093,20 @@ def huggingface_of(model):
     import transformers
 
     c = model.config
+    sizes = {theirs: getattr(c, ours) for ours, theirs in weights.SIZES.items()}
     theirs = transformers.VideoMAEConfig(
-        **{theirs: getattr(c, ours) for ours, theirs in weights.SIZES.items()},
+        **sizes,
         intermediate_size=int(c.embed_dim * c.mlp_ratio),
         decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
         use_mean_pooling=isinstance(model.encoder.norm, nn.Identity),
     )
-    fine_tuned = isinstance(model, Classifier)
-    if fine_tuned:
+    if isinstance(model, Classifier):
         theirs.num_labels = model.head.out_features
-    net = (
-        transformers.VideoMAEForVideoClassification
-        if fine_tuned
-        else transformers.VideoMAEForPreTraining
-    )(theirs)
+        net = transformers.VideoMAEForVideoClassification(theirs)
+    else:
+        net = transformers.VideoMAEForPreTraining(theirs)
     net.load_state_dict(weights.to_huggingface(model))
-    return (net if fine_tuned or model.has_decoder else net.videomae).eval()
+    return (net if isinstance(model, Classifier) or model.has_decoder else net.videomae).eval()
 
 
 def export(args):
@@ -1249,12 +1121,9 @@ def export(args):
         net.config.id2label = dict(enumerate(saved["classes"]))
         net.config.label2id = {label: i for i, label in enumerate(saved["classes"])}
     net.save_pretrained(out)
-    processor = transformers.VideoMAEImageProcessor(
-        size={"shortest_edge": c.image_size},
-        crop_size={"height": c.image_size, "width": c.image_size},
-        image_mean=list(tgmae.IMAGENET_MEAN),
-        image_std=list(tgmae.IMAGENET_STD),
-    )
+    size = {"shortest_edge": c.image_size}, {"height": c.image_size, "width": c.image_size}
+    colours = {"image_mean": list(tgmae.IMAGENET_MEAN), "image_std": list(tgmae.IMAGENET_STD)}
+    processor = transformers.VideoMAEImageProcessor(size=size[0], crop_size=size[1], **colours)
     processor.save_pretrained(out)
     rest = {name: saved[name] for name in ("args", "classes") if saved.get(name)}
     save_checkpoint(out / "model.pt", config=asdict(c), model=model.state_dict(), **rest)
@@ -1265,25 +1134,18 @@ def export(args):
         ours = model.encoder(tgmae.patchify(video, c.patch_size, c.tubelet_size))
         theirs = type(net).from_pretrained(out).base_model(video.transpose(1, 2)).last_hidden_state
     apart = (ours - theirs).abs().max().item()
+    rows = []
     opens = {
-        "model.safetensors": f"transformers' {type(net).__name__} and VideoMAEModel "
-        f".from_pretrained({str(out)!r})",
-        "model.pt": "eval.py, and train.py --init: all weights, in tgmae.py's names",
+        "model.safetensors": f"transformers' {type(net).__name__}.from_pretrained({str(out)!r})"
     }
-    rows = [
-        {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": by}
-        for name, by in opens.items()
-    ]
-    notes = [
-        "Opened again in transformers, the encoder's output for two clips of noise differs by "
-        f"{apart:.1e} at most (0: the same; there is no chance to compare with)."
-    ]
-    if isinstance(model, Classifier) and model.fc_norm.eps != 1e-5:
-        notes.append(
-            f"transformers' fc_norm has eps 1e-5, ours {model.fc_norm.eps:g}: logits differ by "
-            "little."
+    for name, by in (opens | {"model.pt": "eval.py, and train.py --init"}).items():
+        rows.append(
+            {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": by}
         )
-    report(args, rows, notes, {}, difference=apart)
+    note = f"Opened again in transformers, the encoder's output differs by at most {apart:.1e}."
+    if isinstance(model, Classifier) and model.fc_norm.eps != 1e-5:
+        note += f" There fc_norm has eps 1e-5, here {model.fc_norm.eps:g}: logits differ by little."
+    report(args, rows, [note], {}, difference=apart)
 
 
 def main(argv=None):
@@ -1293,13 +1155,8 @@ def main(argv=None):
         rank, _ = start_processes(args)
         if args.command in ("show", "export") and rank:
             return  # one process draws and writes
-        run = {
-            "finetune": finetune,
-            "linear": linear,
-            "retrieve": retrieve,
-            "show": show,
-            "export": export,
-        }
+        run = {"finetune": finetune, "linear": linear, "retrieve": retrieve}
+        run |= {"show": show, "export": export}
         run[args.command](args)
 
 

@@ -577,7 +577,8 @@ def test_linear_leaves_the_backbone_alone(checkpoint, clips, tmp_path, capsys, m
     assert set(next(iter(found["rates"].values()))["held-out top-1"]) == {
         f"{rate:g}" for rate in ev.RATES
     }
-    assert f"chosen {next(iter(found['rates'].values()))['rate']:g}" in said
+    ((name, chosen),) = found["rates"].items()
+    assert f"the best of 6 on 20% of the training clips: {chosen['rate']:g} for {name}" in said
 
 
 def test_the_rate_is_chosen_without_test_clips(monkeypatch):
@@ -780,16 +781,17 @@ def test_the_clip_that_a_run_was_trained_with(monkeypatch):
     by_maps = {
         "args": {"clip": "ViT-B-16/laion 012", "clip_pretrained": "openai", "text_from": "maps"}
     }
-    for saved, flags, default, found in (
-        (trained, (), None, ("ViT-B-16", "laion")),
-        (trained, ("--clip", "a b"), None, ("a b", "openai")),
-        (trained, ("--clip-pretrained", "x"), None, ("ViT-B-16", "x")),
-        (by_maps, (), "toy", ("toy", "openai")),
-        (by_maps, ("--clip", "y", "--clip-pretrained", "z"), None, ("y", "z")),
-        ({}, (), "toy", ("toy", "openai")),
-    ):  # fmt: skip
-        args = ev.parse_args(["show", "x.pt", *flags, "--device", "cpu"])
-        assert ev.clip_of(args, saved, default) == (found[0], (*found, "cpu"))
+    for saved, flags, found in (
+        (trained, "", ("ViT-B-16", "laion")),
+        (trained, "--clip a", ("a", "openai")),
+        (trained, "--clip-pretrained x", ("ViT-B-16", "x")),
+        (by_maps, "", ("local-dir:data/toy/clip", "openai")),
+        (by_maps, "--clip y --clip-pretrained z", ("y", "z")),
+        ({}, "", ("local-dir:data/toy/clip", "openai")),
+        ({}, "--video x.mp4", ("ViT-B-32-quickgelu", "openai")),
+    ):
+        args = ev.parse_args(["show", "x.pt", *flags.split(), "--device", "cpu"])
+        assert ev.clip_of(args, saved) == (*found, "cpu")
 
 
 def test_show(world, with_text, clips, tmp_path, capsys, monkeypatch):
@@ -836,8 +838,7 @@ def test_show_on_toy(trained, workdir, capsys):
     found, said = run(capsys, "show", trained, "--out", "pictures/toy", "--layers", 1, 4)
     sheet, moving = Image.open("pictures/toy.png"), Image.open("pictures/toy.gif")
     assert len(found["rows"]) == 9 and sheet.width > 400 and sheet.height > 9 * 112
-    assert "similarity: to the caption" in said and "true mean and std put back" in said
-    assert "without true mean and std" in said
+    assert "similarity " in said and "reconstruction" in said and "as predicted" in said
     assert moving.n_frames == 4 and moving.width < 830
     pages = []
     for i in (0, 2):
@@ -853,7 +854,7 @@ def test_show_on_footage(footage, checkpoint, tmp_path, monkeypatch, capsys):
     video = footage / "sports" / "basketball.mp4"
     found, said = run(capsys, "show", checkpoint, "--video", video, "--mask", "mgm", "--start", 1)
     assert "no --caption: no text mask" in said and "mgm mask 0.75" in said
-    assert len(found["rows"]) == 7 and "motion vectors" in said
+    assert len(found["rows"]) == 7
     ev.main(["export", str(checkpoint), "--out", "folder"])
     transformers.VideoMAEModel.from_pretrained("folder").save_pretrained("encoder")
     hevc = next(
@@ -861,8 +862,9 @@ def test_show_on_footage(footage, checkpoint, tmp_path, monkeypatch, capsys):
         for path in (footage / "odd").iterdir()
         if "hevc" in path.name.lower() or "h265" in path.name.lower()
     )
-    found, said = run(capsys, "show", "encoder", "--video", hevc)
-    assert "has no decoder" in said and "frame differences" in said and len(found["rows"]) == 5
+    with pytest.warns(dataset.NoMotionVectors):
+        found, said = run(capsys, "show", "encoder", "--video", hevc)
+    assert "has no decoder" in said and len(found["rows"]) == 5
     ev.main(["export", str(checkpoint), "--out", "again"])
     assert len(run(capsys, "show", "again", "--video", video)[0]["rows"]) == 7
     assert "needs --caption" in fails("show", checkpoint, "--video", video, "--mask", "tgm")
