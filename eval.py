@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -107,153 +108,6 @@ RECIPES = {
 }  # fmt: skip
 RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # learning rates that `linear` tries
 MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
-
-
-def view_grid(flag, text):
-    """5x3 -> [5, 3]."""
-    parts = text.split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"{flag} {text}: must be like 5x3, views in time x in space")
-    return [int(part) for part in parts]
-
-
-# A recipe's flags: help, the most that a number may be, the commands beside finetune that have it.
-TESTS, ALL = ("linear", "retrieve"), ("linear", "retrieve", "show")
-RECIPE_FLAGS = {
-    "test_split": ("split of the manifest to test on", None, ALL),
-    "stride": ("frames from one frame of a clip to the next", math.inf, ALL),
-    "sampling": ("dense: every stride-th frame; tsn: one of each of num_frames parts", None, ALL),
-    "views": ("of each test clip, time x space", None, TESTS),
-    "batch_size": ("per process: videos a forward (finetune), views at a time (tests)", math.inf,
-                   TESTS),
-    "random": ("do the same with random weights, beside it", None, TESTS),
-    "lr": ("learning rate per 256 videos of global batch", math.inf, ()),
-    "epochs": ("passes over the data; 0 tests a fine-tuned checkpoint as it is", math.inf, ()),
-    "warmup_epochs": ("epochs of linear warm-up", math.inf, ()),
-    "layer_decay": ("factor of the learning rate from a block to the one below", 1, ()),
-    "drop_path": ("chance to drop the last block for a clip; less for those below", 1, ()),
-    "smoothing": ("label smoothing", 1, ()),
-    "mixup": ("alpha of MixUp; 0: none", math.inf, ()),
-    "cutmix": ("alpha of CutMix; 0: none", math.inf, ()),
-    "randaug": ("RandAugment's bin of 31, in each of 4 operations; 0: none", 30, ()),
-    "crop_scale": ("least area of a crop, as a share of the frame", 1, ()),
-    "erasing": ("chance to erase a box of a clip", 1, ()),
-    "flip": ("mirror half the clips", None, ()),
-    "repeat": ("augmented clips from each decoded video", math.inf, ()),
-    "holdout": ("share of the training clips that chooses best.pt; 0: no best.pt", 1, ()),
-}  # fmt: skip
-COMMANDS = {
-    "finetune": "Train all of the network on labels, then test it (4.2).",
-    "linear": "Train a linear classifier on frozen features, then test it (4.2).",
-    "retrieve": "Find clips of the same class, zero-shot (4.4).",
-    "show": "Draw masks, reconstruction and attention of a clip (4.7).",
-    "export": "Write a folder that transformers opens, and model.pt for eval.py.",
-}
-
-
-def check_args(args):
-    check_flags(
-        args,
-        positive=("stride", "batch_size", "repeat", "accum"),
-        not_negative=("seed", "workers", "weight_decay", "min_lr", "save_minutes"),
-    )
-    for name, (_, most, _) in RECIPE_FLAGS.items():
-        value = getattr(args, name, None)
-        if most is not None and value is not None and not 0 <= value <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in 0 to {most}")
-    for name in ("views", "train_views"):
-        if name in args:
-            grid = view_grid(f"--{name.replace('_', '-')}", getattr(args, name))
-            setattr(args, name.replace("views", "view_grid"), grid)
-    if args.command == "finetune" and args.epochs and args.warmup_epochs > args.epochs:
-        limits = f"must lie in 0 to --epochs {args.epochs}"
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: {limits}")
-    if args.command == "linear" and (args.epochs <= 0 or min(args.rates) <= 0):
-        raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
-    if "holdout" in args and (args.holdout == 1 or args.holdout == 0 and args.command == "linear"):
-        raise ValueError(f"--holdout {args.holdout}: must lie between 0 and 1")
-
-
-def add_flags(parser, command):
-    flag = functools.partial(add_flag, parser)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, a folder, or a hub name")
-    flag("--json", None, "write the result there, too", metavar="FILE")
-    flag("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    flag("--amp", None, "bf16 autocast; where the hardware has it", action=YES_NO)
-    flag("--seed", 0, "of weights, order, augmentation, splits and masks")
-    if command in ("show", "finetune", "export"):
-        flag("--out", None, "run folder, OUT.png and OUT.gif, or folder; named after CHECKPOINT")
-    if command == "export":
-        return
-    flag("--data", "toy", "toy, or a manifest (JSON lines, see captions.py)")
-    whose = "whose defaults to take; toy for --data toy, else other"
-    flag("--recipe", None, whose, choices=RECIPES)
-    for name, (help, _, commands) in RECIPE_FLAGS.items():
-        if command == "finetune" and name != "random" or command in commands:
-            values = {recipe: f"{values[name]}" for recipe, values in RECIPES.items()}
-            other = [f"{k}: {v}" for k, v in values.items() if v != values["k400"]]
-            more = {"choices": ("dense", "tsn")} if name == "sampling" else {}
-            flag(f"--{name.replace('_', '-')}", _PAPER[name], "; ".join([help, *other]), **more)
-    flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
-    if command != "show":
-        flag("--split", "train", "split of the manifest to train on, or to retrieve from")
-    if command == "finetune":
-        flag("--min-lr", 1e-6, "per 256 videos, where warm-up begins and the cosine ends")
-        flag("--accum", 1, "forwards per step")
-        flag("--weight-decay", 0.05, "of AdamW, on matrices only")
-        flag("--scratch", False, "begin with random weights, of CHECKPOINT's sizes")
-        flag("--val-split", None, "split to choose best.pt by, in place of --holdout")
-        flag("--grad-checkpointing", False, "less memory for a third more time")
-        flag("--save-minutes", 10.0, "minutes between checkpoints; 0: none between epochs")
-        flag("--resume", True, "go on from the run folder's last.pt")
-    if command == "linear":
-        flag("--epochs", 100, "passes over the features")
-        rates = "learning rates to choose from"
-        parser.add_argument("--rates", type=float, nargs="+", default=RATES, help=rates)
-        flag("--holdout", 0.2, "share of the training clips that chooses the rate")
-        flag("--train-views", "1x1", "views of each training clip, time x space")
-    if command == "show":
-        flag("--clip", None, "open_clip model of the caption; the one of CHECKPOINT's training")
-        flag("--clip-pretrained", None, "tag of open_clip, or a file; likewise, or openai")
-        flag("--video", None, "a video file, in place of a clip of --data")
-        flag("--caption", None, "what it shows; of a clip of --data: its middle caption")
-        flag("--number", 0, "which clip of --data, without --video")
-        flag("--start", None, "seconds; the clip is from the middle of what follows", type=float)
-        whose = "of the reconstruction; CHECKPOINT's own, or tube"
-        flag("--mask", None, whose, choices=tuple(MASK_RATIOS))
-        flag("--mask-ratio", None, f"of that mask; {MASK_RATIOS}", type=float)
-        flag("--layers", None, "of attention, from 1; first, middle, last", type=int, nargs="+")
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parsers = {
-        name: commands.add_parser(name, help=help, description=help, formatter_class=formatter)
-        for name, help in COMMANDS.items()
-    }
-    for name, one in parsers.items():
-        add_flags(one, name)
-    first = parser.parse_args(argv)
-    here = Path(first.checkpoint)
-    folder = here.parent if here.is_file() else Path("runs") / here.name
-    late = {"out": f"{here.with_suffix('')}-huggingface"}
-    if first.command != "export":
-        scratch = "-scratch" if getattr(first, "scratch", False) else ""
-        outs = {"finetune": f"finetune-{Path(first.data).stem}{scratch}"}
-        late["out"] = str(folder / outs.get(first.command, first.command))
-        late["recipe"] = first.recipe or ("toy" if first.data == "toy" else "other")
-        own = {"linear": ("epochs", "holdout")}.get(first.command, ())
-        recipe = RECIPES[late["recipe"]].items()
-        late |= {key: value for key, value in recipe if key not in own}
-    late = {key: value for key, value in late.items() if key in first}
-    parsers[first.command].set_defaults(**late)
-    args = parser.parse_args(argv)
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ValueError(f"--json {args.json}: no such folder {Path(args.json).parent}")
-    check_args(args)
-    return args
 
 
 # =================================================================================================
@@ -575,6 +429,7 @@ def choose_rate(x, y, num_classes, args):
 
 
 def linear(args):
+    """Train a linear classifier on frozen features, then test it (4.2)."""
     train, test, classes, train_target, test_target = splits_of(args, manifest_of(args.data))
     rows, chosen, rates = [], {}, []
     for name, model, _ in encoders(args):
@@ -627,6 +482,7 @@ def recall_by_chance(query_labels, gallery_labels, ks=(1, 5, 10)):
 
 
 def retrieve(args):
+    """Find clips of the same class, zero-shot (4.4)."""
     gallery, query, _, gallery_target, query_target = splits_of(args, manifest_of(args.data))
     rows, clips = [], {}
     what = {"retrieval": "clip -> a training clip of its class"}
@@ -913,6 +769,7 @@ def train_classifier(args, manifest, test):
 
 
 def finetune(args):
+    """Train all of the network on labels, then test it (4.2)."""
     manifest = manifest_of(args.data)
     test = labelled(manifest, args.test_split)
     models, classes = (train_classifier if args.epochs else as_it_is)(args, manifest, test)
@@ -1064,6 +921,7 @@ def panels_of(args, model, saved):
 
 
 def show(args):
+    """Draw masks, reconstruction and attention of a clip (4.7)."""
     model, saved = load_model(args.checkpoint)
     title, panels, numbers = panels_of(args, model.to(args.device), saved)
     files = [Path(f"{args.out}.png"), Path(f"{args.out}.gif")]
@@ -1110,6 +968,7 @@ def huggingface_of(model):
 
 
 def export(args):
+    """Write a folder that transformers opens, and model.pt for eval.py."""
     import transformers
 
     model, saved = load_model(args.checkpoint)
@@ -1134,18 +993,156 @@ def export(args):
         ours = model.encoder(tgmae.patchify(video, c.patch_size, c.tubelet_size))
         theirs = type(net).from_pretrained(out).base_model(video.transpose(1, 2)).last_hidden_state
     apart = (ours - theirs).abs().max().item()
-    rows = []
-    opens = {
-        "model.safetensors": f"transformers' {type(net).__name__}.from_pretrained({str(out)!r})"
-    }
-    for name, by in (opens | {"model.pt": "eval.py, and train.py --init"}).items():
-        rows.append(
-            {"file": str(out / name), "bytes": (out / name).stat().st_size, "opens with": by}
-        )
+    rows, theirs = [], f"transformers' {type(net).__name__}.from_pretrained({str(out)!r})"
+    for name, by in (("model.safetensors", theirs), ("model.pt", "eval.py, train.py --init")):
+        size = (out / name).stat().st_size
+        rows.append({"file": str(out / name), "bytes": size, "opens with": by})
     note = f"Opened again in transformers, the encoder's output differs by at most {apart:.1e}."
     if isinstance(model, Classifier) and model.fc_norm.eps != 1e-5:
         note += f" There fc_norm has eps 1e-5, here {model.fc_norm.eps:g}: logits differ by little."
     report(args, rows, [note], {}, difference=apart)
+
+
+# =================================================================================================
+# Command line.
+# =================================================================================================
+
+
+def view_grid(flag, text):
+    """5x3 -> [5, 3]."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise ValueError(f"{flag} {text}: must be like 5x3, views in time x in space")
+    return [int(part) for part in text.split("x")]
+
+
+# A recipe's flags: help, the most that a number may be, the commands beside finetune that have it.
+TESTS, ALL = ("linear", "retrieve"), ("linear", "retrieve", "show")
+RECIPE_FLAGS = {
+    "test_split": ("split of the manifest to test on", None, ALL),
+    "stride": ("frames from one frame of a clip to the next", math.inf, ALL),
+    "sampling": ("dense: every stride-th frame; tsn: one of each of num_frames parts", None, ALL),
+    "views": ("of each test clip, time x space", None, TESTS),
+    "batch_size": ("per process: videos a forward (finetune), views at a time (tests)", math.inf,
+                   TESTS),
+    "random": ("do the same with random weights, beside it", None, TESTS),
+    "lr": ("learning rate per 256 videos of global batch", math.inf, ()),
+    "epochs": ("passes over the data; 0 tests a fine-tuned checkpoint as it is", math.inf, ()),
+    "warmup_epochs": ("epochs of linear warm-up", math.inf, ()),
+    "layer_decay": ("factor of the learning rate from a block to the one below", 1, ()),
+    "drop_path": ("chance to drop the last block for a clip; less for those below", 1, ()),
+    "smoothing": ("label smoothing", 1, ()),
+    "mixup": ("alpha of MixUp; 0: none", math.inf, ()),
+    "cutmix": ("alpha of CutMix; 0: none", math.inf, ()),
+    "randaug": ("RandAugment's bin of 31, in each of 4 operations; 0: none", 30, ()),
+    "crop_scale": ("least area of a crop, as a share of the frame", 1, ()),
+    "erasing": ("chance to erase a box of a clip", 1, ()),
+    "flip": ("mirror half the clips", None, ()),
+    "repeat": ("augmented clips from each decoded video", math.inf, ()),
+    "holdout": ("share of the training clips that chooses best.pt; 0: no best.pt", 1, ()),
+}  # fmt: skip
+COMMANDS = {run.__name__: run for run in (finetune, linear, retrieve, show, export)}
+
+
+def check_args(args):
+    check_flags(
+        args,
+        positive=("stride", "batch_size", "repeat", "accum"),
+        not_negative=("seed", "workers", "weight_decay", "min_lr", "save_minutes"),
+    )
+    for name, (_, most, _) in RECIPE_FLAGS.items():
+        value = getattr(args, name, None)
+        if most is not None and value is not None and not 0 <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in 0 to {most}")
+    for name in ("views", "train_views"):
+        if name in args:
+            grid = view_grid(f"--{name.replace('_', '-')}", getattr(args, name))
+            setattr(args, name.replace("views", "view_grid"), grid)
+    if args.command == "finetune" and args.epochs and args.warmup_epochs > args.epochs:
+        limits = f"must lie in 0 to --epochs {args.epochs}"
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: {limits}")
+    if args.command == "linear" and (args.epochs <= 0 or min(args.rates) <= 0):
+        raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
+    if "holdout" in args and (args.holdout == 1 or args.holdout == 0 and args.command == "linear"):
+        raise ValueError(f"--holdout {args.holdout}: must lie between 0 and 1")
+
+
+def add_flags(parser, command):
+    flag = functools.partial(add_flag, parser)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, a folder, or a hub name")
+    flag("--json", None, "write the result there, too", metavar="FILE")
+    flag("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    flag("--amp", None, "bf16 autocast; where the hardware has it", action=YES_NO)
+    flag("--seed", 0, "of weights, order, augmentation, splits and masks")
+    if command in ("show", "finetune", "export"):
+        flag("--out", None, "run folder, OUT.png and OUT.gif, or folder; named after CHECKPOINT")
+    if command == "export":
+        return
+    flag("--data", "toy", "toy, or a manifest (JSON lines, see captions.py)")
+    whose = "whose defaults to take; toy for --data toy, else other"
+    flag("--recipe", None, whose, choices=RECIPES)
+    for name, (help, _, commands) in RECIPE_FLAGS.items():
+        if command == "finetune" and name != "random" or command in commands:
+            values = {recipe: f"{values[name]}" for recipe, values in RECIPES.items()}
+            other = [f"{k}: {v}" for k, v in values.items() if v != values["k400"]]
+            more = {"choices": ("dense", "tsn")} if name == "sampling" else {}
+            flag(f"--{name.replace('_', '-')}", _PAPER[name], "; ".join([help, *other]), **more)
+    flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
+    if command != "show":
+        flag("--split", "train", "split of the manifest to train on, or to retrieve from")
+    if command == "finetune":
+        flag("--min-lr", 1e-6, "per 256 videos, where warm-up begins and the cosine ends")
+        flag("--accum", 1, "forwards per step")
+        flag("--weight-decay", 0.05, "of AdamW, on matrices only")
+        flag("--scratch", False, "begin with random weights, of CHECKPOINT's sizes")
+        flag("--val-split", None, "split to choose best.pt by, in place of --holdout")
+        flag("--grad-checkpointing", False, "less memory for a third more time")
+        flag("--save-minutes", 10.0, "minutes between checkpoints; 0: none between epochs")
+        flag("--resume", True, "go on from the run folder's last.pt")
+    if command == "linear":
+        flag("--epochs", 100, "passes over the features")
+        rates = "learning rates to choose from"
+        parser.add_argument("--rates", type=float, nargs="+", default=RATES, help=rates)
+        flag("--holdout", 0.2, "share of the training clips that chooses the rate")
+        flag("--train-views", "1x1", "views of each training clip, time x space")
+    if command == "show":
+        flag("--clip", None, "open_clip model of the caption; the one of CHECKPOINT's training")
+        flag("--clip-pretrained", None, "tag of open_clip, or a file; likewise, or openai")
+        flag("--video", None, "a video file, in place of a clip of --data")
+        flag("--caption", None, "what it shows; of a clip of --data: its middle caption")
+        flag("--number", 0, "which clip of --data, without --video")
+        flag("--start", None, "seconds; the clip is from the middle of what follows", type=float)
+        whose = "of the reconstruction; CHECKPOINT's own, or tube"
+        flag("--mask", None, whose, choices=tuple(MASK_RATIOS))
+        flag("--mask-ratio", None, f"of that mask; {MASK_RATIOS}", type=float)
+        flag("--layers", None, "of attention, from 1; first, middle, last", type=int, nargs="+")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    for name, run in COMMANDS.items():
+        texts = {"help": run.__doc__, "description": run.__doc__}
+        add_flags(commands.add_parser(name, **texts, formatter_class=formatter), name)
+    first = parser.parse_args(argv)
+    here = Path(first.checkpoint)
+    folder = here.parent if here.is_file() else Path("runs") / here.name
+    late = {"out": f"{here.with_suffix('')}-huggingface"}
+    if first.command != "export":
+        scratch = "-scratch" if getattr(first, "scratch", False) else ""
+        outs = {"finetune": f"finetune-{Path(first.data).stem}{scratch}"}
+        late["out"] = str(folder / outs.get(first.command, first.command))
+        late["recipe"] = first.recipe or ("toy" if first.data == "toy" else "other")
+        own = {"linear": ("epochs", "holdout")}.get(first.command, ())
+        recipe = RECIPES[late["recipe"]].items()
+        late |= {key: value for key, value in recipe if key not in own}
+    late = {key: value for key, value in late.items() if key in first}
+    commands.choices[first.command].set_defaults(**late)
+    args = parser.parse_args(argv)
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ValueError(f"--json {args.json}: no such folder {Path(args.json).parent}")
+    check_args(args)
+    return args
 
 
 def main(argv=None):
@@ -1155,9 +1152,7 @@ def main(argv=None):
         rank, _ = start_processes(args)
         if args.command in ("show", "export") and rank:
             return  # one process draws and writes
-        run = {"finetune": finetune, "linear": linear, "retrieve": retrieve}
-        run |= {"show": show, "export": export}
-        run[args.command](args)
+        COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":
