@@ -149,7 +149,7 @@ def test_load_checkpoint(config, tmp_path, monkeypatch):
     official = {**model.state_dict(), "encoder.patch_embed.proj.weight": torch.rand(48, 3, 2, 8, 8)}
     flags = argparse.Namespace(lr=1, input_size=32, num_frames=4)
     torch.save({"model": official, "args": flags}, tmp_path / "official.pth")
-    with pytest.raises(ValueError, match="official.pth: 48 wide: how many heads is not said"):
+    with pytest.raises(ValueError, match="official.pth: .*48 wide: how many heads is not said"):
         weights.load_checkpoint(tmp_path / "official.pth")
     monkeypatch.setitem(tgmae.PRESETS, "toy", config)  # now it is one of the known widths
     read, loaded, _ = weights.load_checkpoint(tmp_path / "official.pth")
@@ -221,7 +221,7 @@ def test_folders_and_hub_names_of_transformers(config, tmp_path, monkeypatch):
     os.remove(tmp_path / "bin/pytorch_model.bin")
     refused(tmp_path / "bin", "no model.safetensors and no pytorch_model.bin")
     (whole / "model.safetensors").write_bytes(b"half a file")
-    refused(whole, "model.safetensors: cannot be loaded as safetensors")
+    refused(whole, "model.safetensors: cannot be loaded")
     (whole / "config.json").write_text('{"model_type": "bert"}')
     refused(whole, "a bert, not a VideoMAE")
     (whole / "config.json").write_text("{")
@@ -235,10 +235,8 @@ def test_published_sizes_are_read(name):
     """Official weights of each published size -> that preset."""
     with torch.device("meta"):
         state = TGMAE(tgmae.PRESETS[name]).state_dict()
-        state["encoder.patch_embed.proj.weight"] = torch.empty(
-            tgmae.PRESETS[name].embed_dim, 3, 2, 16, 16
-        )
-    assert weights._official_config(state, None) == tgmae.PRESETS[name]
+    conv = (tgmae.PRESETS[name].embed_dim, 3, 2, 16, 16)
+    assert weights._official_config(state, conv, None) == tgmae.PRESETS[name]
 
 
 def test_the_giant_has_16_heads():
@@ -246,8 +244,7 @@ def test_the_giant_has_16_heads():
     giant = Config(embed_dim=1408, depth=2, num_heads=16, mlp_ratio=48 / 11)
     with torch.device("meta"):
         state = TGMAE(giant).encoder.state_dict(prefix="encoder.")
-        state["encoder.patch_embed.proj.weight"] = torch.empty(1408, 3, 2, 16, 16)
-    read = weights._official_config(state, None)
+    read = weights._official_config(state, (1408, 3, 2, 16, 16), None)
     assert (read.embed_dim, read.num_heads) == (1408, 16) and int(1408 * read.mlp_ratio) == 6144
 
 
