@@ -328,7 +328,9 @@ def bench_maps(folder, args):
     toy.write_video(folder / "clip.mp4", footage(64, 240, 320), fps=30, options={"crf": "23"})
     record = {"video": "clip.mp4", "captions": ["a person", "a dog", "a bicycle"]}
     manifest = manifest_of(folder, record, 1)
-    captions.main(["maps", str(manifest), *flags, "--device", args.device])
+    c = tgmae.PRESETS[args.preset]
+    sizes = f"--every 32 --image-size {c.image_size} --patch-size {c.patch_size}"
+    captions.main(["maps", str(manifest), *flags, *sizes.split()])
     mapped = json.loads(manifest.read_text())
     rates = {}
     for way, mask, one, steps in (

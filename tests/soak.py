@@ -28,23 +28,16 @@ import toy  # noqa: E402
 def make_data(folder, good=60, bad=20):
     """Toy clips in several codecs, and every fourth file damaged, empty, or not there."""
     rng, lines = np.random.default_rng(0), []
-    codecs = (
-        ("libx264", {"g": "12"}),
-        ("mpeg4", {}),
-        ("libvpx", {"deadline": "realtime"}),
-        ("mjpeg", {"strict": "-1"}),
-    )
+    codecs = [("libx264", {"g": "12"}), ("mpeg4", {})]
+    codecs += [("libvpx", {"deadline": "realtime"}), ("mjpeg", {"strict": "-1"})]
     for i in range(good + bad):
         codec, options = codecs[i % 4]
         path = folder / f"{i}.mkv"
-        toy.write_video(
-            path, toy.make_clip(np.random.default_rng(i), i % 16)[0], codec=codec, options=options
-        )
+        clip = toy.make_clip(np.random.default_rng(i), i % 16)[0]
+        toy.write_video(path, clip, codec=codec, options=options)
         if i >= good:
-            data = path.read_bytes()
-            path.write_bytes(
-                b"" if i % 5 == 0 else bytes(damaged(data, KINDS[i % len(KINDS)], rng))
-            )
+            bad_data = damaged(path.read_bytes(), KINDS[i % len(KINDS)], rng)
+            path.write_bytes(bytes(bad_data) if i % 5 else b"")
             if i % 7 == 0:
                 path.unlink()
         lines.append(json.dumps({"video": path.name, "captions": ["a thing"]}) + "\n")
@@ -74,11 +67,8 @@ def look(pid):
     for one in processes:
         try:
             rollup = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-            memory += sum(
-                int(line.split()[1])
-                for line in rollup
-                if line.startswith(("Pss_Anon:", "Pss_Shmem:"))
-            )
+            held = [line for line in rollup if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
+            memory += sum(int(line.split()[1]) for line in held)  # kB
             files += len(os.listdir(f"/proc/{one}/fd"))
             threads += len(os.listdir(f"/proc/{one}/task"))
         except (FileNotFoundError, ProcessLookupError):
@@ -90,25 +80,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="how long")
     minutes = parser.parse_args().minutes
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background ignores it, and so would children
+    # A shell's background ignores SIGINT, and so would children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder)
-        words = (
-            "--data mix.jsonl --mask mgm --preset toy --stride 4 --batch-size 8 --epochs 1000000 "
-        )
-        words += "--out run --workers 2 "
-        words += "--warmup-epochs 0 --save-minutes 0.2"
+        words = "--data mix.jsonl --mask mgm --preset toy --batch-size 8 --epochs 1000000 "
+        words += "--warmup-epochs 0 --workers 2 --save-minutes 0.2 --out run"
+        command = [sys.executable, str(ROOT / "train.py"), *words.split()]
         with open(folder / "said.txt", "w") as said:
-            run = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *words.split()],
-                cwd=folder,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-            )
+            how = {"cwd": folder, "stdout": said, "stderr": said, "start_new_session": True}
+            run = subprocess.Popen(command, **how)
             seen, log = [], folder / "run" / "log.jsonl"
             while not log.exists():  # its start is not what is watched
                 assert run.poll() is None, (folder / "said.txt").read_text()[-2000:]
