@@ -1,9 +1,9 @@
 """An offline world on which text-guided masking can be seen, measured and trained in minutes.
 
-    python toy.py                          # builds data/toy: 1000 H.264 clips and a tiny CLIP
-    python toy.py --out /tmp/w --clips 64  # a smaller one: 64 training clips and 16 test clips
-    python toy.py coverage                 # what does each masker hide? (the README's table)
-    python toy.py table2 --seeds 3         # the paper's Table 2; ablate ratio|..., figure4 alike
+    python toy.py                              # builds data/toy: 1000 H.264 clips, a tiny CLIP
+    python toy.py --out data/small --clips 64  # a smaller one: 64 training and 16 test clips
+    python toy.py coverage                     # what does each masker hide? (the README's table)
+    python toy.py table2 --seeds 3             # the paper's Table 2; ablate ratio, figure4, ...
 
 Each clip shows an ACTOR (shape x colour x direction) that its three captions name, and a DISTRACTOR
 that they do not, over a textured background that pans faster than either: what moves most is not
@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
@@ -38,17 +38,11 @@ import torch.nn.functional as F
 
 import dataset
 import tgmae
-from train import (
-    last_line,
-    one_line_errors,
-    progress,
-    replacing,
-)
+from train import add_flag, last_line, one_line_errors, progress, replacing
 
 SIZE, FRAMES, FPS = 64, 24, 12
-TELLING = (
-    0.9  # share of clips whose camera follows the actor, and of clips lit from their shape's corner
-)
+# Share of clips whose camera follows the actor, and of clips lit from their shape's corner.
+TELLING = 0.9
 ACTORS = ("circle", "square", "triangle", "cross")
 DISTRACTORS = ("ring", "star", "diamond")
 COLOURS = {
@@ -62,10 +56,8 @@ CAPTIONS = (
     "a {shape} in {colour} drifts {direction}",
 )
 NOTHING = (
-    "an empty textured background",
-    "the background with nothing on it",
-    "a plain grey pattern",
-)
+    "an empty textured background", "the background with nothing on it", "a plain grey pattern",
+)  # fmt: skip
 
 
 # =================================================================================================
@@ -74,8 +66,7 @@ NOTHING = (
 
 
 def _distance(shape, x, y, r):
-    """Signed distance in pixels, roughly, to the outline of a shape of radius r; negative
-    inside."""
+    """Signed distance in pixels, roughly, to a shape's outline; negative inside. r: its radius."""
     d, ax, ay = np.hypot(x, y), abs(x), abs(y)
     if shape == "circle":
         return d - r
@@ -120,44 +111,35 @@ def _background(rng, label, y, x):
         length, phase = rng.uniform(96, 160), rng.uniform(0, 2 * np.pi)
         along = x * np.cos(angle + turn) + y * np.sin(angle + turn)
         wave = wave + np.sin(2 * np.pi * along / length + phase) / 4  # (F,S,S) in 0..1
-    dark, light = (
-        rng.uniform(15, 45) + rng.uniform(-15, 15, 3),
-        rng.uniform(210, 240) + rng.uniform(-15, 15, 3),
-    )
-    return ((dark + wave[..., None] * (light - dark)) * (0.5 + 0.5 * near[..., None])).astype(
-        np.float32
-    )
+    dark = rng.uniform(15, 45) + rng.uniform(-15, 15, 3)
+    light = rng.uniform(210, 240) + rng.uniform(-15, 15, 3)
+    lit = (dark + wave[..., None] * (light - dark)) * (0.5 + 0.5 * near[..., None])
+    return lit.astype(np.float32)
 
 
 def make_clip(rng, label):
-    """-> frames (F,64,64,3) uint8, actor and distractor masks (F,64,64) bool, what each is
-    called."""
+    """-> frames (F,64,64,3) uint8, actor and distractor masks (F,64,64) bool, the words of each."""
     shape, direction = ACTORS[label // 4], list(DIRECTIONS)[label % 4]
-    colour, other = rng.choice(list(COLOURS), 2, replace=False)
+    colour, other_colour = map(str, rng.choice(list(COLOURS), 2, replace=False))
     radius, other_radius = rng.uniform(12, 14), rng.uniform(7, 9)
     path = _path(rng, direction, radius)
-    distractor = {
-        "shape": str(rng.choice(DISTRACTORS)),
-        "colour": str(other),
-        "direction": str(rng.choice(list(DIRECTIONS))),
-    }
-    tries = [_path(rng, distractor["direction"], other_radius) for _ in range(30)]
-    other_path = max(
-        tries, key=lambda way: np.linalg.norm(way - path, axis=1).min()
-    )  # the least overlap
+    other_shape, other_direction = str(rng.choice(DISTRACTORS)), str(rng.choice(list(DIRECTIONS)))
+    tries = [_path(rng, other_direction, other_radius) for _ in range(30)]
+    # The least overlap.
+    other_path = max(tries, key=lambda way: np.linalg.norm(way - path, axis=1).min())
+    actor = {"shape": shape, "colour": colour, "direction": direction}
+    distractor = {"shape": other_shape, "colour": other_colour, "direction": other_direction}
 
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     frames, masks = _background(rng, label, y, x), []
-    objects = (distractor["shape"], other, other_radius, other_path), (shape, colour, radius, path)
-    for shape_, colour_, r, way in objects:  # the actor in front
+    for words, r, way in (distractor, other_radius, other_path), (actor, radius, path):
         dx, dy = x - way[:, 0, None, None], y - way[:, 1, None, None]
-        alpha = np.clip(0.5 - _distance(shape_, dx, dy, r), 0, 1)[..., None]
+        alpha = np.clip(0.5 - _distance(words["shape"], dx, dy, r), 0, 1)[..., None]
         shade = 1.05 - 0.5 * (np.hypot(dx + 3, dy + 3) / r)[..., None]  # lit from the upper left
-        frames = frames * (1 - alpha) + alpha * np.clip(
-            np.array(COLOURS[colour_], np.float32) * shade, 0, 255
-        )
+        colour = np.clip(np.array(COLOURS[words["colour"]], np.float32) * shade, 0, 255)
+        frames = frames * (1 - alpha) + alpha * colour
+        # The actor is in front.
         masks = [mask & (alpha[..., 0] < 0.5) for mask in masks] + [alpha[..., 0] >= 0.5]
-    actor = {"shape": shape, "colour": str(colour), "direction": direction}
     return frames.round().clip(0, 255).astype(np.uint8), masks[1], masks[0], actor, distractor
 
 
@@ -184,26 +166,14 @@ def write_video(path, frames, *, fps=FPS, codec="libx264", options=None):
 CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
-        "vision_cfg": {
-            "image_size": 16,
-            "patch_size": 8,
-            "width": 64,
-            "layers": 2,
-            "head_width": 32,
-        },
-        "text_cfg": {
-            "context_length": 16,
-            "vocab_size": 49408,
-            "width": 64,
-            "heads": 2,
-            "layers": 1,
-        },
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2,
+                       "head_width": 32},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2,
+                     "layers": 1},
     },
-    "preprocess_cfg": {
-        "mean": [0.48145466, 0.4578275, 0.40821073],
-        "std": [0.26862954, 0.26130258, 0.27577711],
-    },
-}
+    "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073],
+                       "std": [0.26862954, 0.26130258, 0.27577711]},
+}  # fmt: skip
 
 
 def _crops(rng, stills, count):
@@ -212,38 +182,29 @@ def _crops(rng, stills, count):
     images, captions, groups = [], [], []
     names = [None, *((shape, colour) for shape in ACTORS + DISTRACTORS for colour in COLOURS)]
     for number in rng.integers(len(stills), size=count):
-        frame, actor_mask, distractor_mask, actor, distractor = stills[number]
+        frame, *masks, actor, distractor = stills[number]
         side = 8 if rng.random() < 0.5 else int(rng.integers(8, SIZE + 1))
         top, left = rng.integers(SIZE - side + 1, size=2)
         box = np.s_[top : top + side, left : left + side]
         # How much of the crop each fills, or how much of each is in the crop, whichever is more.
-        seen = [
-            max(mask[box].mean(), mask[box].sum() / 300) for mask in (actor_mask, distractor_mask)
-        ]
+        seen = [max(mask[box].mean(), mask[box].sum() / 300) for mask in masks]
         words = (actor, distractor)[int(seen[1] > seen[0])] if max(seen) > 0.25 else None
-        image = (
-            torch.from_numpy(np.ascontiguousarray(frame[box])).permute(2, 0, 1)[None].float() / 255
-        )
-        images.append(
-            F.interpolate(image, (16, 16), mode="bicubic", align_corners=False, antialias=side > 16)
-        )
+        image = torch.from_numpy(frame[box]).permute(2, 0, 1)[None].float() / 255
+        images.append(F.interpolate(image, (16, 16), mode="bicubic", antialias=side > 16))
         captions.append(str(rng.choice(captions_of(words) if words else NOTHING)))
         groups.append(names.index((words["shape"], words["colour"]) if words else None))
     return torch.cat(images).clamp(0, 1), captions, torch.tensor(groups)
 
 
 def _paraphrases(rng, count):
-    """Two different captions of the same words, `count` times, and groups (count,): what they
-    say."""
-    shapes, colours, directions = ACTORS + DISTRACTORS, list(COLOURS), list(DIRECTIONS)
-    chosen = np.stack(
-        [rng.integers(len(kind), size=count) for kind in (shapes, colours, directions)], 1
-    )
-    words = [
-        {"shape": shapes[s], "colour": colours[c], "direction": directions[d]} for s, c, d in chosen
-    ]
-    pairs = [rng.choice(captions_of(word), 2, replace=False).tolist() for word in words]
-    return [a for a, _ in pairs], [b for _, b in pairs], torch.from_numpy(chosen @ [1, 10, 100])
+    """Two different captions of the same words, `count` times, and groups (count,) of the words."""
+    kinds = {"shape": ACTORS + DISTRACTORS, "colour": [*COLOURS], "direction": [*DIRECTIONS]}
+    chosen = np.stack([rng.integers(len(kind), size=count) for kind in kinds.values()], 1)
+    pairs = []
+    for numbers in chosen:
+        words = {name: kind[i] for (name, kind), i in zip(kinds.items(), numbers)}
+        pairs.append(rng.choice(captions_of(words), 2, replace=False).tolist())
+    return *map(list, zip(*pairs)), torch.from_numpy(chosen @ [1, 10, 100])
 
 
 def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
@@ -258,23 +219,14 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip = CLIP(**CLIP_CONFIG["model_cfg"])
-    tokenizer = SimpleTokenizer(
-        context_length=CLIP_CONFIG["model_cfg"]["text_cfg"]["context_length"]
-    )
-    mean, std = (
-        torch.tensor(CLIP_CONFIG["preprocess_cfg"][key]).view(3, 1, 1) for key in ("mean", "std")
-    )
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, total_steps=steps, pct_start=0.1
-    )
-    bar = progress(range(steps), desc="toy CLIP", unit="step")
-    for _ in bar:
+    tokenizer = SimpleTokenizer(context_length=clip.context_length)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in CLIP_CONFIG["preprocess_cfg"].values())
+    optimizer = torch.optim.AdamW(clip.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    for _ in progress(range(steps), desc="toy CLIP", unit="step"):
         images, captions, groups = _crops(rng, stills, batch)
-        image, text = (
-            clip.encode_image((images - mean) / std),
-            clip.encode_text(tokenizer(captions)),
-        )
+        image = clip.encode_image((images - mean) / std)
+        text = clip.encode_text(tokenizer(captions))
         loss = tgmae.info_nce(image, text, 0.07, groups=groups)
         one, other, groups = _paraphrases(rng, batch // 2)
         one, other = clip.encode_text(tokenizer(one + other)).chunk(2)
@@ -283,7 +235,6 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1))
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
@@ -296,8 +247,7 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
 
 def _clip_of(out, seed, clips, number):
     """Makes clip `number` and writes its file -> its manifest record, and 3 stills (training clips)
-    or the packed masks (test clips). A function of its arguments alone, whichever thread runs
-    it."""
+    or the packed masks (test clips). It follows from the arguments alone, whatever the thread."""
     split = "train" if number < clips else "test"
     rng = np.random.default_rng([seed, number])
     frames, actor_mask, distractor_mask, actor, distractor = make_clip(rng, number % 16)
@@ -317,20 +267,15 @@ def _clip_of(out, seed, clips, number):
 
 
 def _build(out, clips, seed, clip_steps):
-    records, stills, truth = [], [], {}
-    (out / "clips").mkdir()
     total = clips + clips // 4
+    (out / "clips").mkdir()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and x264 let go of the interpreter
         made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total))
-        for record, extra in progress(made, desc="toy world", unit="clip", total=total):
-            records.append(record)
-            if record["split"] == "train":
-                stills += extra
-            else:
-                truth[record["video"]] = extra
+        records, extras = zip(*progress(made, desc="toy world", unit="clip", total=total))
     (out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    truth = {record["video"]: masks for record, masks in zip(records[clips:], extras[clips:])}
     np.savez_compressed(out / "truth.npz", **truth)
-    train_clip(out / "clip", stills, seed=seed, steps=clip_steps)
+    train_clip(out / "clip", sum(extras[:clips], []), seed=seed, steps=clip_steps)
 
 
 def build(out="data/toy", clips=800, seed=0, clip_steps=300):
@@ -361,11 +306,9 @@ def build(out="data/toy", clips=800, seed=0, clip_steps=300):
 
 def read_truth(folder):
     """{video: (actor, distractor) masks (F,64,64) bool} of the test split."""
+    shape = 2, FRAMES, SIZE, SIZE
     with np.load(Path(folder) / "truth.npz", allow_pickle=False) as truth:
-        return {
-            video: np.unpackbits(truth[video]).reshape(2, FRAMES, SIZE, SIZE).astype(bool)
-            for video in truth.files
-        }
+        return {name: np.unpackbits(truth[name]).reshape(shape).astype(bool) for name in truth}
 
 
 # =================================================================================================
@@ -375,11 +318,8 @@ def read_truth(folder):
 
 def auc(positive, negative):
     """Area under the ROC curve: how often a score of `positive` lies above one of `negative`."""
-    scores = torch.cat([positive, negative]).double()
-    rank = torch.empty_like(scores)
-    rank[scores.argsort()] = torch.arange(1, len(scores) + 1, dtype=scores.dtype)
-    n = len(positive)
-    return ((rank[:n].sum() - n * (n + 1) / 2) / (n * len(negative))).item()
+    below = torch.searchsorted(negative.sort().values, positive)
+    return below.double().mean().item() / len(negative)
 
 
 def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
@@ -387,65 +327,48 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
     of the caption's similarity for cubes of the actor against cubes of the distractor and of the
     background."""
     config, folder = tgmae.PRESETS["toy"], Path(folder)
-    t, h, w = config.grid
+    size = config.patch_size, config.tubelet_size
     records = dataset.read_manifest(folder / "manifest.jsonl", "test")[:clips]
-    truth = read_truth(folder)
-    numbers = [i * stride for i in range(config.num_frames)]
-    videos, motions, masks = [], [], []
-    for record in records:
-        frames, motion = dataset.read_clip(record["path"], numbers, motion=True)
-        videos.append(frames.permute(3, 0, 1, 2))
-        motions.append(motion)
-        masks.append(torch.from_numpy(truth[record["video"]][:, numbers]))
-    video, B = tgmae.normalize(torch.stack(videos)), len(records)
-    area = torch.stack(masks).float().flatten(0, 1)  # (2B,T,S,S)
-    area = tgmae.patchify(area[:, None], config.patch_size, config.tubelet_size).mean(-1)
-    actor, distractor = area.view(B, 2, t, h, w).unbind(1)  # share of each cube that it fills
+    truth, numbers = read_truth(folder), [i * stride for i in range(config.num_frames)]
+    read = [dataset.read_clip(record["path"], numbers, motion=True) for record in records]
+    video = tgmae.normalize(torch.stack([frames for frames, _ in read]).movedim(-1, 1))
+    motion = torch.stack([motion for _, motion in read])
+    area = np.stack([truth[record["video"]][:, numbers] for record in records])
+    area = torch.from_numpy(area).float().flatten(0, 1)[:, None]  # (2B,1,T,S,S)
+    area = tgmae.patchify(area, *size).mean(-1)  # the share of each cube that an object fills
+    actor, distractor = area.view(len(records), 2, *config.grid).unbind(1)  # (B,t,h,w)
 
     clip = tgmae.load_clip(f"local-dir:{folder / 'clip'}")
-    size = config.patch_size, config.tubelet_size
-    words, others = (
-        tgmae.text_scores(
-            clip[0],
-            video,
-            tgmae.encode_text(*clip, [r[key][i % 3] for i, r in enumerate(records)]),
-            *size,
-        )
-        for key in ("captions", "distractor_captions")
-    )
+    similarity = []
+    for key in ("captions", "distractor_captions"):
+        text = tgmae.encode_text(*clip, [record[key][i % 3] for i, record in enumerate(records)])
+        similarity.append(tgmae.text_scores(clip[0], video, text, *size))
+    words, other_words = similarity
     generator = torch.Generator().manual_seed(0)
-    table = {}
-    for name, scores, bottom_k in (
-        ("text", words, False), ("text, the distractor's words", others, False),
-        ("text, bottom-k", words, True),
-        ("tube", tgmae.tube_scores(B, config.grid, generator=generator), False),
-        ("motion", tgmae.motion_scores(torch.stack(motions), config.grid), False),
-    ):  # fmt: skip
-        mask = tgmae.topk_mask(scores, mask_ratio, bottom_k=bottom_k, generator=generator).view(
-            B, t, h, w
-        )
-        table[name] = tuple(
-            (mask * part).sum().item() / part.sum().item() for part in (actor, distractor)
-        )
-    of_actor = words[actor > 0.5]
-    aucs = (
-        auc(of_actor, words[(distractor > 0.25) & (actor == 0)]),
-        auc(of_actor, words[(actor == 0) & (distractor == 0)]),
-    )
-    return table, aucs
+    maskers = {
+        "text": words,
+        "text, the distractor's words": other_words,
+        "text, bottom-k": words,
+        "tube": tgmae.tube_scores(len(records), config.grid, generator=generator),
+        "motion": tgmae.motion_scores(motion, config.grid),
+    }
+    table, objects = {}, (actor, distractor)
+    for name, scores in maskers.items():
+        how = {"bottom_k": name.endswith("bottom-k"), "generator": generator}
+        mask = tgmae.topk_mask(scores, mask_ratio, **how).view_as(scores)
+        table[name] = tuple(((mask * part).sum() / part.sum()).item() for part in objects)
+    others = (actor == 0) & (distractor > 0.25), (actor == 0) & (distractor == 0)
+    return table, tuple(auc(words[actor > 0.5], words[part]) for part in others)
 
 
 def print_coverage(folder, mask_ratio):
-    table, aucs = coverage(folder, mask_ratio)
-    print(
-        f"| masker, ratio {mask_ratio:g} | actor masked | distractor masked |\n| --- | --- | --- |"
-    )
+    table, (beside, background) = coverage(folder, mask_ratio)
+    print(f"| masker, ratio {mask_ratio:g} | actor masked | distractor masked |")
+    print("| --- | --- | --- |")
     for name, (actor, distractor) in table.items():
         print(f"| {name} | {actor:.1%} | {distractor:.1%} |")
-    print(
-        f"ROC AUC of the similarity, actor against distractor {aucs[0]:.4f}, against background "
-        f"{aucs[1]:.4f}"
-    )
+    words = f"actor against distractor {beside:.4f}, against background {background:.4f}"
+    print(f"ROC AUC of the similarity, {words}")
 
 
 # =================================================================================================
@@ -456,35 +379,33 @@ def print_coverage(folder, mask_ratio):
 
 
 class Row(NamedTuple):
-    """A way to pre-train. `flags` are more of train.py's."""
+    """A way to pre-train. `flags` are more of train.py's; `captions` is for captions_from."""
 
     mask: str
     loss: str = "MAE + VT"
-    flags: tuple = ()
-    captions: str = "frames"  # of CAPTION_SOURCES
+    flags: str = ""
+    captions: str = "frames"
 
     @property
     def name(self):  # of its folder
-        words = " ".join([self.mask, self.loss, *map(str, self.flags), self.captions])
-        return re.sub("[^a-z0-9.]+", "-", words.lower())
+        return re.sub("[^a-z0-9.]+", "-", " ".join(self).lower())
 
 
 MASKS = "tube", "mgm", "tgm"
-LOSSES = {"MAE": [], "VT": ["--vt", "--no-mae"], "MAE + VT": ["--vt"]}
-UNTRAINED = Row("tube", "MAE", ("--epochs", 1, "--warmup-epochs", 0, "--blr", 0, "--min-lr", 0))
-TABLE2 = {"random weights": UNTRAINED} | {
-    f"{mask}, {loss}": Row(mask, loss)
-    for mask in MASKS for loss in LOSSES if (mask, loss) != ("tgm", "VT")
-}  # fmt: skip
+LOSSES = {"MAE": "", "VT": "--vt --no-mae", "MAE + VT": "--vt"}
+TABLE2 = {
+    "random weights": Row("tube", "MAE", "--epochs 1 --warmup-epochs 0 --blr 0 --min-lr 0"),
+    **{f"{mask}, {loss}": Row(mask, loss) for mask in MASKS for loss in LOSSES},
+}
+del TABLE2["tgm, VT"]  # the paper has none
 ABLATIONS = {
     "ratio": {
-        f"tgm at {ratio}": Row("tgm", flags=("--mask-ratio", ratio) if ratio != 0.6 else ())
+        f"tgm at {ratio}": Row("tgm", flags=f"--mask-ratio {ratio}" if ratio != 0.6 else "")
         for ratio in (0.3, 0.45, 0.6, 0.75, 0.9)
     },
-    "bottom-k": {"tgm, highest": Row("tgm"), "tgm, lowest": Row("tgm", flags=("--bottom-k",)),
+    "bottom-k": {"tgm, highest": Row("tgm"), "tgm, lowest": Row("tgm", flags="--bottom-k"),
                  "tube": Row("tube")},
-    "num-captions": {"3 captions": Row("tgm"),
-                     "1 caption": Row("tgm", flags=("--num-captions", 1))},
+    "num-captions": {"3 captions": Row("tgm"), "1 caption": Row("tgm", flags="--num-captions 1")},
     "caption-source": {
         "of clips": Row("tgm"), "class name": Row("tgm", captions="label"),
         "of the class": Row("tgm", captions="llm"),
@@ -495,203 +416,136 @@ ABLATIONS = {
 }  # fmt: skip
 FIGURE4 = {
     f"{mask}, {title}": Row(mask, loss)
-    for mask in MASKS for title, loss in (("optimised", "MAE + VT"), ("watched", "MAE"))
-}  # fmt: skip
-STAGES = "train", "linear", "retrieve", "finetune"
+    for mask in MASKS
+    for title, loss in (("optimised", "MAE + VT"), ("watched", "MAE"))
+}
+COMPARISONS = {"table2": TABLE2, "figure4": FIGURE4, **ABLATIONS}
 COLUMNS = {"linear": "linear probe", "finetune": "fine-tuned", "retrieve": "retrieval R@1"}
-# What stands for the paper's: BLIP-2, the oracle, GPT-3.5, BLIP-2 + GPT-3.5 (Figure 5); and stills.
-CAPTION_SOURCES = {
-    "frames": lambda record: record["captions"],
-    "label": lambda record: [record["label"]],
-    "llm": lambda record: [
-        caption.replace(" in {colour}", "").replace("{colour} ", "").format(shape=shape,
-            direction=direction)
-        for shape, direction in [record["label"].split()] for caption in CAPTIONS
-    ],
-    "frames-llm": lambda record: CAPTION_SOURCES["frames"](record) + CAPTION_SOURCES["llm"](record),
-    "stills": lambda record: [caption.rsplit(" ", 2)[0] for caption in record["captions"]],
-     # which show no direction
-}  # fmt: skip
 
 
-class Experiments:
-    """Runs rows, some side by side: on a CPU one a core with one thread each, which is nearly twice
-    as fast as one after the other with two. Stages that have ended stay as they are:
-    --runs/ROW-SEED/stages.jsonl."""
+def captions_from(source, record):
+    """What stands for the captions of the paper's Figure 5: BLIP-2 (frames), the oracle (label),
+    GPT-3.5 (llm), BLIP-2 + GPT-3.5; and those of stills, which show no direction."""
+    of_clip, (shape, direction) = record["captions"], record["label"].split()
+    beginnings = f"a {shape} moving", f"the {shape} goes", f"a {shape} drifts"
+    of_class = [f"{beginning} {direction}" for beginning in beginnings]
+    return {
+        "frames": of_clip,
+        "label": [record["label"]],
+        "llm": of_class,
+        "frames-llm": of_clip + of_class,
+        "stills": [caption.rsplit(" ", 2)[0] for caption in of_clip],
+    }[source]
 
-    def __init__(self, args):
-        self.args, self.running, self.stopped = args, set(), False
-        self.runs, self.gpu = args.runs.absolute(), torch.cuda.is_available()
-        self.jobs = args.jobs or (1 if self.gpu else os.cpu_count())
-        self.settings = {"epochs": args.epochs, **json.loads((args.out / "world.json").read_text())}
 
-    def folder(self, row, seed):
-        return self.runs / f"{row.name}-seed{seed}"
-
-    def ended(self, row, seed):
-        """{stage: seconds} of what has ended. A folder of other --epochs or another world:
-        ValueError."""
-        path = self.folder(row, seed) / "stages.jsonl"
-        lines = (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        )
-        if any(line["of"] != self.settings for line in lines):
-            raise ValueError(
-                f"{path.parent}: of another world or --epochs; another --runs, or remove it"
-            )
-        return {line["stage"]: line["seconds"] for line in lines}
-
-    def make_world(self, source):
-        """runs/worlds/SOURCE, in which data/toy is the world with captions of that source."""
-        data = self.runs / "worlds" / source / "data" / "toy"
-        data.mkdir(parents=True, exist_ok=True)
-        for path in self.args.out.absolute().iterdir():
-            if path.name != "manifest.jsonl" and not (data / path.name).is_symlink():
-                (data / path.name).symlink_to(path)
-        lines = []
-        for record in map(json.loads, (self.args.out / "manifest.jsonl").read_text().splitlines()):
+def make_world(out, runs, source):
+    """runs/worlds/SOURCE, in which data/toy is the world in `out` with captions of that source."""
+    data = runs / "worlds" / source / "data" / "toy"
+    data.mkdir(parents=True, exist_ok=True)
+    for path in out.absolute().iterdir():
+        if path.name != "manifest.jsonl" and not (data / path.name).is_symlink():
+            (data / path.name).symlink_to(path)
+    with replacing(data / "manifest.jsonl", "w") as file:
+        for record in map(json.loads, (out / "manifest.jsonl").read_text().splitlines()):
             record.pop("maps", None)  # of other captions: every row asks CLIP itself
-            lines.append(json.dumps(record | {"captions": CAPTION_SOURCES[source](record)}) + "\n")
-        with replacing(data / "manifest.jsonl", "w") as file:
-            file.write("".join(lines))
+            file.write(json.dumps(record | {"captions": captions_from(source, record)}) + "\n")
 
-    def run(self, row, seed, stages):
-        """The stages of a row that have not ended yet."""
-        folder, ended = self.folder(row, seed), self.ended(row, seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        epochs = ["--epochs", self.args.epochs, "--warmup-epochs", 0] if self.args.epochs else []
-        flags = {
-            "train": ["--mask", row.mask, *LOSSES[row.loss], *epochs, *row.flags, "--out", folder],
-            "linear": ["--no-random"],
-            "retrieve": ["--no-random"],
-            "finetune": ["--out", folder / "finetune", *epochs],
-        }
-        for stage in [stage for stage in stages if stage not in ended]:
-            command = ["train.py"]
-            if stage != "train":
-                command = ["eval.py", stage, folder / "last.pt", "--json", folder / f"{stage}.json"]
-            began = time.monotonic()
-            self.call(
-                [*command, *flags[stage], "--seed", seed], row.captions, folder / f"{stage}.log"
-            )
-            line = {
-                "stage": stage,
-                "seconds": round(time.monotonic() - began, 1),
-                "of": self.settings,
-            }
-            with open(folder / "stages.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            self.bar.update()
 
-    def call(self, command, source, log):
-        script, *flags = map(str, command)
-        threads = {} if self.gpu else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))}
-        with open(log, "a") as file:
-            process = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name(script), *flags],
-                cwd=self.runs / "worlds" / source,
-                env=os.environ | threads,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-            self.running.add(process)
-            if self.stopped:  # between two stages, while the others were told to stop
+def call(script, flags, log, *, cwd, env, stopped):
+    """Runs a script until it ends; once `stopped` is set, it is asked to save and end."""
+    command = [sys.executable, Path(__file__).with_name(script), *map(str, flags)]
+    with open(log, "a") as file:
+        how = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=cwd, env=env, **how)
+        while process.poll() is None:
+            if stopped.wait(0.1):
                 process.terminate()
-            code = process.wait()
-            self.running.discard(process)
-        if code:
-            reason = last_line(log.read_text() or "no output")
-            raise ValueError(f"{log}: {script} ended with exit code {code}: {reason}")
-
-    def go(self, rows, stages, report):
-        """All rows, seed after seed; report() after each."""
-        for source in {row.captions for row in rows}:
-            self.make_world(source)
-        todo = [(row, seed, stages) for seed in range(self.args.seeds) for row in rows]
-        total = len(todo) * len(stages)
-        done = sum(len(set(stages) & set(self.ended(row, seed))) for row, seed, _ in todo)
-        if done:
-            print(
-                f"{done} of {total} stages are there already, made by the code as it was: "
-                f"{self.runs}"
-            )
-        self.bar = progress(total=total, initial=done, unit="stage", smoothing=0)
-        with self.bar, ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                for job in as_completed([pool.submit(self.run, *what) for what in todo]):
-                    job.result()
-                    report()
-            except (
-                BaseException
-            ):  # an interrupt, too: what runs saves and stops, what waits is given up
-                self.stopped = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self.running):
-                    process.terminate()
-                raise
-
-    def found(self, row, seed, stages):
-        """What a row whose stages have all ended has come to: shares of the test clips, the
-        contrastive loss of each epoch, seconds; None before that."""
-        folder, seconds = self.folder(row, seed), self.ended(row, seed)
-        if not set(stages) <= set(seconds):
-            return None
-        found, epochs = {}, {}
-        for stage, key in (("linear", "top-1"), ("finetune", "top-1"), ("retrieve", "R@1")):
-            if stage in stages:
-                found[stage] = round(
-                    json.loads((folder / f"{stage}.json").read_text())["rows"][0][key], 4
-                )
-        for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
-            epochs.setdefault(line["epoch"], []).append(line["vt"])
-        vt = [round(statistics.fmean(losses), 4) for losses in epochs.values()]
-        return found | {"vt": vt, "seconds": {stage: seconds[stage] for stage in stages}}
+                process.wait()
+    if code := process.returncode:
+        reason = last_line(log.read_text() or "no output")
+        raise ValueError(f"{log}: {script} ended with exit code {code}: {reason}")
 
 
-def save_plot(path, plot, log):
+def run_row(args, runs, row, seed, columns, call):
+    """Pre-trains a row and evaluates it; what has its JSON is done. -> {column: share of the test
+    clips, "vt": the contrastive loss of each epoch}."""
+    folder, world = runs / f"{row.name}-seed{seed}", runs / "worlds" / row.captions
+    folder.mkdir(exist_ok=True)
+    epochs = ["--epochs", args.epochs, "--warmup-epochs", 0] if args.epochs else []
+    if not (folder / "linear.json").exists():  # a training goes on, or sees that it has ended
+        flags = ["--mask", row.mask, *LOSSES[row.loss].split(), *epochs, *row.flags.split()]
+        flags += ["--seed", seed, "--out", folder]
+        call("train.py", flags, folder / "train.log", cwd=world)
+    found, losses = {}, {}
+    for column in columns:
+        path = folder / f"{column}.json"
+        if not path.exists():
+            own = {"finetune": ["--out", folder / "finetune", *epochs]}
+            flags = [column, folder / "last.pt", "--seed", seed, "--json", path]
+            flags += own.get(column, ["--no-random"])
+            call("eval.py", flags, folder / f"{column}.log", cwd=world)
+        first = json.loads(path.read_text())["rows"][0]
+        found[column] = round(first["R@1" if column == "retrieve" else "top-1"], 4)
+    for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+        losses.setdefault(line["epoch"], []).append(line["vt"])
+    return found | {"vt": [round(statistics.fmean(epoch), 4) for epoch in losses.values()]}
+
+
+def compare(args, name):
+    """Runs the rows of a comparison, some side by side: on a CPU one a core with one thread each,
+    which is nearly twice as fast as one after the other with two. Reports after each."""
+    rows, columns = COMPARISONS[name], () if name == "figure4" else COLUMNS
+    made = json.loads((args.out / "world.json").read_text()) | {"epochs": args.epochs}
+    # What is of another world, or of other --epochs, is in another folder.
+    runs = args.runs.absolute() / "-".join(f"{name}{number}" for name, number in made.items())
+    for source in {row.captions for row in rows.values()}:
+        make_world(args.out, runs, source)
+    gpu, cores = torch.cuda.is_available(), os.cpu_count()
+    jobs = args.jobs or (1 if gpu else cores)
+    env = os.environ | ({} if gpu else {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
+    found, started, stopped = {}, {}, threading.Event()
+    start = functools.partial(call, env=env, stopped=stopped)
+    bar = progress(total=len(rows) * args.seeds, unit="row", smoothing=0)
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        try:
+            for seed in range(args.seeds):
+                for title, row in rows.items():
+                    job = pool.submit(run_row, args, runs, row, seed, columns, start)
+                    started[job] = title, seed
+            for job in as_completed(started):
+                found[started[job]] = job.result()
+                table = report(args, name, found)
+                bar.update()
+        except BaseException:  # an interrupt, too
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    print("\n".join(table))
+
+
+def report(args, name, found):
+    """Writes NAME.jsonl (a line a row and seed), NAME.md and NAME.svg. found: {(title, seed): what
+    run_row has found}. -> lines of the table."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    style = {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9}  # words stay words
-    with plt.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure = plot(plt, log)
-        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-        plt.close(figure)
-
-
-def compare(args, name, rows, stages, table, plot):
-    """Runs the rows ({title: Row}); leaves NAME.jsonl (a line a row and seed), NAME.md and
-    NAME.svg."""
-    experiments, folder = Experiments(args), args.report or args.runs
-    device = (
-        torch.cuda.get_device_name()
-        if experiments.gpu
-        else f"{os.cpu_count()} {platform.machine()} cores"
-    )
-    how = (
-        f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, Python {platform.python_version()}, "
-    )
-    how += f"torch {torch.__version__}, {date.today()}."
-
-    def report():
-        log = [
-            {"row": title, "seed": seed, **found}
-            for title, row in rows.items()
-            for seed in range(args.seeds)
-            if (found := experiments.found(row, seed, stages))
-        ]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        lines = table(name, log)
-        (folder / f"{name}.md").write_text("\n".join([*lines, "", how, ""]))
-        save_plot(folder / f"{name}.svg", plot, log)
-        return lines
-
-    experiments.go(rows.values(), stages, report)
-    print("\n".join(report()))
+    folder, titles = args.report or args.runs, list(COMPARISONS[name])
+    order = sorted(found, key=lambda key: (titles.index(key[0]), key[1]))
+    log = [{"row": title, "seed": seed, **found[title, seed]} for title, seed in order]
+    table, plot = (curve_table, curve_plot) if name == "figure4" else (share_table, share_plot)
+    lines = table(name, log)
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} {platform.machine()} cores"
+    how = f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, "
+    how += f"Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (folder / f"{name}.md").write_text("\n".join([*lines, "", how, ""]))
+    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}  # words stay words
+    with matplotlib.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+        figure = plot(Figure, log)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+    return lines
 
 
 def by_row(log, key):
@@ -709,36 +563,25 @@ def mean_std(values, digits):
 
 
 def share_table(name, log):
-    lines = [
-        f"| {name} | {' | '.join(COLUMNS.values())} | seeds |",
-        "| --- " * (len(COLUMNS) + 2) + "|",
-    ]
+    heads = [name, *COLUMNS.values(), "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for title, seeds in by_row(log, "seed").items():
-        values = [[100 * share for share in by_row(log, column)[title]] for column in COLUMNS]
-        lines.append(
-            f"| {title} | {' | '.join(mean_std(part, 1) for part in values)} | {len(seeds)} |"
-        )
+        shares = [[100 * share for share in by_row(log, column)[title]] for column in COLUMNS]
+        cells = [title, *(mean_std(values, 1) for values in shares), str(len(seeds))]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def share_plot(plt, log):
+def share_plot(Figure, log):
     """A dot a seed, a line at their mean."""
     titles = list(by_row(log, "seed"))
-    figure, panels = plt.subplots(
-        1, len(COLUMNS), sharey=True, figsize=(9, 0.8 + 0.27 * len(titles))
-    )
+    figure = Figure(figsize=(9, 0.8 + 0.27 * len(titles)))
+    panels = figure.subplots(1, len(COLUMNS), sharey=True)
     for panel, (column, label) in zip(panels, COLUMNS.items()):
         for place, shares in enumerate(by_row(log, column).values()):
             values = [100 * share for share in shares]
             panel.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
-            panel.plot(
-                [statistics.fmean(values)],
-                [place],
-                "|",
-                color="C3",
-                markersize=13,
-                markeredgewidth=2,
-            )
+            panel.plot(statistics.fmean(values), place, "C3|", markersize=13, markeredgewidth=2)
         panel.set(xlabel=f"{label}, %", yticks=range(len(titles)), yticklabels=titles)
         panel.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
@@ -753,79 +596,51 @@ def curve_table(name, log):
     return lines
 
 
-def curve_plot(plt, log):
+def curve_plot(Figure, log):
     """A line a seed; dashed where the loss is only watched."""
-    figure, axes = plt.subplots(figsize=(6, 3.2))
+    figure = Figure(figsize=(6, 3.2))
+    axes = figure.subplots()
     for title, runs in by_row(log, "vt").items():
         row = FIGURE4[title]
-        style = {
-            "color": f"C{MASKS.index(row.mask)}",
-            "linestyle": "-" if "VT" in row.loss else "--",
-        }
+        colour, dash = f"C{MASKS.index(row.mask)}", "-" if "VT" in row.loss else "--"
         for i, run in enumerate(runs):
-            axes.plot(range(1, len(run) + 1), run, label=None if i else title, alpha=0.8, **style)
-    chance, right = (
-        math.log(16),
-        axes.get_yaxis_transform(),
-    )  # of the 16 captions in a batch of the toy preset
+            label = None if i else title
+            axes.plot(range(1, len(run) + 1), run, dash, color=colour, label=label, alpha=0.8)
+    chance = math.log(16)  # of the 16 captions in a batch of the toy preset
+    right = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
     axes.axhline(chance, color="0.6", linewidth=0.8)
-    axes.text(1, chance, "chance", color="0.4", transform=right, ha="right", va="bottom")
+    axes.text(1, chance, "chance", color="0.4", **right)
     axes.set(xlabel="epoch", ylabel="contrastive loss (VT)")
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Make the toy world, measure on it what each masker hides, or run the paper's "
-        "comparisons on it."
-    )
-    add = parser.add_argument
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    about = "Make the toy world, measure on it what each masker hides, or run the paper's "
+    about += "comparisons on it."
+    parser = argparse.ArgumentParser(description=about, formatter_class=formatter)
     commands = "build", "coverage", "table2", "ablate", "figure4"
-    add("command", nargs="?", default="build", choices=commands, help="default: build")
-    add("ablation", nargs="?", choices=ABLATIONS, help="for ablate")
-    add(
-        "--out", type=Path, default=Path("data/toy"), help="folder of the world (default: data/toy)"
-    )
-    add(
-        "--clips",
-        type=int,
-        default=800,
-        help="training clips; a quarter as many test clips (default: 800)",
-    )
-    add("--seed", type=int, default=0, help="of everything in the world (default: 0)")
-    add("--mask-ratio", type=float, default=0.25, help="of coverage (default: 0.25)")
-    add("--seeds", type=int, default=3, help="runs of each row, with seeds 0, 1, ... (default: 3)")
-    add(
-        "--runs",
-        type=Path,
-        default=Path("runs/toy"),
-        help="folder of the rows' runs (default: runs/toy)",
-    )
-    add("--report", type=Path, help="folder of table, plot and their log (default: that of --runs)")
-    add(
-        "--jobs",
-        type=int,
-        default=0,
-        help="rows at a time (default: one a CPU core; with a GPU one)",
-    )
-    add(
-        "--epochs",
-        type=int,
-        default=0,
-        help="of both trainings (default: train.py's, eval.py's own)",
-    )
+    parser.add_argument("command", nargs="?", default="build", choices=commands, help="what to do")
+    parser.add_argument("ablation", nargs="?", choices=ABLATIONS, help="for ablate")
+    flag = functools.partial(add_flag, parser)
+    flag("--out", Path("data/toy"), "folder of the world", type=Path)
+    flag("--clips", 800, "training clips; a quarter as many test clips")
+    flag("--seed", 0, "of everything in the world")
+    flag("--mask-ratio", 0.25, "of coverage")
+    flag("--seeds", 3, "runs of each row, with seeds 0, 1, ...")
+    flag("--runs", Path("runs/toy"), "folder of the rows' runs", type=Path)
+    flag("--report", None, "folder of table, plot and their log; that of --runs", type=Path)
+    flag("--jobs", 0, "rows at a time; 0: one a CPU core, with a GPU one")
+    flag("--epochs", 0, "of both trainings; 0: train.py's, eval.py's own")
     args = parser.parse_args(argv)
     if args.clips < 16:
         parser.error(f"--clips {args.clips}: at least 16, one a class")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least 1")
     if (args.command == "ablate") != bool(args.ablation):
-        several = ", ".join(ABLATIONS)
-        parser.error(
-            f"{args.command} {args.ablation or ''}: ablate takes one of {several}, other commands "
-            "none"
-        )
+        several = f"ablate takes one of {', '.join(ABLATIONS)}, other commands none"
+        parser.error(f"{args.command} {args.ablation or ''}: {several}")
     return args
 
 
@@ -837,21 +652,15 @@ def main(argv=None):
             made = json.loads((args.out / "world.json").read_text())
             print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")
             if made != {"clips": args.clips, "seed": args.seed}:
-                raise ValueError(
-                    f"{args.out}: is there already; another --out, or remove it, for another world"
-                )
+                ways = "another --out, or remove it, for another world"
+                raise ValueError(f"{args.out}: is there already; {ways}")
         elif args.command == "coverage":
             print_coverage(args.out, args.mask_ratio)
-        elif args.command == "table2":
-            compare(args, "table2", TABLE2, STAGES, share_table, share_plot)
-        elif args.command == "ablate":
-            compare(args, args.ablation, ABLATIONS[args.ablation], STAGES, share_table, share_plot)
-        elif args.command == "figure4":
-            compare(args, "figure4", FIGURE4, STAGES[:1], curve_table, curve_plot)
+        else:
+            compare(args, args.ablation or args.command)
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that what it started is stopped, too
+    # So that what it has started is stopped, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()
