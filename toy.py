@@ -136,9 +136,9 @@ def make_clip(rng, label):
         dx, dy = x - way[:, 0, None, None], y - way[:, 1, None, None]
         alpha = np.clip(0.5 - _distance(words["shape"], dx, dy, r), 0, 1)[..., None]
         shade = 1.05 - 0.5 * (np.hypot(dx + 3, dy + 3) / r)[..., None]  # lit from the upper left
-        colour = np.clip(np.array(COLOURS[words["colour"]], np.float32) * shade, 0, 255)
-        frames = frames * (1 - alpha) + alpha * colour
-        # The actor is in front.
+        paint = np.clip(np.array(COLOURS[words["colour"]], np.float32) * shade, 0, 255)
+        frames = frames * (1 - alpha) + alpha * paint
+        # What comes later, the actor, hides what was there.
         masks = [mask & (alpha[..., 0] < 0.5) for mask in masks] + [alpha[..., 0] >= 0.5]
     return frames.round().clip(0, 255).astype(np.uint8), masks[1], masks[0], actor, distractor
 
@@ -204,7 +204,8 @@ def _paraphrases(rng, count):
     for numbers in chosen:
         words = {name: kind[i] for (name, kind), i in zip(kinds.items(), numbers)}
         pairs.append(rng.choice(captions_of(words), 2, replace=False).tolist())
-    return *map(list, zip(*pairs)), torch.from_numpy(chosen @ [1, 10, 100])
+    one, other = map(list, zip(*pairs))
+    return one, other, torch.from_numpy(chosen @ [1, 10, 100])
 
 
 def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
@@ -495,9 +496,9 @@ def compare(args, name):
     """Runs the rows of a comparison, some side by side: on a CPU one a core with one thread each,
     which is nearly twice as fast as one after the other with two. Reports after each."""
     rows, columns = COMPARISONS[name], () if name == "figure4" else COLUMNS
-    made = json.loads((args.out / "world.json").read_text()) | {"epochs": args.epochs}
-    # What is of another world, or of other --epochs, is in another folder.
-    runs = args.runs.absolute() / "-".join(f"{name}{number}" for name, number in made.items())
+    of = json.loads((args.out / "world.json").read_text()) | {"epochs": args.epochs}
+    # Runs of another world, or of other --epochs, have another folder.
+    runs = args.runs.absolute() / "-".join(f"{key}{value}" for key, value in of.items())
     for source in {row.captions for row in rows.values()}:
         make_world(args.out, runs, source)
     gpu, cores = torch.cuda.is_available(), os.cpu_count()
