@@ -197,7 +197,7 @@ def start(world, folder, *words):
     )
 
 
-def wait_for(there, process=None, seconds=200):
+def wait_for(there, process=None, seconds=600):
     ends = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < ends and (process is None or process.poll() is None)
@@ -240,6 +240,8 @@ def test_worlds_of_other_captions(small_world, tmp_path, source, expected):
     made = dataset.read_manifest(path, "train")
     assert len(made) == 32 and not any("maps" in record for record in made)
     assert os.path.exists(made[0]["path"])
+    (record, *_) = dataset.read_manifest(small_world / "manifest.jsonl", "train")
+    assert made[0]["captions"] == toy.captions_from(source, record)
     words = {"shape": "cross", "colour": "red", "direction": "up"}
     record = {"label": "cross up", "captions": toy.captions_of(words)}
     assert toy.captions_from(source, record) == expected
