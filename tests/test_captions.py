@@ -8,11 +8,15 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 from conftest import ROOT, needs_transformers
+from huggingface_hub import constants
 from test_ranks import torchrun
 
 import captions
@@ -308,39 +312,34 @@ T5["decoder_start_token_id"] = 0
 
 
 def tiny_tokenizer(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "<image>", *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     start = {"single": "</s> $A", "special_tokens": [("</s>", 1)]}
-    tokenizer.post_processor = processors.TemplateProcessing(**start)
+    words.post_processor = tokenizers.processors.TemplateProcessing(**start)
     names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "</s>", "unk_token": "<unk>"}
-    more = {"additional_special_tokens": ["<image>"]}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **more)
+    names["additional_special_tokens"] = ["<image>"]
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
     fast.save_pretrained(folder)
     return fast, len(vocabulary)
 
 
 def tiny_blip2(folder, text_config):
     """Blip2ForConditionalGeneration of a few thousand parameters, and its processor."""
-    import transformers as tf
-
     tokenizer, size = tiny_tokenizer(folder)
     parts = {
         "vision_config": dict(WIDE, image_size=28, patch_size=7),
         "qformer_config": dict(WIDE, encoder_hidden_size=16, vocab_size=size),
         "text_config": dict(text_config, vocab_size=size),
     }
-    config = tf.Blip2Config(**parts, num_query_tokens=4, image_token_index=3)
+    config = transformers.Blip2Config(**parts, num_query_tokens=4, image_token_index=3)
     torch.manual_seed(0)
-    model = tf.Blip2ForConditionalGeneration(config)
+    model = transformers.Blip2ForConditionalGeneration(config)
     for p in model.parameters():
         p.data.normal_(std=0.7)  # so that different frames get different captions
     model.save_pretrained(folder)
-    images = tf.BlipImageProcessor(size={"height": 28, "width": 28})
-    tf.Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(folder)
+    images = transformers.BlipImageProcessor(size={"height": 28, "width": 28})
+    transformers.Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(folder)
     return folder
 
 
@@ -352,12 +351,11 @@ def blip2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     """A Llama of a few thousand parameters with its tokenizer, in a folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("llm")
     _, size = tiny_tokenizer(folder)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=size, **WIDE, **TOKENS)).save_pretrained(folder)
+    config = transformers.LlamaConfig(vocab_size=size, **WIDE, **TOKENS)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -388,8 +386,6 @@ def test_keyframes(clip_file):
 def test_blip2(language_model, bare, tmp_path, capsys, monkeypatch):
     """Each frame gets what the model says of it alone, whatever the batch; what cannot be read goes
     without."""
-    from transformers import Blip2ForConditionalGeneration, Blip2Processor
-
     monkeypatch.setattr(tgmae, "bf16_is_fast", lambda device: False)
     folder = tiny_blip2(tmp_path / "blip2", language_model)
     data = bare(4, [{"video": "seen.mp4", "captions": ["mine"]}, {"video": "gone.mp4"}])
@@ -401,8 +397,8 @@ def test_blip2(language_model, bare, tmp_path, capsys, monkeypatch):
     assert "caption: 4 clips, 1 failed; 1 left as they were" in capsys.readouterr().out
     assert "gone.mp4" in Path("some.caption-problems.txt").read_text()
 
-    processor = Blip2Processor.from_pretrained(folder)
-    model = Blip2ForConditionalGeneration.from_pretrained(folder)
+    processor = transformers.Blip2Processor.from_pretrained(folder)
+    model = transformers.Blip2ForConditionalGeneration.from_pretrained(folder)
     for record in good:
         frames = dataset.read_clip(record["path"], [4, 12, 20])
         for text, frame in zip(record["captions"], frames.permute(0, 3, 1, 2), strict=True):
@@ -419,17 +415,12 @@ def test_blip2(language_model, bare, tmp_path, capsys, monkeypatch):
 
 @needs_transformers
 def test_llm(bare, llm, monkeypatch):
-    asked, answers = [], captions.Llm.answers
-
-    def watched(self, prompt):
-        asked.append(prompt)
-        return answers(self, prompt)
-
-    monkeypatch.setattr(captions.Llm, "answers", watched)
+    answers = mock.create_autospec(captions.Llm.answers, side_effect=captions.Llm.answers)
+    monkeypatch.setattr(captions.Llm, "answers", answers)
     data = bare(20)
     flags = "caption some.jsonl --source llm --per-prompt 2 --max-new-tokens 5 --model", llm
     run(*flags)
-    first = records(data)
+    first, asked = records(data), [call.args[1] for call in answers.call_args_list]
     assert len(asked) == 3 * 16 and asked[:3] == [  # once a class
         "Describe the action circle down.",
         "What does a person circle down look like?",
@@ -448,17 +439,12 @@ def test_chat_template_is_used(llm):
     args = captions.parse_args(["caption", "x", "--source", "llm", "--model", str(llm)])
     args.device = "cpu"
     teller = captions.Llm(args)
-    tokenizer, generate, seen = teller.tokenizer, teller.model.generate, []
-    tokenizer.chat_template = "{% for m in messages %}word1 {{ m.content }} word2{% endfor %}"
-
-    def watched(**more):
-        seen.append(more["input_ids"][0].tolist())
-        return generate(**more)
-
-    teller.model.generate = watched
+    template = "{% for m in messages %}word1 {{ m.content }} word2{% endfor %}"
+    teller.tokenizer.chat_template = template
+    teller.model.generate = mock.Mock(wraps=teller.model.generate)
     teller.answers("word7")
-    words = tokenizer.convert_tokens_to_ids(["word1", "word7", "word2"])
-    assert [token for token in seen[0] if token > 3] == words
+    (seen,) = teller.model.generate.call_args.kwargs["input_ids"]
+    assert teller.tokenizer.decode(seen, skip_special_tokens=True) == "word1 word7 word2"
 
 
 def test_append_and_human(manifest):
@@ -489,8 +475,6 @@ def test_sentences():
 
 
 def test_no_hub_is_told_at_once(manifest, monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
