@@ -75,10 +75,9 @@ class Annotations:
     def path(self, *names, needed=True):
         """The first of the names that is there; None if it is not needed."""
         path = next((self.folder / name for name in names if (self.folder / name).exists()), None)
+        self.where = str(path or self.folder)
         if needed and not path:
-            self.where = str(self.folder)
             raise ValueError(f"there is no {' or '.join(names)}")
-        self.where = str(path)
         return path
 
     def lines(self, path):
@@ -91,6 +90,7 @@ class Annotations:
         return json.loads(path.read_text(encoding="utf-8-sig"))
 
     def rows(self, path):
+        self.where = str(path)
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             for row in reader:
@@ -290,7 +290,7 @@ def read_annotations(args):
             rows.append((files.where, name, record))
     except KeyError as error:
         raise ValueError(f"{files.where}: {error} is unknown or missing") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(f"{files.where}: {error}") from error
     if not any(record["video"] for *_, record in rows):
         missing = f", none of the {len(rows)} listed, such as {rows[0][1]}" if rows else ""
@@ -309,6 +309,7 @@ def relative(path, folder):
 
 
 def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # not UTF-8
         file.write(text)
 
@@ -622,7 +623,7 @@ def caption(args):
         labels = {key: str(wanted[key].get("label")) for key in keys}
         units = [[label] for label in sorted({labels[k] for k in keys if "captions" in named[k]})]
         told = share(args.manifest, settings, units, str, units and Llm(args), unit="class")
-        said = {key: told.get(labels[key], named[key]) for key in keys}
+        said = {k: told[labels[k]] if "captions" in named[k] else named[k] for k in keys}
     else:  # a moment's work: one process does it all
         write = {"label": caption_label, "human": caption_human}[args.source]
         compute = lambda _, records: map(write, records)  # noqa: E731
