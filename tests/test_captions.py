@@ -254,7 +254,7 @@ MISTAKES = (
     ("k400", {}, "there is no train.csv or validate.csv or val.csv or test.csv"),
     ("k400", {"train.csv": "label,youtube_id\na,b\n"}, "train.csv:2: 'split' is unknown"),
     ("k400", {"train.csv": KINETICS + "\na,b,1,2\n"}, "train.csv:2: not the header's 5 fields"),
-    ("k400", {"train.csv": KINETICS + '\n"a' + 200_000 * "x"}, "train.csv:1: field larger than"),
+    ("k400", {"train.csv": KINETICS + '\n"a' + 200_000 * "x"}, "train.csv: field larger than"),
     ("k400", {"train.csv": KINETICS + "\na,b,one,2,train\n"},
      "train.csv:2: invalid literal for int() with base 10: 'one'"),
     ("k400", {"train.csv": KINETICS + "\na,b,1,2,dev\n"}, "train.csv:2: 'dev' is unknown"),
