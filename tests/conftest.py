@@ -28,6 +28,22 @@ TINY = dict(
 )  # fmt: skip
 
 
+def words(*parts):
+    """Flags, several in a string, paths and numbers -> the words of a command."""
+    split = (part.split() if isinstance(part, str) else [str(part)] for part in parts)
+    return [word for words in split for word in words]
+
+
+def write_lines(path, records):
+    """Writes JSON lines -> the path."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run what takes long, too")
 
@@ -59,47 +75,47 @@ def full_world(tmp_path_factory):
     return toy.build(tmp_path_factory.mktemp("full") / "toy")
 
 
-def main_command(world, folder, *flags):
-    """torchrun train.py --mask tgm --vt in a folder, where data/toy is that world -> last.pt."""
+def linked(folder, world):
+    """A folder, in which data/toy is that world from now on."""
     (folder / "data").mkdir()
-    (folder / "data" / "toy").symlink_to(world, target_is_directory=True)
-    words = ["-m", "torch.distributed.run", ROOT / "train.py", "--mask", "tgm", "--vt", *flags]
-    command = [sys.executable, *map(str, words)]
+    (folder / "data/toy").symlink_to(world, target_is_directory=True)
+    return folder
+
+
+def main_command(folder, *flags):
+    """torchrun train.py --mask tgm --vt -> last.pt."""
+    command = words("-m torch.distributed.run", ROOT / "train.py", "--mask tgm --vt", *flags)
+    command = [sys.executable, *command]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
-    return folder / "runs" / "toy-tgm-vt" / "last.pt"
+    return folder / "runs/toy-tgm-vt/last.pt"
 
 
 @pytest.fixture(scope="session")
 def trained(world, tmp_path_factory):
     """The checkpoint of the main command, of three steps on the small world."""
-    few = "--epochs", 1, "--warmup-epochs", 0, "--workers", 1
-    return main_command(world, tmp_path_factory.mktemp("trained"), *few)
+    few = "--epochs 1 --warmup-epochs 0 --workers 1"
+    return main_command(linked(tmp_path_factory.mktemp("trained"), world), few)
 
 
 @pytest.fixture(scope="session")
 def fully_trained(full_world, tmp_path_factory):
     """The checkpoint of the main command, all of it. Three minutes, once."""
-    return main_command(full_world, tmp_path_factory.mktemp("fully"))
-
-
-def in_a_folder_of_its_own(world, tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "toy").symlink_to(world, target_is_directory=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return main_command(linked(tmp_path_factory.mktemp("fully"), full_world))
 
 
 @pytest.fixture
 def workdir(world, tmp_path, monkeypatch):
     """An empty working directory in which data/toy is the small world."""
-    return in_a_folder_of_its_own(world, tmp_path, monkeypatch)
+    monkeypatch.chdir(linked(tmp_path, world))
+    return tmp_path
 
 
 @pytest.fixture
 def full_workdir(full_world, tmp_path, monkeypatch):
-    """An empty working directory in which data/toy is the full world."""
-    return in_a_folder_of_its_own(full_world, tmp_path, monkeypatch)
+    """The same with the full world."""
+    monkeypatch.chdir(linked(tmp_path, full_world))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")
@@ -111,16 +127,16 @@ def footage():
 
 @pytest.fixture
 def manifest(world, tmp_path):
-    """Makes a small manifest of toy clips: manifest(6, extra=[...]) -> its path."""
+    """manifest(6, held=2) -> the path of one with 6 toy clips, and 2 of another split."""
 
-    def make(clips, *, extra=(), name="some.jsonl"):
-        records = dataset.read_manifest(world / "manifest.jsonl", "train")[:clips]
-        lines = [
-            {"video": r["path"], "captions": r["captions"], "label": r["label"]} for r in records
-        ]
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *extra]))
-        return path
+    def make(clips, *, held=0, extra=(), name="some.jsonl"):
+        lines = []
+        records = dataset.read_manifest(world / "manifest.jsonl", "train")
+        for i, record in enumerate(records[: clips + held]):
+            line = {"video": record["path"], "captions": record["captions"]}
+            split = {"split": "train" if i < clips else "held"} if held else {}
+            lines.append(line | {"label": record["label"]} | split)
+        return write_lines(tmp_path / name, [*lines, *extra])
 
     return make
 

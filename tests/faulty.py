@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +32,7 @@ def die():
 
 
 def dies_at(moment, number):
-    save, rename, count = torch.save, os.replace, 0
+    save, rename, count, number = torch.save, os.replace, 0, int(number)
 
     def saves(state, file):
         nonlocal count
@@ -67,7 +68,7 @@ def poisons(name):
 
 
 def sticks(seconds):
-    train.PATIENCE, train.GRACE = seconds, 1
+    train.PATIENCE, train.GRACE = int(seconds), 1
     train.TrainingClips.__getitem__ = lambda self, key: time.sleep(1000)
 
 
@@ -94,29 +95,26 @@ def unexpected():
     raise RuntimeError("nobody expects this")
 
 
-def after_step(step, happens):
+def after_step(happens, step):
     append = train.append_log
 
     def appends(path, line):
         append(path, line)
-        if line["step"] == step:
+        if line["step"] == int(step):
             happens()
 
     train.append_log = appends
 
 
+FAULTS = {
+    "nan": poisons,
+    "term": partial(after_step, terminate),
+    "raise": partial(after_step, unexpected),
+    "stuck": sticks,
+    "full": fills,
+} | {moment: partial(dies_at, moment) for moment in ("half", "whole", "renamed")}
+
 if __name__ == "__main__":
     (kind, _, value), sys.argv = sys.argv[1].partition(":"), sys.argv[2:]
-    if kind == "nan":
-        poisons(value)
-    elif kind == "term":
-        after_step(int(value), terminate)
-    elif kind == "raise":
-        after_step(int(value), unexpected)
-    elif kind == "stuck":
-        sticks(int(value))
-    elif kind == "full":
-        fills(value)
-    else:
-        dies_at(kind, int(value))
+    FAULTS[kind](value)
     importlib.import_module(Path(sys.argv[0]).stem).main()  # with what was replaced in train
