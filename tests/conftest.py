@@ -44,6 +44,11 @@ def read_log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
+def assert_equal(*pair):
+    """Tensors, or dicts and lists of them: to the last bit."""
+    torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run what takes long, too")
 
