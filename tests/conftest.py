@@ -49,6 +49,17 @@ def assert_equal(*pair):
     torch.testing.assert_close(*pair, rtol=0, atol=0)
 
 
+def assert_same_run(*folders):
+    """Weights, moments and log, but for its times."""
+    a, b = (torch.load(Path(folder) / "last.pt", weights_only=True) for folder in folders)
+    assert a["step"] == b["step"]
+    assert_equal(a["model"], b["model"])
+    assert_equal(a["optimizer"]["state"], b["optimizer"]["state"])
+    lines = zip(*map(read_log, folders), strict=True)
+    times = dict.fromkeys(("clips_per_s", "wait"))
+    assert all(one | times == other | times for one, other in lines)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run what takes long, too")
 
