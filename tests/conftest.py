@@ -28,7 +28,7 @@ TINY = dict(
 )  # fmt: skip
 
 
-def words(*parts):
+def argv(*parts):
     """Flags, several in a string, paths and numbers -> the words of a command."""
     split = (part.split() if isinstance(part, str) else [str(part)] for part in parts)
     return [word for words in split for word in words]
@@ -40,7 +40,7 @@ def write_lines(path, records):
     return path
 
 
-def read_log(folder):
+def log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
@@ -55,7 +55,7 @@ def assert_same_run(*folders):
     assert a["step"] == b["step"]
     assert_equal(a["model"], b["model"])
     assert_equal(a["optimizer"]["state"], b["optimizer"]["state"])
-    lines = zip(*map(read_log, folders), strict=True)
+    lines = zip(*map(log, folders), strict=True)
     times = dict.fromkeys(("clips_per_s", "wait"))
     assert all(one | times == other | times for one, other in lines)
 
@@ -100,7 +100,7 @@ def linked(folder, world):
 
 def main_command(folder, *flags):
     """torchrun train.py --mask tgm --vt -> last.pt."""
-    command = words("-m torch.distributed.run", ROOT / "train.py", "--mask tgm --vt", *flags)
+    command = argv("-m torch.distributed.run", ROOT / "train.py", "--mask tgm --vt", *flags)
     command = [sys.executable, *command]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr

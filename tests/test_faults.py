@@ -3,10 +3,12 @@ of disk or memory; and files that would run code."""
 
 import argparse
 import errno
+import itertools
 import json
 import math
 import multiprocessing as mp
 import os
+import pickle
 import random
 import signal
 import socket
@@ -18,20 +20,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, argv, assert_same_run, log, write_lines
 from test_ranks import torchrun
 
 import captions
 import dataset
+import eval as ev
 import tgmae
 import train
 
-FAULTY = Path(__file__).with_name("faulty.py")
+FAULTY, TRAIN = Path(__file__).with_name("faulty.py"), ROOT / "train.py"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+FEW = """--epochs 1 --warmup-epochs 0 --preset toy --stride 4 --no-flip --workers 0 --no-amp
+         --batch-size 2 --out run"""
 
 
-def log(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+def run(*flags):
+    train.main(argv(FEW, *flags))
+
+
+def load(folder):
+    return torch.load(f"{folder}/last.pt", weights_only=True)
+
+
+def assert_finite(saved):
+    assert all(value.isfinite().all() for value in saved["model"].values())
 
 
 def steps(folder):
@@ -40,28 +53,26 @@ def steps(folder):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def start(command, cwd, out=subprocess.PIPE):
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as in a shell's background; would be inherited
+def start(*command, out=subprocess.PIPE):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; is inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(
-        words,
-        cwd=cwd,
-        env=ONE_THREAD,
-        stdout=out,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    how = {"env": ONE_THREAD, "stdout": out, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *argv(*command)], start_new_session=True, **how)
+
+
+def ends(process, code=0, seconds=300):
+    """It ends with that code and leaves no process -> what it said."""
+    said, _ = process.communicate(timeout=seconds)
+    assert process.returncode == code, said
+    assert code == -signal.SIGKILL or not of_group(process.pid)
+    return said
 
 
 def wait_until(condition, process=None, seconds=120):
-    ends = time.monotonic() + seconds
+    last = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < ends, "waited in vain"
+        assert time.monotonic() < last, "waited in vain"
         time.sleep(0.01)
 
 
@@ -78,102 +89,43 @@ def of_group(group):
     return found
 
 
-def assert_same_run(one, other):
-    a, b = (torch.load(f"{folder}/last.pt", weights_only=True) for folder in (one, other))
-    assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    moments = a["optimizer"]["state"], b["optimizer"]["state"]
-    assert all(
-        torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0]
-    )
-    logs = [
-        [{k: v for k, v in line.items() if k not in ("clips_per_s", "wait")} for line in log(f)]
-        for f in (one, other)
-    ]
-    assert logs[0] == logs[1]
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "start.pt"
-    config = tgmae.Config(**TINY)
-    train.save_checkpoint(
-        path, config=vars(config), model=tgmae.TGMAE(config).state_dict(), args={}
-    )
+    path, config = tmp_path_factory.mktemp("checkpoint") / "start.pt", tgmae.Config(**TINY)
+    model = tgmae.TGMAE(config).state_dict()
+    train.save_checkpoint(path, config=vars(config), model=model, args={})
     return path
 
 
 @pytest.fixture(params=["train", "finetune"])
 def command(request, world, checkpoint, workdir, manifest):
     """A run of 48 steps with a held-out part, but for its --out."""
-    records = dataset.read_manifest(world / "manifest.jsonl", "train")
-    held = [
-        {"video": r["path"], "captions": r["captions"], "label": r["label"], "split": "held"}
-        for r in records[20:24]
-    ]
-    data = manifest(12, extra=held)
-    lines = [{"split": "train", **json.loads(line)} for line in data.read_text().splitlines()]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = ["--data", data, "--val-split", "held", "--epochs", 8, "--warmup-epochs", 1,
-             "--batch-size", 2, "--workers", 1,
-             "--save-minutes", 1e-9, "--no-amp"]  # fmt: skip
+    flags = f"--data {manifest(12, held=4)} --val-split held --epochs 8 --warmup-epochs 1"
+    flags += " --batch-size 2 --workers 1 --save-minutes 1e-9 --no-amp"
     if request.param == "train":
-        clip = "--clip", f"local-dir:{world / 'clip'}"
-        return [
-            ROOT / "train.py",
-            *flags,
-            "--mask",
-            "tgm",
-            "--vt",
-            "--preset",
-            "toy",
-            "--stride",
-            4,
-            "--blr",
-            0.05,
-            *clip,
-        ]
-    return [
-        ROOT / "eval.py",
-        "finetune",
-        checkpoint,
-        *flags,
-        "--test-split",
-        "held",
-        "--stride",
-        2,
-        "--recipe",
-        "other",
-        "--views",
-        "1x1",
-        "--repeat",
-        2,
-        "--lr",
-        0.1,
-    ]
+        clip = f"--clip local-dir:{world / 'clip'}"
+        return argv(TRAIN, flags, "--mask tgm --vt --preset toy --stride 4 --blr 0.05", clip)
+    views = "--test-split held --stride 2 --recipe other --views 1x1 --repeat 2 --lr 0.1"
+    return argv(ROOT / "eval.py", "finetune", checkpoint, flags, views)
 
 
 # ----------------------------------------------------------------------------------- kills, signals
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(command, workdir, kills=8):
+def test_killed_at_any_moment(command, kills=8):
     """SIGKILL: three times in the writing of a checkpoint; then half of the times at any moment of
     the process, half while it trains. The end is that of an undisturbed run, bit for bit."""
     command = [*command, "--epochs", 4 + kills]  # 6 steps each
-    process = start([*command, "--out", "whole"], workdir)
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    ends(start(*command, "--out whole"), seconds=600)
     for moment in ("half", "whole", "renamed"):
-        process = start([FAULTY, f"{moment}:2", *command, "--out", "parts"], workdir)
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL, said
+        ends(start(FAULTY, f"{moment}:2", *command, "--out parts"), -signal.SIGKILL)
     # Each step is saved: killed at 2, which is half a file, at 3, at 4, which is there.
-    assert torch.load("parts/last.pt", weights_only=True)["step"] == 4
+    assert load("parts")["step"] == 4
     rng, hits = random.Random(kills), 0
     for kill in range(kills):
         before, began = steps("parts"), time.monotonic()
-        process = start([*command, "--out", "parts"], workdir)
+        process = start(*command, "--out parts")
         if kill % 2 == 0:
             wait_until(lambda: process.poll() is not None or steps("parts") != before)
             until_first_step = time.monotonic() - began
@@ -182,62 +134,44 @@ def test_killed_at_any_moment(command, workdir, kills=8):
             time.sleep(rng.uniform(0, until_first_step + 0.3))
         hits += process.poll() is None
         process.kill()
-        process.communicate(
-            timeout=60
-        )  # until the last loader, which has the other end of the pipe, is gone
+        process.communicate(timeout=60)  # until the last loader, which has the pipe, is gone
     assert hits >= kills * 3 / 4, "it was at its end before it could be killed: more epochs, please"
-    process = start([*command, "--out", "parts"], workdir)
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    ends(start(*command, "--out parts"), seconds=600)
     assert_same_run("whole", "parts")
     assert not list(Path("parts").glob("*.partial"))
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_stops(command, workdir):
+def test_sigterm_saves_and_stops(command):
     """To all processes of the run, as a scheduler sends it; the loaders must not die before it has
     saved."""
-    process = start(
-        [FAULTY, "term:8", *command, "--out", "run", "--save-minutes", 0],
-        workdir,
-    )
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, said
-    assert "stopped by SIGTERM" in said and "Traceback" not in said
-    saved, lines = torch.load("run/last.pt", weights_only=True)["step"], log("run")
-    assert saved == lines[-1]["step"] == 9 and "holds step 9" in said  # not at an epoch's end
-    assert not of_group(process.pid)
+    said = ends(start(FAULTY, "term:8", *command, "--out run --save-minutes 0"), 143)
+    assert "stopped by SIGTERM" in said and "Traceback" not in said and "holds step 9" in said
+    assert load("run")["step"] == log("run")[-1]["step"] == 9  # not at an epoch's end
     for out in ("run", "whole"):
-        process = start([*command, "--out", out], workdir)
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+        ends(start(*command, "--out", out))
     assert_same_run("whole", "run")
 
 
 @pytest.mark.slow
-def test_no_batch_comes(command, workdir):
+def test_no_batch_comes(command):
     """A disk that does not answer ends a run after a while, and soon after SIGTERM."""
-    process = start([FAULTY, "stuck:2", *command, "--out", "run"], workdir)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "no batch for 2 s: ended without saving" in said, said
-    assert "Traceback" not in said and not of_group(process.pid)
-    process = start([FAULTY, "stuck:1800", *command, "--out", "run"], workdir)
+    said = ends(start(FAULTY, "stuck:2", *command, "--out run"), 1)
+    assert "no batch for 2 s: ended without saving" in said and "Traceback" not in said
+    process = start(FAULTY, "stuck:1800", *command, "--out run")
     wait_until(lambda: len(of_group(process.pid)) > 1, process)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=25)
-    assert process.returncode == 1 and "SIGTERM came, and no batch for 1 s" in said, said
-    assert "Traceback" not in said and not of_group(process.pid)
+    said = ends(process, 1, seconds=25)
+    assert "SIGTERM came, and no batch for 1 s" in said and "Traceback" not in said
 
 
 @pytest.mark.slow
-def test_a_batch_that_cannot_be_handed_over(command, workdir):
+def test_a_batch_that_cannot_be_handed_over(command):
     """Of which multiprocessing prints a traceback, and then goes on without it."""
-    process = start([FAULTY, "full:No space left", *command, "--out", "run"], workdir)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in said, said
-    assert "loader: a batch cannot be handed over: No space left" in said
-    assert "DataLoader worker" in said.splitlines()[-1] and not of_group(process.pid)
+    said = ends(start(FAULTY, "full:no-space", *command, "--out run"), 1)
+    assert "loader: a batch cannot be handed over: no-space" in said and "Traceback" not in said
+    assert "DataLoader worker" in said.splitlines()[-1]
 
 
 def test_loaders_fit_shared_memory(monkeypatch, capsys):
@@ -260,8 +194,8 @@ def test_loaders_fit_shared_memory(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_process(command, workdir):
-    process = start([*command, "--out", "run", "--workers", 2], workdir)
+def test_ctrl_c_leaves_no_process(command):
+    process = start(*command, "--out run --workers 2")
     wait_until(lambda: steps("run") >= 5, process)
     assert len(of_group(process.pid)) >= 3
     os.killpg(process.pid, signal.SIGINT)
@@ -271,14 +205,10 @@ def test_ctrl_c_leaves_no_process(command, workdir):
 
 
 @pytest.mark.slow
-def test_an_unexpected_error_ends_the_run(command, workdir):
+def test_an_unexpected_error_ends_the_run(command):
     """With its traceback, and with its loaders, which do not listen to SIGTERM."""
-    process = start([FAULTY, "raise:8", *command, "--out", "run", "--workers", 2], workdir)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and said.strip().endswith("RuntimeError: nobody expects this"), (
-        said
-    )
-    assert not of_group(process.pid)
+    said = ends(start(FAULTY, "raise:8", *command, "--out run --workers 2"), 1)
+    assert said.strip().endswith("RuntimeError: nobody expects this")
 
 
 @pytest.mark.parametrize("run_is_killed", [False, True])
@@ -299,17 +229,13 @@ def test_a_loader_whose_run_was_killed_before_it_watched(workdir, run_is_killed)
     assert Path("goes on").exists() != run_is_killed
 
 
-def test_save_often(workdir, manifest, monkeypatch):
+@pytest.mark.parametrize("minutes, saved", [("1e-9", [1, 2, 3, 4]), ("0", [2, 4])])
+def test_save_often(workdir, manifest, monkeypatch, minutes, saved):
     """--save-minutes; 0 is after epochs alone."""
-    written, save = [], train.save_checkpoint
-    monkeypatch.setattr(
-        train, "save_checkpoint", lambda path, **s: written.append(s["step"]) or save(path, **s)
-    )
-    for minutes, steps in (("1e-9", [1, 2, 3, 4]), ("0", [2, 4])):
-        written.clear()
-        flags = ["--data", str(manifest(4)), *FEW, "--epochs", "2", "--save-minutes", minutes]
-        train.main([*flags, "--out", minutes])
-        assert written == steps
+    written = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, **s: written.append(s["step"]))
+    run("--data", manifest(4), "--epochs 2 --save-minutes", minutes)
+    assert written == saved
 
 
 # ---------------------------------------------------------------------------------- other processes
@@ -337,21 +263,18 @@ def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
         def load(self, place, seed):
             return {"place": place}
 
-    def as_dict(samples):
-        return {"samples": samples}
-
-    args = train.argparse.Namespace(seed=1, epochs=2, workers=0, device="cpu")
+    args = argparse.Namespace(seed=1, epochs=2, workers=0, device="cpu")
     data, seen = Numbers([{"video": str(i)} for i in range(50)], seed=1), {}
     for world in (1, 2, 3, 8):
         seen[world] = [set() for _ in range(6)]
         for rank in range(world):
             monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
             share = train.share_step(4, 1, 16)
-            for step, batches in train.steps(data, share, args, 0, as_dict, (0, 2)):
-                batches = list(batches)
+            how = (data, share, args, 0, lambda samples: {"samples": samples}, (0, 2))
+            for step, batches in train.steps(*how):
+                batches = [{sample["place"] for sample in b["samples"]} for b in batches]
                 assert len(batches) == share[2]
-                for batch in batches:
-                    mine = {sample["place"] for sample in batch["samples"]}
+                for mine in batches:
                     assert not mine & seen[world][step]
                     seen[world][step] |= mine
     assert [len(places) for places in seen[1]] == [16] * 6 and seen[1] == seen[2] == seen[8]
@@ -359,34 +282,36 @@ def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
     assert len(set.union(*seen[1][:3])) == 48
 
 
-@pytest.mark.slow
-def test_other_processes_and_compiled(workdir, manifest):
-    """2 processes, then 1 that compiles, then 3: the losses of one process all along."""
-    flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube",
-             "--batch-size", 6, "--epochs", 12,
-             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp",
-             "--save-minutes", 1e-9]  # fmt: skip
-    train.main([*map(str, flags), "--out", "whole"])
+QUICK = "--preset toy --stride 4 --warmup-epochs 1 --blr 0.05 --workers 0 --no-amp"
+QUICK += " --save-minutes 1e-9"
 
-    def goes_until(step, processes, *more):
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        process = start([*command, ROOT / "train.py", *flags, *more, "--out", "parts"], workdir)
+
+@pytest.mark.slow
+def test_other_processes_and_compiled(world, workdir, manifest):
+    """2 processes, then 1 that compiles, then 3: the losses of one process all along."""
+    flags = f"--data {manifest(12)} {QUICK} --mask tgm --vt --clip local-dir:{world / 'clip'}"
+    flags = argv(flags, "--batch-size 6 --epochs 12")
+    train.main([*flags, "--out", "whole"])
+
+    def goes_until(step, processes, more):
+        agent = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"
+        process = start(agent, TRAIN, *flags, more, "--out parts")
         wait_until(lambda: steps("parts") >= step, process)
         for pid in of_group(process.pid):  # torchrun, too
             os.kill(pid, signal.SIGTERM)
         return process.communicate(timeout=60)[0]
 
-    goes_until(5, 2, "--batch-size", 3)
-    first = torch.load("parts/last.pt")["step"]
+    goes_until(5, 2, "--batch-size 3")
+    first = load("parts")["step"]
     said = goes_until(first + 5, 1, "--compile")
-    assert f"resume  at step {first} of 24" in said
-    assert "batch   6 clips = 1 x 6 x 1" in said
-    done = torchrun(3, ROOT / "train.py", *flags, "--out", "parts", cwd=workdir)
+    assert f"resume  at step {first} of 24" in said and "batch   6 clips = 1 x 6 x 1" in said
+    done = torchrun(3, TRAIN, *flags, "--out", "parts", cwd=workdir)
     assert done.returncode == 0 and "batch   6 clips = 3 x 2 x 1" in done.stdout, done.stderr
     one, parts = log("whole"), log("parts")
     assert [line["step"] for line in parts] == list(range(1, 25))
     for a, b in zip(one, parts):
         assert a["mae"] == pytest.approx(b["mae"], abs=2e-4) and a["lr"] == b["lr"]
+        assert a["vt"] == pytest.approx(b["vt"], abs=2e-3)
 
 
 def workers_of(agent):
@@ -405,28 +330,21 @@ def free_port():
 def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
     """torchrun --nnodes 1:2, two agents on loopback. A worker is killed: both start again from the
     last checkpoint. Then a node is: the other goes on alone, to the end."""
-    flags = ["--data", manifest(12), "--preset", "toy", "--stride", 4, "--mask", "tube",
-             "--batch-size", 3, "--epochs", 500,
-             "--warmup-epochs", 1, "--blr", 0.05, "--workers", 0, "--no-amp",
-             "--save-minutes", 1e-9, "--out", "run"]  # fmt: skip
-    agent = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", 1,
-             "--max-restarts", 3, "--rdzv-backend",
-             "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test",
-             "--local-addr", "127.0.0.1",
-             "--rdzv-conf", "last_call_timeout=5", "--monitor-interval", 0.1]  # fmt: skip
+    flags = f"--data {manifest(12)} {QUICK} --mask tube --batch-size 3 --epochs 500 --out run"
+    agent = f"""-m torch.distributed.run --nnodes 1:2 --nproc_per_node 1 --max-restarts 3
+        --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()} --rdzv-id test
+        --rdzv-conf last_call_timeout=5 --local-addr 127.0.0.1 --monitor-interval 0.1"""
     # A store for each rendezvous: in one that all share, a new start finds the addresses of the
     # last.
     monkeypatch.setitem(ONE_THREAD, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    said = [open(workdir / name, "w+") for name in ("first.txt", "second.txt")]
-    first = start([*agent, ROOT / "train.py", *flags], workdir, said[0])
+    first = start(agent, TRAIN, flags, out=open("first.txt", "w"))
     time.sleep(1)  # the first is the rendezvous' host
-    second = start([*agent, ROOT / "train.py", *flags], workdir, said[1])
+    second = start(agent, TRAIN, flags, out=subprocess.DEVNULL)
 
     def goes_on(processes):  # with its first steps args.json is whole
-        return (
-            steps("run") > at + 20
-            and json.loads(Path("run/args.json").read_text())["world"] == processes
-        )
+        if steps("run") <= at + 20:
+            return False
+        return json.loads(Path("run/args.json").read_text())["world"] == processes
 
     try:
         at = -16
@@ -445,17 +363,12 @@ def test_two_nodes_one_is_lost(workdir, manifest, monkeypatch):
             process.wait()
     said = (workdir / "first.txt").read_text()
     assert "resume  at step" in said and "batch   6 clips = 1 x 3 x 2" in said
-    numbers = [line["step"] for line in log("run")]
-    assert numbers == list(range(1, len(numbers) + 1))
+    assert [line["step"] for line in log("run")] == list(range(1, steps("run") + 1))
 
 
 def test_machines_that_do_not_share_the_folder(monkeypatch, workdir):
     monkeypatch.setattr(train, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(
-        train.dist,
-        "all_gather_object",
-        lambda steps, mine: steps.__setitem__(slice(2), [120, mine]),
-    )
+    monkeypatch.setattr(train, "gather_objects", lambda mine: [120, mine])
     args = train.parse_args(["--data", "x.jsonl", "--out", "run"])
     with pytest.raises(ValueError, match="run/last.pt: holds step 0 here, 120 for process 0"):
         train.load_last(args)
@@ -463,49 +376,55 @@ def test_machines_that_do_not_share_the_folder(monkeypatch, workdir):
 
 def test_two_runs_in_one_folder(workdir, manifest):
     """The second is refused, until the first has ended, however it did."""
-    (workdir / "run").mkdir()
+    data, run_folder = manifest(4), workdir / "run"
+    run_folder.mkdir()
     holds = "import fcntl, time; f = open('run/lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
-    first = start(["-c", holds + "print('locked', flush=True); time.sleep(60)"], workdir)
+    (workdir / "holds.py").write_text(holds + "print('locked', flush=True); time.sleep(60)")
+    first = start("holds.py")
     assert first.stdout.readline() == "locked\n"
-    flags = ["--data", str(manifest(4)), *FEW, "--out", "run"]
     with pytest.raises(SystemExit, match="train.py: run: another run is writing there"):
-        train.main(flags)
-    assert not Path("run/log.jsonl").exists()
+        run("--data", data)
+    assert not (run_folder / "log.jsonl").exists()
     first.kill()
     first.wait()
-    train.main(flags)
+    run("--data", data)
     assert len(log("run")) == 2
+
+
+def fails_with(number):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fails
 
 
 def test_a_file_system_without_locks(workdir, manifest, monkeypatch, capsys):
     """A run goes on, and says what it lacks."""
-
-    def lacks(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(train.fcntl, "lockf", lacks)
-    train.main(["--data", str(manifest(4)), *FEW, "--out", "run"])
+    monkeypatch.setattr(train.fcntl, "lockf", fails_with(errno.ENOLCK))
+    run("--data", manifest(4))
     assert "run/lock: No locks available; nothing keeps a second run out" in capsys.readouterr().err
 
 
 def test_too_many_open_files(workdir, manifest, monkeypatch):
     """A line that says what to do; the video is not a bad one."""
-
-    def full(*_, **__):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    monkeypatch.setattr(dataset.av, "open", full)
+    monkeypatch.setattr(dataset.av, "open", fails_with(errno.EMFILE))
     with pytest.raises(SystemExit, match="train.py: .*Too many open files; `ulimit -n 65536`"):
-        train.main(["--data", str(manifest(4)), *FEW, "--out", "run"])
+        run("--data", manifest(4))
     assert not Path("run/bad_videos.txt").exists()
 
 
 # ------------------------------------------------------------------------ bad numbers, disk, memory
 
 
-FEW = ("--epochs", "1", "--warmup-epochs", "0", "--preset", "toy", "--stride", "4", "--no-flip",
-       "--workers", "0",
-       "--no-amp", "--batch-size", "2")  # fmt: skip
+def poisoned(monkeypatch, when):
+    """The batches of these numbers, counted from 1, are not finite."""
+    prepare, numbers = train.prepare, itertools.count(1)
+
+    def poisons(batch, *args):
+        video, mask, text = prepare(batch, *args)
+        return (video * math.nan if when(next(numbers)) else video), mask, text
+
+    monkeypatch.setattr(train, "prepare", poisons)
 
 
 @pytest.mark.slow
@@ -513,214 +432,28 @@ def test_bad_numbers_on_one_of_two_processes(workdir, manifest):
     """Both leave the step out; the process that had them names its videos."""
     data = manifest(12)
     bad = json.loads(data.read_text().splitlines()[3])["video"]
-    done = torchrun(
-        2,
-        FAULTY,
-        f"nan:{bad}",
-        ROOT / "train.py",
-        "--data",
-        data,
-        *FEW,
-        "--out",
-        "run",
-        cwd=workdir,
-    )
+    flags = argv(FEW, "--data", data)
+    done = torchrun(2, FAULTY, f"nan:{bad}", TRAIN, *flags, cwd=workdir)
     assert done.returncode == 0, done.stderr
     lines = log("run")
     (skipped,) = [line for line in lines if "skipped" in line]
     assert len(lines) == 3 and skipped["mae"] is None and skipped["skipped"] is True
     assert f"step {skipped['step']}: not finite, left out" in done.stderr and bad in done.stderr
-    assert all(value.isfinite().all() for value in torch.load("run/last.pt")["model"].values())
     assert "skipped 1 steps were left out" in done.stdout
+    assert_finite(load("run"))
 
 
 def test_bad_numbers_leave_the_statistics_alone(workdir, world, manifest, monkeypatch):
     """A step that is left out is as if it had not been: weights, moments, BatchNorm."""
-    data, states, prepare = manifest(4), [], train.prepare
-
-    def poisoned(batch, clip, args, config):
-        video, mask, text = prepare(batch, clip, args, config)
-        return (video if states else video * math.nan), mask, text
-
-    summed = train.sum_over_ranks
-    monkeypatch.setattr(train, "prepare", poisoned)
-    monkeypatch.setattr(train, "sum_over_ranks", lambda x: states.append(None) or summed(x))
-    torch.manual_seed(0)
-    train.main(
-        ["--data", str(data), *FEW, "--vt", "--clip", f"local-dir:{world / 'clip'}", "--out", "run"]
-    )
+    poisoned(monkeypatch, lambda number: number == 1)
+    run("--data", manifest(4), f"--vt --clip local-dir:{world / 'clip'}")
     first, second = log("run")
     assert first["mae"] is None and first["vt"] is None
     assert first["skipped"] is True and "skipped" not in second
-    saved = torch.load("run/last.pt", weights_only=True)
+    saved = load("run")
     assert saved["model"]["predictor.1.num_batches_tracked"] == 1
-    assert all(value.isfinite().all() for value in saved["model"].values())
     assert all(state["step"] == 1 for state in saved["optimizer"]["state"].values())
-
-
-def test_many_bad_numbers_in_a_row_stop_the_run(workdir, manifest, monkeypatch):
-    """The last checkpoint stays as it is, though an epoch ends meanwhile."""
-    prepare, count = train.prepare, []
-
-    def poisoned(batch, *args):
-        video, mask, text = prepare(batch, *args)
-        count.append(None)
-        return (video * math.nan if len(count) > 7 else video), mask, text
-
-    monkeypatch.setattr(train, "prepare", poisoned)
-    with pytest.raises(SystemExit, match="step 17: 10 in a row without a finite loss and gradient"):
-        train.main(["--data", str(manifest(12)), *FEW, "--epochs", "5", "--out", "run"])
-    assert torch.load("run/last.pt", weights_only=True)["step"] == 6
-    assert [line["step"] for line in log("run") if "skipped" in line] == list(range(8, 18))
-
-
-def test_a_log_that_names_what_was_skipped(tmp_path, capsys):
-    """As runs wrote it until --save-steps went: they still go on to their end."""
-    line = {"lr": 0.1, "mae": 1.0, "bad": 2, "no_motion": 0}
-    lines = [line | {"step": 1}, line | {"step": 2, "skipped": ["a.mp4", "b.mp4"]}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    train.finish(tmp_path)
-    said = capsys.readouterr().out
-    assert "skipped 1 steps were left out" in said and "bad     4 times" in said
-
-
-@pytest.mark.slow
-def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
-    data = manifest(8)
-    bad = json.loads(data.read_text().splitlines()[3])["video"]
-    command = [FAULTY, f"nan:{bad}", ROOT / "eval.py", "finetune", checkpoint, "--data", data,
-               "--recipe", "other",
-               "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 2, "--stride", 2, "--views",
-               "1x1", "--repeat", 1,
-               "--workers", 0, "--holdout", 0, "--test-split", "train", "--out",
-               "tuned"]  # fmt: skip
-    process = start(command, workdir)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    (skipped,) = [line for line in log("tuned") if "skipped" in line]
-    assert skipped["skipped"] is True and skipped["loss"] is None
-    assert "not finite, left out" in said and bad in said
-    assert all(value.isfinite().all() for value in torch.load("tuned/last.pt")["model"].values())
-
-
-def test_a_full_disk(workdir, manifest, monkeypatch):
-    """While a checkpoint is written, and while the log is: one line that names the file; nothing
-    lost."""
-    flags = ["--data", str(manifest(4)), *FEW, "--out", "run"]
-    train.main([*flags, "--epochs", "2"])
-    before = Path("run/last.pt").read_bytes()
-    state = torch.load("run/last.pt", weights_only=True)
-    Path("run/last.pt.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left on device.*run/last.pt"):
-        train.save_checkpoint(Path("run/last.pt"), **state)
-    assert (
-        Path("run/last.pt").read_bytes() == before and not Path("run/last.pt.partial").is_symlink()
-    )
-    monkeypatch.setattr(train, "append_log", lambda path, line: train.append("/dev/full", "1"))
-    with pytest.raises(
-        SystemExit, match="train.py: .*cannot be written: No space left on device: '/dev/full'"
-    ):
-        train.main([*flags, "--no-resume"])
-    assert Path("run/last.pt").read_bytes() == before
-
-
-def test_out_of_memory_says_what_lowers_it(workdir, manifest, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of ..."
-        )
-
-    monkeypatch.setattr(train, "prepare", full)
-    with pytest.raises(
-        SystemExit, match="9 GiB; what needs less: a smaller --batch-size .*--grad-checkpointing"
-    ):
-        train.main(["--data", str(manifest(4)), *FEW, "--out", "run"])
-
-
-# -------------------------------------------------------------------------------------------- trust
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch hacked",)
-
-
-def test_pickles_run_no_code(workdir, world, manifest, tmp_path):
-    """A checkpoint, a CLIP, a text map, a BLIP-2 that would run code when unpickled: refused in a
-    line."""
-    import pickle
-
-    assert pickle.loads(pickle.dumps(Evil())) == 0 and Path("hacked").exists()  # it would
-    Path("hacked").unlink()
-    data = manifest(4)
-    torch.save({"model": Evil(), "config": {}}, "evil.pt")
-    Path("bare.pt").write_bytes(pickle.dumps(Evil()))
-    Path("run").mkdir()
-    torch.save({"args": Evil()}, "run/last.pt")
-    Path("folder").mkdir()
-    (Path("folder") / "config.json").write_text('{"model_type": "videomae"}')
-    torch.save({"x": Evil()}, "folder/pytorch_model.bin")
-    Path("clip").mkdir()
-    Path("clip/open_clip_config.json").write_bytes(
-        (world / "clip/open_clip_config.json").read_bytes()
-    )
-    torch.save({"x": Evil()}, "clip/open_clip_pytorch_model.bin")
-    maps = [json.loads(line) | {"maps": "evil.npz"} for line in data.read_text().splitlines()]
-    Path("maps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in maps))
-    made = np.empty(1, object)
-    made[0] = Evil()
-    np.savez(
-        "evil.npz", **dict.fromkeys(("similarity", "frames", "text", "captions", "clip"), made)
-    )
-    import eval as ev
-
-    few, tgm = ["--data", str(data), *FEW], ["--mask", "tgm"]
-    for main, flags, named in (
-        (train.main, [*few, "--out", "a", "--init", "evil.pt"], "evil.pt: cannot be loaded"),
-        (train.main, [*few, "--out", "a", "--init", "bare.pt"], "bare.pt: cannot be loaded"),
-        (train.main, [*few, "--out", "a", "--init", "folder"], "model.bin: cannot be loaded"),
-        (train.main, [*few, "--out", "run"], "run/last.pt: cannot be loaded"),
-        (train.main, [*few, *tgm, "--out", "a", "--clip", "ViT-B-32", "--clip-pretrained",
-                      "evil.pt"], "evil.pt: Weights only load failed"),
-        (train.main, [*few, *tgm, "--out", "a", "--clip", "local-dir:clip"],
-         "openai: Weights only load failed"),
-        (train.main, ["--data", "maps.jsonl", *FEW, *tgm, "--out", "a"],
-         "evil.npz: not a whole text map"),
-        (ev.main, ["linear", "evil.pt", "--data", str(data)], "evil.pt: cannot be loaded"),
-        (ev.main, ["export", "bare.pt"], "bare.pt: cannot be loaded"),
-        (captions.main, ["maps", str(data), "--clip", "local-dir:clip"],
-         "openai: Weights only load failed"),
-    ):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            main(flags)
-        assert named in str(stop.value) and "\n" not in str(stop.value), (flags, stop.value)
-        assert not Path("hacked").exists(), flags
-
-
-def test_checkpoints_of_other_things_are_told(workdir, manifest):
-    """Safe to load, and still none."""
-    sizes, weights = vars(tgmae.Config(**TINY)), tgmae.TGMAE(tgmae.Config(**TINY)).state_dict()
-    for i, (saved, reason) in enumerate((
-        ([1, 2], "holds a list"), ({"model": 5, "config": sizes}, "no dict of names"),
-        ({"model": {1: 2}, "config": sizes}, "no dict of names"),
-        ({"model": weights, "config": 3}, "makes no model"),
-        ({"model": weights, "config": {"x": 1}}, "makes no model"),
-        ({"model": {}, "config": sizes}, "has no"),
-        ({"model": weights, "config": sizes | {"depth": "two"}}, "makes no model"),
-        ({"model": weights, "config": sizes | {"num_heads": 5}}, "not divisible by num_heads=5"),
-        ({"model": dict.fromkeys(weights, "a"), "config": sizes}, "does not fit"),
-        ({"videomae.embeddings.x": torch.ones(1)}, "not VideoMAE's weights"),
-        ({"videomae.embeddings.patch_embeddings.projection.weight": torch.ones(1, 1, 1, 1, 1)},
-         "config.json is needed"),
-    )):  # fmt: skip
-        torch.save(saved, f"{i}.pt")
-        with pytest.raises(SystemExit) as stop:
-            train.main(["--data", str(manifest(4)), *FEW, "--out", "a", "--init", f"{i}.pt"])
-        assert (
-            f"{i}.pt: " in stop.value.code
-            and reason in stop.value.code
-            and "\n" not in stop.value.code
-        )
+    assert_finite(saved)
 
 
 def test_a_gradient_that_is_not_finite(workdir, manifest, monkeypatch):
@@ -734,11 +467,150 @@ def test_a_gradient_that_is_not_finite(workdir, manifest, monkeypatch):
         return clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoils)
-    train.main(["--data", str(manifest(8)), *FEW, "--out", "run"])
+    run("--data", manifest(8))
     lines = log("run")
     assert ["skipped" in line for line in lines] == [False, True, False, False]
     assert lines[1]["mae"] > 0 and lines[1]["grad_norm"] is None and lines[1]["skipped"] is True
-    assert all(value.isfinite().all() for value in torch.load("run/last.pt")["model"].values())
+    assert_finite(load("run"))
+
+
+def test_many_bad_numbers_in_a_row_stop_the_run(workdir, manifest, monkeypatch):
+    """The last checkpoint stays as it is, though an epoch ends meanwhile."""
+    poisoned(monkeypatch, lambda number: number > 7)
+    with pytest.raises(SystemExit, match="step 17: 10 in a row without a finite loss and gradient"):
+        run("--data", manifest(12), "--epochs 5")
+    assert load("run")["step"] == 6
+    assert [line["step"] for line in log("run") if "skipped" in line] == list(range(8, 18))
+
+
+def test_a_log_that_names_what_was_skipped(tmp_path, capsys):
+    """As runs wrote it until --save-steps went: they still go on to their end."""
+    line = {"lr": 0.1, "mae": 1.0, "bad": 2, "no_motion": 0}
+    lines = [line | {"step": 1}, line | {"step": 2, "skipped": ["a.mp4", "b.mp4"]}]
+    write_lines(tmp_path / "log.jsonl", lines)
+    train.finish(tmp_path)
+    said = capsys.readouterr().out
+    assert "skipped 1 steps were left out" in said and "bad     4 times" in said
+
+
+@pytest.mark.slow
+def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
+    data = manifest(8)
+    bad = json.loads(data.read_text().splitlines()[3])["video"]
+    flags = """--recipe other --epochs 1 --warmup-epochs 0 --batch-size 2 --stride 2 --views 1x1
+        --repeat 1 --workers 0 --holdout 0 --test-split train --out tuned --data"""
+    said = ends(start(FAULTY, f"nan:{bad}", ROOT / "eval.py", "finetune", checkpoint, flags, data))
+    (skipped,) = [line for line in log("tuned") if "skipped" in line]
+    assert skipped["skipped"] is True and skipped["loss"] is None
+    assert "not finite, left out" in said and bad in said
+    assert_finite(load("tuned"))
+
+
+def test_a_full_disk(workdir, manifest, monkeypatch):
+    """While a checkpoint is written, and while the log is: one line that names the file; nothing
+    lost."""
+    flags = f"--data {manifest(4)}"
+    run(flags, "--epochs 2")
+    last, partial = Path("run/last.pt"), Path("run/last.pt.partial")
+    before, state = last.read_bytes(), load("run")
+    partial.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device.*run/last.pt"):
+        train.save_checkpoint(last, **state)
+    assert last.read_bytes() == before and not partial.is_symlink()
+    monkeypatch.setattr(train, "append_log", lambda path, line: train.append("/dev/full", "1"))
+    said = "train.py: .*cannot be written: No space left on device: '/dev/full'"
+    with pytest.raises(SystemExit, match=said):
+        run(flags, "--no-resume")
+    assert last.read_bytes() == before
+
+
+def test_out_of_memory_says_what_lowers_it(workdir, manifest, monkeypatch):
+    def full(*_):
+        torch_says = (
+            "CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of ..."
+        )
+        raise torch.OutOfMemoryError(torch_says)
+
+    monkeypatch.setattr(train, "prepare", full)
+    less = "9 GiB; what needs less: a smaller --batch-size .*--grad-checkpointing"
+    with pytest.raises(SystemExit, match=less):
+        run("--data", manifest(4))
+
+
+# -------------------------------------------------------------------------------------------- trust
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.fixture
+def evil(workdir, world, manifest):
+    """Files that would run code when unpickled: checkpoints, a CLIP, a text map."""
+    for folder in ("run", "folder", "clip"):
+        Path(folder).mkdir()
+    torch.save({"model": Evil(), "config": {}}, "evil.pt")
+    Path("bare.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"args": Evil()}, "run/last.pt")
+    Path("folder/config.json").write_text('{"model_type": "videomae"}')
+    torch.save({"x": Evil()}, "folder/pytorch_model.bin")
+    config = (world / "clip/open_clip_config.json").read_bytes()
+    Path("clip/open_clip_config.json").write_bytes(config)
+    torch.save({"x": Evil()}, "clip/open_clip_pytorch_model.bin")
+    data = manifest(4, name="data.jsonl")
+    lines = [json.loads(line) | {"maps": "evil.npz"} for line in data.read_text().splitlines()]
+    write_lines(Path("maps.jsonl"), lines)
+    parts = ("similarity", "frames", "text", "captions", "clip")
+    np.savez("evil.npz", **dict.fromkeys(parts, np.array([Evil()])))
+
+
+@pytest.mark.parametrize("main, flags, named", [
+    (run, "--data data.jsonl --out a --init evil.pt", "evil.pt: cannot be loaded"),
+    (run, "--data data.jsonl --out a --init bare.pt", "bare.pt: cannot be loaded"),
+    (run, "--data data.jsonl --out a --init folder", "model.bin: cannot be loaded"),
+    (run, "--data data.jsonl", "run/last.pt: cannot be loaded"),
+    (run, "--data data.jsonl --mask tgm --out a --clip ViT-B-32 --clip-pretrained evil.pt",
+     "evil.pt: Weights only load failed"),
+    (run, "--data data.jsonl --mask tgm --out a --clip local-dir:clip",
+     "openai: Weights only load failed"),
+    (run, "--data maps.jsonl --mask tgm --out a", "evil.npz: not a whole text map"),
+    (ev.main, "linear evil.pt --data data.jsonl", "evil.pt: cannot be loaded"),
+    (ev.main, "export bare.pt", "bare.pt: cannot be loaded"),
+    (captions.main, "maps data.jsonl --clip local-dir:clip", "openai: Weights only load failed"),
+])  # fmt: skip
+def test_pickles_run_no_code(evil, main, flags, named):
+    """They are refused in a line."""
+    with pytest.raises(SystemExit) as stop:
+        main(flags) if main is run else main(flags.split())
+    assert named in str(stop.value) and "\n" not in str(stop.value)
+    assert not Path("hacked").exists()
+    pickle.loads(Path("bare.pt").read_bytes())
+    assert Path("hacked").exists()  # it would
+
+
+def test_checkpoints_of_other_things_are_told(workdir, manifest):
+    """Safe to load, and still none."""
+    data, sizes = manifest(4), vars(tgmae.Config(**TINY))
+    model = tgmae.TGMAE(tgmae.Config(**TINY)).state_dict()
+    embedding = "videomae.embeddings.patch_embeddings.projection.weight"
+    for i, (saved, reason) in enumerate((
+        ([1, 2], "holds a list"), ({"model": 5, "config": sizes}, "no dict of names"),
+        ({"model": {1: 2}, "config": sizes}, "no dict of names"),
+        ({"model": model, "config": 3}, "makes no model"),
+        ({"model": model, "config": {"x": 1}}, "makes no model"),
+        ({"model": {}, "config": sizes}, "has no"),
+        ({"model": model, "config": sizes | {"depth": "two"}}, "makes no model"),
+        ({"model": model, "config": sizes | {"num_heads": 5}}, "not divisible by num_heads=5"),
+        ({"model": dict.fromkeys(model, "a"), "config": sizes}, "does not fit"),
+        ({"videomae.embeddings.x": torch.ones(1)}, "not VideoMAE's weights"),
+        ({embedding: torch.ones(1, 1, 1, 1, 1)}, "config.json is needed"),
+    )):  # fmt: skip
+        torch.save(saved, f"{i}.pt")
+        with pytest.raises(SystemExit) as stop:
+            run("--data", data, f"--init {i}.pt")
+        said = stop.value.code
+        assert f"{i}.pt: " in said and reason in said and "\n" not in said
 
 
 def test_a_manifest_writes_nowhere_else(world, tmp_path):
@@ -747,47 +619,24 @@ def test_a_manifest_writes_nowhere_else(world, tmp_path):
     home, away = tmp_path / "home", tmp_path / "away"
     home.mkdir(), away.mkdir()
     (away / "precious.npz").write_text("precious")
-    clips = [r["path"] for r in dataset.read_manifest(world / "manifest.jsonl")[:3]]
-    for i, name in enumerate(("climb.mp4", "absolute.mp4", "..mp4")):
-        (away / name).symlink_to(clips[i])
+    clips = dataset.read_manifest(world / "manifest.jsonl")
     lines = [
-        {"video": "../away/climb.mp4", "captions": ["a"], "maps": "../away/precious.npz"},
-        {
-            "video": str(away / "absolute.mp4"),
-            "captions": ["a"],
-            "maps": str(away / "precious.npz"),
-        },
-        {"video": "../away/..mp4", "captions": ["a"]},
+        {"video": "../away/climb.mp4", "maps": "../away/precious.npz"},
+        {"video": str(away / "absolute.mp4"), "maps": str(away / "precious.npz")},
+        {"video": "../away/..mp4"},
     ]
-    data = home / "data.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for line, clip in zip(lines, clips):
+        (home / line["video"]).symlink_to(clip["path"])
+    data = write_lines(home / "data.jsonl", [line | {"captions": ["a"]} for line in lines])
 
     def others():
-        return {
-            p: p.lstat().st_mtime_ns
-            for p in tmp_path.rglob("*")
-            if p != home and home not in p.parents
-        }
+        found = (path for path in tmp_path.rglob("*") if not path.is_relative_to(home))
+        return {path: path.lstat().st_mtime_ns for path in found}
 
-    before = others()
-    captions.main(
-        [
-            "maps",
-            str(data),
-            "--clip",
-            f"local-dir:{world / 'clip'}",
-            "--image-size",
-            "32",
-            "--patch-size",
-            "8",
-            "--every",
-            "8",
-            "--workers",
-            "0",
-            "--force",
-        ]
-    )
-    made = [Path(r["map_path"]) for r in dataset.read_manifest(data)]
+    before, clip = others(), f"local-dir:{world / 'clip'}"
+    small = "--image-size 32 --patch-size 8 --every 8 --workers 0 --force"
+    captions.main(argv("maps", data, "--clip", clip, small))
+    made = [Path(record["map_path"]) for record in dataset.read_manifest(data)]
     assert all(path.exists() and (home / "maps") in path.resolve().parents for path in made)
     assert others() == before and (away / "precious.npz").read_text() == "precious"
 
@@ -796,9 +645,8 @@ def test_a_manifest_writes_nowhere_else(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_soak(tmp_path, minutes=1):
+def test_soak(minutes=1):
     """Good and bad files: memory, open files, threads stay as they are, and Ctrl-C leaves no
     process."""
-    process = start([ROOT / "tests/soak.py", "--minutes", minutes], tmp_path)
-    said, _ = process.communicate(timeout=minutes * 60 + 200)
-    assert process.returncode == 0 and "left after Ctrl-C: none" in said, said
+    said = ends(start(ROOT / "tests/soak.py", "--minutes", minutes), seconds=minutes * 60 + 200)
+    assert "left after Ctrl-C: none" in said
