@@ -32,11 +32,11 @@ def read(path):
     assert len(frames) == 8 and motion.shape == (8, rows, cols) and motion.isfinite().all()
 
 
-def reader(names, results):
+def reader(pipe):
     """Reads files; for each, what became of it, and the memory at its height."""
     torch.set_num_threads(1)  # as in a loader: the other threads were not forked with it
     av.logging.set_level(av.logging.PANIC)
-    while path := names.get():
+    while path := pipe.recv():
         try:
             read(path)
             outcome = "read"
@@ -44,22 +44,22 @@ def reader(names, results):
             outcome = str(error)
         except Exception:
             outcome = traceback.format_exc()
-        results.put((outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
+        pipe.send((outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
 
 
 def read_in_a_process(paths):
     """-> [(outcome, MiB)] of each; fails if the process crashes or hangs."""
-    context = multiprocessing.get_context("fork")
-    names, results, found = context.SimpleQueue(), context.SimpleQueue(), []
-    process = context.Process(target=reader, args=(names, results), daemon=True)
+    context, found = multiprocessing.get_context("fork"), []
+    ours, theirs = context.Pipe()
+    process = context.Process(target=reader, args=(theirs,), daemon=True)
     process.start()
     try:
         for path in paths:
-            names.put(path)
-            ready = wait([results._reader, process.sentinel], SECONDS)
+            ours.send(path)
+            ready = wait([ours, process.sentinel], SECONDS)
             assert ready, f"{path}: took more than {SECONDS} s"
-            assert results._reader in ready, f"{path}: ended the process, {process.exitcode}"
-            found.append(results.get())
+            assert ours in ready, f"{path}: ended the process"
+            found.append(ours.recv())
     finally:
         process.kill()
         process.join()

@@ -218,11 +218,12 @@ def test_a_loader_whose_run_was_killed_before_it_watched(workdir, run_is_killed)
         train.init_loader()
         Path("goes on").touch()
 
-    def run():
-        mp.get_context("fork").Process(target=loader).start()
+    def run_of_it():
+        fork.Process(target=loader).start()
         os._exit(0) if run_is_killed else time.sleep(2)
 
-    process = mp.get_context("fork").Process(target=run)
+    fork = mp.get_context("fork")
+    process = fork.Process(target=run_of_it)
     process.start()
     process.join()
     time.sleep(2)
