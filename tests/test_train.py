@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, argv, assert_equal, assert_same_run, log, needs_transformers, write_lines
 from PIL import Image
+from test_ranks import torchrun
 
 import captions
 import dataset
@@ -262,6 +263,21 @@ def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
         file.write('{"step": 5, "mae": 7}\n{"step": 6, "m')
     run(flags, "--out cut", workers=2)
     assert_same_run("whole", "cut")
+
+
+@pytest.mark.slow
+def test_processes_share_the_batch(workdir, manifest, clip_flags):
+    """train.py itself on 1 process with 6 clips and on 3 with 2: the same losses."""
+    flags = argv("--data", manifest(12), "--mask tgm --vt --no-amp", clip_flags, FEW, "--workers 0")
+    for processes, own in ((1, "--batch-size 6 --out one"), (3, "--batch-size 2 --out three")):
+        more = argv("--epochs 2", own)
+        done = torchrun(processes, ROOT / "train.py", *flags, *more, cwd=workdir)
+        assert done.returncode == 0, done.stderr
+    one, three = log("one"), log("three")
+    assert len(one) == len(three) == 4
+    for a, b in zip(one, three):
+        assert a["mae"] == pytest.approx(b["mae"], abs=2e-4)
+        assert a["vt"] == pytest.approx(b["vt"], abs=2e-3)
 
 
 @pytest.mark.parametrize("mask", ["tube", "mgm"])
