@@ -492,63 +492,6 @@ def run_row(args, runs, row, seed, columns, call):
     return found | {"vt": [round(statistics.fmean(epoch), 4) for epoch in losses.values()]}
 
 
-def compare(args, name):
-    """Runs the rows of a comparison, some side by side: on a CPU one a core with one thread each,
-    which is nearly twice as fast as one after the other with two. Reports after each."""
-    rows, columns = COMPARISONS[name], () if name == "figure4" else COLUMNS
-    of = json.loads((args.out / "world.json").read_text()) | {"epochs": args.epochs}
-    # Runs of another world, or of other --epochs, have another folder.
-    runs = args.runs.absolute() / "-".join(f"{key}{value}" for key, value in of.items())
-    for source in {row.captions for row in rows.values()}:
-        make_world(args.out, runs, source)
-    gpu, cores = torch.cuda.is_available(), os.cpu_count()
-    jobs = args.jobs or (1 if gpu else cores)
-    env = os.environ | ({} if gpu else {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
-    found, started, stopped = {}, {}, threading.Event()
-    start = functools.partial(call, env=env, stopped=stopped)
-    bar = progress(total=len(rows) * args.seeds, unit="row", smoothing=0)
-    with bar, ThreadPoolExecutor(jobs) as pool:
-        try:
-            for seed in range(args.seeds):
-                for title, row in rows.items():
-                    job = pool.submit(run_row, args, runs, row, seed, columns, start)
-                    started[job] = title, seed
-            for job in as_completed(started):
-                found[started[job]] = job.result()
-                table = report(args, name, found)
-                bar.update()
-        except BaseException:  # an interrupt, too
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    print("\n".join(table))
-
-
-def report(args, name, found):
-    """Writes NAME.jsonl (a line a row and seed), NAME.md and NAME.svg. found: {(title, seed): what
-    run_row has found}. -> lines of the table."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    folder, titles = args.report or args.runs, list(COMPARISONS[name])
-    order = sorted(found, key=lambda key: (titles.index(key[0]), key[1]))
-    log = [{"row": title, "seed": seed, **found[title, seed]} for title, seed in order]
-    table, plot = (curve_table, curve_plot) if name == "figure4" else (share_table, share_plot)
-    lines = table(name, log)
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} {platform.machine()} cores"
-    how = f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, "
-    how += f"Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    (folder / f"{name}.md").write_text("\n".join([*lines, "", how, ""]))
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}  # words stay words
-    with matplotlib.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure = plot(Figure, log)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
-    return lines
-
-
 def by_row(log, key):
     """{title: [what each seed has there, ...]}."""
     rows = {}
@@ -614,6 +557,63 @@ def curve_plot(Figure, log):
     axes.set(xlabel="epoch", ylabel="contrastive loss (VT)")
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
+
+
+def report(args, name, found):
+    """Writes NAME.jsonl (a line a row and seed), NAME.md and NAME.svg. found: {(title, seed): what
+    run_row has found}. -> lines of the table."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    folder, titles = args.report or args.runs, list(COMPARISONS[name])
+    order = sorted(found, key=lambda key: (titles.index(key[0]), key[1]))
+    log = [{"row": title, "seed": seed, **found[title, seed]} for title, seed in order]
+    table, plot = (curve_table, curve_plot) if name == "figure4" else (share_table, share_plot)
+    lines = table(name, log)
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} {platform.machine()} cores"
+    how = f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, "
+    how += f"Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (folder / f"{name}.md").write_text("\n".join([*lines, "", how, ""]))
+    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}  # words stay words
+    with matplotlib.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+        figure = plot(Figure, log)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+    return lines
+
+
+def compare(args, name):
+    """Runs the rows of a comparison, some side by side: on a CPU one a core with one thread each,
+    which is nearly twice as fast as one after the other with two. Reports after each."""
+    rows, columns = COMPARISONS[name], () if name == "figure4" else COLUMNS
+    of = json.loads((args.out / "world.json").read_text()) | {"epochs": args.epochs}
+    # Runs of another world, or of other --epochs, have another folder.
+    runs = args.runs.absolute() / "-".join(f"{key}{value}" for key, value in of.items())
+    for source in {row.captions for row in rows.values()}:
+        make_world(args.out, runs, source)
+    gpu, cores = torch.cuda.is_available(), os.cpu_count()
+    jobs = args.jobs or (1 if gpu else cores)
+    env = os.environ | ({} if gpu else {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
+    found, started, stopped = {}, {}, threading.Event()
+    start = functools.partial(call, env=env, stopped=stopped)
+    bar = progress(total=len(rows) * args.seeds, unit="row", smoothing=0)
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        try:
+            for seed in range(args.seeds):
+                for title, row in rows.items():
+                    job = pool.submit(run_row, args, runs, row, seed, columns, start)
+                    started[job] = title, seed
+            for job in as_completed(started):
+                found[started[job]] = job.result()
+                table = report(args, name, found)
+                bar.update()
+        except BaseException:  # an interrupt, too
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    print("\n".join(table))
 
 
 def parse_args(argv=None):
