@@ -329,6 +329,16 @@ def report(manifest, command, problems):
         print(f"{len(problems)} problem(s), listed in {listed}:\n  " + "\n  ".join(problems[:5]))
 
 
+def segments(record, seconds):
+    """A clip of every so many seconds of a longer video; a last piece of less than half of that
+    joins the one before."""
+    info = dataset.probe_video(record["video"])
+    count = int(info.frames / (info.fps or 1) / seconds + 0.5)
+    cuts = [round(i * seconds, 3) for i in range(1, count)]
+    starts, ends = ([{"start": cut} for cut in cuts], [{"end": cut} for cut in cuts])
+    return [record | start | end for start, end in zip([{}, *starts], [*ends, {}])]
+
+
 def index(args):
     if rank_and_world()[0]:
         return
@@ -339,16 +349,22 @@ def index(args):
     rows = read_annotations(args)
     found, problems, counts = [], [], defaultdict(Counter)
     for where, name, record in rows:
-        video, state = record["video"], "found"
+        video, state, reason, clips = record["video"], "found", None, [record]
         if video is None:
             state, reason = "missing", f"no video {name}"
         elif not os.path.isfile(video) or not os.path.getsize(video):
             state, reason = "unreadable", f"{video}: empty, or a link to nothing"
-        if state == "found":
-            found.append(record | {"video": relative(video, args.out.parent)})
-        else:
+        elif args.segment and "start" not in record:
+            try:
+                clips = segments(record, args.segment)
+            except VideoError as error:
+                state, reason = "unreadable", str(error)
+        if reason:
             problems.append(f"{state}\t{where}\t{reason}")
-        counts[record["split"]][state] += 1
+        else:
+            path = relative(video, args.out.parent)
+            found += [clip | {"video": path} for clip in clips]
+        counts[record["split"]][state] += len(clips)
     for split, states in sorted(counts.items()):
         labels = {record.get("label") for record in found if record["split"] == split} - {None}
         said = ", ".join(f"{states[state]} {state}" for state in ("found", "missing", "unreadable"))
@@ -780,6 +796,8 @@ def parse_args(argv=None):
     flag("--annotations", None, where, type=Path)
     flag("--fold", 1, "which split of ucf101 and hmdb51", choices=(1, 2, 3))
     flag("--classes", None, "list: file with the names of labels 0, 1, ..., a line each", type=Path)
+    pieces = "make a clip of every so many seconds of longer videos"
+    flag("--segment", None, pieces, type=float)
     flag("--out", Path("data.jsonl"), "the manifest to write", type=Path)
     flag("--force", False, "overwrite the manifest")
 
@@ -810,7 +828,7 @@ def parse_args(argv=None):
 
     parser.set_defaults(device="auto", amp=None)  # which start_processes settles
     args = parser.parse_args(argv)
-    sizes = "frames", "batch_size", "per_prompt", "max_new_tokens", "every"
+    sizes = "segment", "frames", "batch_size", "per_prompt", "max_new_tokens", "every"
     check_flags(
         args, positive=(*sizes, "image_size", "patch_size"), not_negative=("workers", "seed")
     )

@@ -1,8 +1,10 @@
 """Is the representation any good? Every way the paper asks (4.2, 4.4, 4.7), for any checkpoint.
 
     python eval.py linear runs/toy-tgm-vt/last.pt      # a linear classifier on frozen features
-    python eval.py retrieve runs/toy-tgm-vt/last.pt    # nearest neighbours; captions, after --vt
+    python eval.py retrieve runs/toy-tgm-vt/last.pt    # nearest neighbours
     torchrun eval.py finetune runs/toy-tgm-vt/last.pt  # the whole network
+    python eval.py predict runs/toy-tgm-vt/finetune-toy/best.pt VIDEO...   # classes of videos
+    python eval.py features runs/toy-tgm-vt/last.pt VIDEO...               # an .npz, to work with
     python eval.py show runs/toy-tgm-vt/last.pt        # masks, reconstruction, attention
     python eval.py export runs/toy-tgm-vt/last.pt      # for transformers
     torchrun --nproc_per_node 8 eval.py finetune MCG-NJU/videomae-base --data k400.jsonl
@@ -28,6 +30,7 @@ from typing import NamedTuple
 # torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,6 +43,7 @@ from torchvision.transforms import v2
 import dataset
 import tgmae
 import weights
+from captions import videos_under
 from dataset import Crop, VideoError
 from tgmae import MASK_RATIOS
 from train import (
@@ -227,6 +231,13 @@ def splits_of(args, manifest):
     return train, test, classes, targets(train, classes, args.split), targets(test, classes, where)
 
 
+def view_grid(flag, text):
+    """5x3 -> [5, 3]."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise ValueError(f"{flag} {text}: must be like 5x3, views in time x in space")
+    return [int(part) for part in text.split("x")]
+
+
 def view_frames(first, stop, num_frames, stride, sampling, views):
     """-> `views` lists of num_frames frame numbers in [first, stop); a single view is from the
     middle.
@@ -318,7 +329,7 @@ def compute_clips(split, records, args, config, grid, compute, loaders=None):
     parts = gather_objects((done, values, failed))
     done, values, failed = (sum(part, []) for part in zip(*parts))
     if not done:
-        count = f"none of the {len(records)} clips of split {split!r}"
+        count = f"none of the {len(records)} {split} clips"
         raise ValueError(f"{count} can be read: {min(failed)[1]}")
     values = torch.cat(values)[torch.tensor([number for number, _ in done]).argsort()]
     short = sum(short for _, short in done)
@@ -787,6 +798,67 @@ def finetune(args):
 
 
 # =================================================================================================
+# features, predict: what people do with a trained model.
+# =================================================================================================
+
+
+def given_videos(paths):
+    """-> a record for each video file, and for each below the folders."""
+    records = []
+    for path in paths:
+        found = list(videos_under(path)) if os.path.isdir(path) else [path]
+        if not found:
+            raise ValueError(f"{path}: a folder without videos")
+        records += [{"path": str(video), "video": str(video)} for video in found]
+    return records
+
+
+def features(args):
+    """Write the pooled features of a manifest's clips, or of videos, to an .npz file."""
+    if args.videos:
+        name, records = "given", given_videos(args.videos)
+    else:
+        name, records = (
+            args.split or "all",
+            dataset.read_manifest(manifest_of(args.data), args.split),
+        )
+    model, _ = load_model(args.checkpoint)
+    how = args.view_grid, functools.partial(pooled, model.to(args.device))
+    found = compute_clips(name, records, args, model.config, *how)
+    if rank_and_world()[0]:
+        return
+    values, kept = found.values.mean(1).numpy(), [records[number] for number in found.kept]  # (n,D)
+    about = {"videos": [record["video"] for record in kept], "settings": json.dumps(vars(args))}
+    about["labels"] = [str(record.get("label", "")) for record in kept]
+    about["splits"] = [record.get("split", "") for record in kept]
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(args.out) as file:
+        np.savez(file, features=values, **about)
+    row = {"file": args.out, "clips": len(kept), "dimensions": values.shape[1]}
+    report(args, [row], [views_text(args)], {name: found})
+
+
+def predict(args):
+    """Say what videos show: the five likeliest classes of a fine-tuned CHECKPOINT."""
+    records, (model, saved) = given_videos(args.videos), load_model(args.checkpoint)
+    if not isinstance(model, Classifier):
+        way = f"eval.py finetune {args.checkpoint} --data MANIFEST trains it to name classes"
+        raise ValueError(f"{args.checkpoint}: pre-trained, not fine-tuned; {way}")
+    for name in ("views", "stride", "sampling"):
+        own = saved.get("args", {}).get(name, _PAPER[name])
+        setattr(args, name, getattr(args, name) or own)
+    grid = args.view_grid = view_grid("--views", args.views)
+    classes = saved.get("classes") or [f"class {i}" for i in range(model.head.out_features)]
+    found = test_scores(model.to(args.device), "given", records, args, grid)
+    rows = []
+    for number, scores in zip(found.kept, found.values):
+        for share, place in zip(*(best.tolist() for best in scores.topk(min(5, len(classes))))):
+            rows.append({"video": records[number]["video"], "class": classes[place]})
+            rows[-1]["probability"] = share
+    report(args, rows, [views_text(args)], {"given": found})
+
+
+# =================================================================================================
 # show: the paper's three pictures (4.7): what each masker masks, reconstruction, attention.
 # =================================================================================================
 
@@ -1008,23 +1080,16 @@ def export(args):
 # =================================================================================================
 
 
-def view_grid(flag, text):
-    """5x3 -> [5, 3]."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise ValueError(f"{flag} {text}: must be like 5x3, views in time x in space")
-    return [int(part) for part in text.split("x")]
-
-
 # A recipe's flags: help, the most that a number may be, the commands beside finetune that have it.
-TESTS, ALL = ("linear", "retrieve"), ("linear", "retrieve", "show")
+TESTS, ALL = ("linear", "retrieve", "features"), ("linear", "retrieve", "features", "show")
 RECIPE_FLAGS = {
-    "test_split": ("split of the manifest to test on", None, ALL),
+    "test_split": ("split of the manifest to test on", None, ("linear", "retrieve", "show")),
     "stride": ("frames from one frame of a clip to the next", math.inf, ALL),
     "sampling": ("dense: every stride-th frame; tsn: one of each of num_frames parts", None, ALL),
-    "views": ("of each test clip, time x space", None, TESTS),
+    "views": ("of each test clip, time x space", None, ("linear", "retrieve")),
     "batch_size": ("per process: videos a forward (finetune), views at a time (tests)", math.inf,
                    TESTS),
-    "random": ("do the same with random weights, beside it", None, TESTS),
+    "random": ("do the same with random weights, beside it", None, ("linear", "retrieve")),
     "lr": ("learning rate per 256 videos of global batch", math.inf, ()),
     "epochs": ("passes over the data; 0 tests a fine-tuned checkpoint as it is", math.inf, ()),
     "warmup_epochs": ("epochs of linear warm-up", math.inf, ()),
@@ -1040,7 +1105,8 @@ RECIPE_FLAGS = {
     "repeat": ("augmented clips from each decoded video", math.inf, ()),
     "holdout": ("share of the training clips that chooses best.pt; 0: no best.pt", 1, ()),
 }  # fmt: skip
-COMMANDS = {run.__name__: run for run in (finetune, linear, retrieve, show, export)}
+RUNS = finetune, linear, retrieve, features, predict, show, export
+COMMANDS = {run.__name__: run for run in RUNS}
 
 
 def check_args(args):
@@ -1054,7 +1120,7 @@ def check_args(args):
         if most is not None and value is not None and not 0 <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in 0 to {most}")
     for name in ("views", "train_views"):
-        if name in args:
+        if getattr(args, name, None):
             grid = view_grid(f"--{name.replace('_', '-')}", getattr(args, name))
             setattr(args, name.replace("views", "view_grid"), grid)
     if args.command == "finetune" and args.epochs and args.warmup_epochs > args.epochs:
@@ -1073,9 +1139,22 @@ def add_flags(parser, command):
     flag("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     flag("--amp", None, "bf16 autocast; where the hardware has it", action=YES_NO)
     flag("--seed", 0, "of weights, order, augmentation, splits and masks")
-    if command in ("show", "finetune", "export"):
-        flag("--out", None, "run folder, OUT.png and OUT.gif, or folder; named after CHECKPOINT")
+    outs = {"finetune": "run folder", "export": "folder", "show": "for OUT.png and OUT.gif"}
+    outs["features"] = ".npz file"
+    if command in outs:
+        flag("--out", None, f"{outs[command]}; named after CHECKPOINT")
     if command == "export":
+        return
+    flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
+    if command in ("features", "predict"):
+        more = {"nargs": "+" if command == "predict" else "*", "metavar": "VIDEO"}
+        flag("videos", None, "files, or folders of them; features: in place of --data", **more)
+    if command == "predict":
+        flag("--views", None, "of each video, time x space; CHECKPOINT's own, or 5x3")
+        flag("--stride", None, "frames from one to the next; CHECKPOINT's own, or 4", type=int)
+        ways = {"choices": ("dense", "tsn")}
+        flag("--sampling", None, "see finetune; CHECKPOINT's own, or dense", **ways)
+        flag("--batch-size", _PAPER["batch_size"], "views at a time, per process")
         return
     flag("--data", "toy", "toy, or a manifest (JSON lines, see captions.py)")
     whose = "whose defaults to take; toy for --data toy, else other"
@@ -1086,8 +1165,10 @@ def add_flags(parser, command):
             other = [f"{k}: {v}" for k, v in values.items() if v != values["k400"]]
             more = {"choices": ("dense", "tsn")} if name == "sampling" else {}
             flag(f"--{name.replace('_', '-')}", _PAPER[name], "; ".join([help, *other]), **more)
-    flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
-    if command != "show":
+    if command == "features":
+        flag("--split", None, "split of the manifest; all of it")
+        flag("--views", "1x1", "of each clip, time x space")
+    elif command != "show":
         flag("--split", "train", "split of the manifest to train on, or to retrieve from")
     if command == "finetune":
         flag("--min-lr", 1e-6, "per 256 videos, where warm-up begins and the cosine ends")
@@ -1128,19 +1209,22 @@ def parse_args(argv=None):
     here = Path(first.checkpoint)
     folder = here.parent if here.is_file() else Path("runs") / here.name
     late = {"out": f"{here.with_suffix('')}-huggingface"}
-    if first.command != "export":
+    if "data" in first:
         scratch = "-scratch" if getattr(first, "scratch", False) else ""
         outs = {"finetune": f"finetune-{Path(first.data).stem}{scratch}"}
+        outs["features"] = "features.npz"
         late["out"] = str(folder / outs.get(first.command, first.command))
         late["recipe"] = first.recipe or ("toy" if first.data == "toy" else "other")
-        own = {"linear": ("epochs", "holdout")}.get(first.command, ())
+        own = {"linear": ("epochs", "holdout"), "features": ("views",)}.get(first.command, ())
         recipe = RECIPES[late["recipe"]].items()
         late |= {key: value for key, value in recipe if key not in own}
     late = {key: value for key, value in late.items() if key in first}
     commands.choices[first.command].set_defaults(**late)
     args = parser.parse_args(argv)
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ValueError(f"--json {args.json}: no such folder {Path(args.json).parent}")
+    files = {"json": args.json, "out": first.out if args.command == "features" else None}
+    for name, path in files.items():
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"--{name} {path}: no such folder {Path(path).parent}")
     check_args(args)
     return args
 

@@ -214,8 +214,8 @@ def check_flags(args, *, positive=(), not_negative=()):
     """ValueError that names the first of these flags, of those that there are, with a value that
     cannot be."""
     for name in (*positive, *not_negative):
-        value = getattr(args, name, 1)
-        if value < 0 or value == 0 and name in positive:
+        value = getattr(args, name, None)
+        if value is not None and (value < 0 or value == 0 and name in positive):
             must = "be positive" if name in positive else "not be negative"
             raise ValueError(f"--{name.replace('_', '-')} {value}: must {must}")
 
@@ -535,7 +535,8 @@ def left_out(step, in_a_row, names):
 def check_args(args):
     check_flags(
         args,
-        positive=("epochs", "batch_size", "accum", "repeat", "stride", "temperature"),
+        positive=("epochs", "batch_size", "accum", "repeat", "stride", "temperature", "num_frames",
+                  "image_size"),
         not_negative=("num_captions", "blr", "min_lr", "weight_decay", "clip_grad", "workers",
                       "seed", "save_minutes"),
     )  # fmt: skip
@@ -564,6 +565,8 @@ def parse_args(argv=None):
     flag("--split", "train", "split of the manifest to train on")
     flag("--val-split", None, "split for held-out losses after each epoch")
     either("--preset", "size of the model", choices=PRESETS)
+    flag("--num-frames", None, "frames of a clip; the preset's", type=int)
+    flag("--image-size", None, "pixels of a clip's side; the preset's", type=int)
     flag("--mask", "tube", "noise, most motion, or most like the caption", choices=MASK_RATIOS)
     flag("--mask-ratio", None, f"share of cubes masked; {MASK_RATIOS}", type=float)
     flag("--bottom-k", False, "mask the lowest scores instead of the highest")
@@ -812,13 +815,20 @@ def load_weights(model, args):
         raise ValueError(f"--init {args.init}: {unfit}") from error
     if any(name.startswith("encoder.") for name in missing):
         raise ValueError(f"--init {args.init}: has no {missing[0]}")
+    sizes = [(c.num_frames, c.image_size) for c in (theirs, model.config)]
+    if sizes[0] != sizes[1]:
+        their = "trained on clips of {} frames, {} pixels".format(*sizes[0])
+        say(
+            f"init    {args.init}: {their}; positions are computed for {sizes[1][0]}, {sizes[1][1]}"
+        )
 
 
 def build_model(args, text_from, record, *, init=True):
     """-> model on the device, with the weights of --init unless init=False, and (clip, tokenizer),
     or None where there are text maps, or no text."""
     clip = load_clip(args.clip, args.clip_pretrained, args.device) if text_from == "clip" else None
-    config = replace(PRESETS[args.preset], temperature=args.temperature)
+    sizes = {name: vars(args)[name] for name in ("num_frames", "image_size") if vars(args)[name]}
+    config = replace(PRESETS[args.preset], temperature=args.temperature, **sizes)
     if text_from:
         maps = None if clip else dataset.read_map(record["map_path"], record["captions"])
         text_dim = (tgmae.encode_text(*clip, ["a"]) if clip else maps.text).shape[1]

@@ -1,5 +1,6 @@
 """captions.py: annotation files, captions from tiny models of the real classes, maps, and kills."""
 
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import captions
 import dataset
 import tgmae
 import toy
+import train
 
 KILLS = int(os.environ.get("KILLS", 5))  # of each command; more of them when asked
 
@@ -248,6 +250,32 @@ def test_a_folder_without_a_readable_video(tree):
     assert "data: none of 2 videos can be read" in fails("index data")
     assert "nowhere: no such folder" in fails("index nowhere")
     assert not Path("data.jsonl").exists()
+
+
+def test_segments(world):
+    """95 seconds in tens: ten clips, which are captioned, mapped and trained on; 14 are one."""
+    noise = np.random.default_rng(0).integers(256, size=(95 * 4, 32, 48, 3), dtype=np.uint8)
+    Path("v/waving").mkdir(parents=True)
+    toy.write_video("v/waving/long.mp4", noise, fps=4)
+    toy.write_video("v/waving/short.mp4", noise[: 14 * 4], fps=4)
+    run("index v --segment 10")
+    found, cuts = records("data.jsonl"), [None, *range(10, 100, 10), None]
+    spans = [(record.get("start"), record.get("end")) for record in found]
+    assert spans == [*itertools.pairwise(cuts), (None, None)]
+    run("caption data.jsonl --source label")
+    run(*map_command(world, "data.jsonl", every=8))
+    for record, first in zip(dataset.read_manifest("data.jsonl"), range(0, 400, 40)):
+        assert record["captions"] == ["Waving."]
+        frames = dataset.read_map(record["map_path"], record["captions"]).frames
+        stop = 380 if first == 360 else first + 40
+        assert frames.tolist() == list(range(first, stop, 8))
+    flags = "--data data.jsonl --preset toy --mask tgm --epochs 1 --warmup-epochs 0 --workers 0"
+    train.main(f"{flags} --batch-size 5 --no-amp --out run".split())
+    assert len(records("run/log.jsonl")) == 2
+    Path("v/bad.mp4").write_bytes(b"x")
+    run("index v --segment 10 --force")
+    assert "unreadable" in Path("data.index-problems.txt").read_text()
+    assert "--segment 0.0: must be positive" in fails("index v --segment 0")
 
 
 MISTAKES = (

@@ -885,6 +885,103 @@ def test_heat_map_and_box():
     assert not boxed[2, 5, 5].any()
 
 
+# ---- features and predictions -------------------------------------------------------------------
+
+
+def test_features(checkpoint, clips, tmp_path, capsys, monkeypatch):
+    """Exactly what `linear` computes, averaged over views; who cannot be read is left out."""
+    monkeypatch.chdir(tmp_path)
+    gone = {"video": "gone.mp4", "split": "test", "label": "class 1"}
+    data = clips(edit=lambda r: gone if r["video"].endswith("66.mp4") else r)
+    compute, computed = ev.compute_clips, {}
+
+    def keeps(split, *more):
+        return computed.setdefault(split, compute(split, *more))
+
+    monkeypatch.setattr(ev, "compute_clips", keeps)
+    flags = "--data", data, "--views", "2x2", "--batch-size", 8
+    run(capsys, "linear", checkpoint, *flags, "--epochs", 1)
+    expected = computed.pop("test").values.mean(1).numpy()
+    _, said = run(capsys, "features", checkpoint, *flags, "--split", "test", "--out", "f.npz")
+    with np.load("f.npz", allow_pickle=False) as file:
+        found = dict(file)
+    assert (found["features"] == expected).all() and found["features"].dtype == np.float32
+    assert "gone.mp4: No such file" in said and "test: 4 of 5 clips" in said
+    records = [r for r in dataset.read_manifest(data, "test") if r["video"] != "gone.mp4"]
+    for key in ("video", "label", "split"):
+        assert found[f"{key}s"].tolist() == [record[key] for record in records]
+    assert json.loads(str(found["settings"]))["views"] == "2x2"
+    run(capsys, "features", checkpoint, "--data", data)  # all splits, beside the checkpoint
+    with np.load("features.npz") as file:
+        assert set(file["splits"]) == {"train", "test"} and len(file["features"]) == 12
+
+
+def test_features_of_files_and_folders(checkpoint, world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some/deep").mkdir(parents=True)
+    paths = [record["path"] for record in dataset.read_manifest(world / "manifest.jsonl")[:3]]
+    for path, name in zip(paths, ("some/a.mp4", "some/deep/b.mp4", "c.mp4")):
+        (tmp_path / name).symlink_to(path)
+    (tmp_path / "notes.txt").write_text("no video")
+    given = "c.mp4", "some", "notes.txt"
+    _, said = run(capsys, "features", checkpoint, *given, "--out", "f.npz")
+    assert "failed  notes.txt: " in said and "given: 3 of 4 clips" in said
+    with np.load("f.npz") as file:
+        assert file["videos"].tolist() == ["c.mp4", "some/a.mp4", "some/deep/b.mp4"]
+    (tmp_path / "empty").mkdir()
+    for words, reason in (
+        (("empty",), "empty: a folder without videos"),
+        (("notes.txt",), "none of the 1 given clips can be read: notes.txt: Invalid data"),
+        (("c.mp4", "--out", "no/f.npz"), "--out no/f.npz: no such folder no"),
+        (("c.mp4", "--views", "0x1"), "--views 0x1: must be like 5x3"),
+    ):
+        assert reason in fails("features", checkpoint, *words)
+
+
+@needs_transformers
+def test_predict(clips, checkpoint, tmp_path, capsys, monkeypatch):
+    """The classes that finetune --epochs 0 counts, by the checkpoint's own views; the exported
+    folder, by those of the flags, finds the same probabilities."""
+    monkeypatch.chdir(tmp_path)
+    model = ev.Classifier(tgmae.Config(**SMALL), 4)
+    torch.nn.init.normal_(model.head.weight)
+    state = {"config": SMALL, "model": model.state_dict()}
+    state["args"] = {"views": "2x1", "stride": 2, "sampling": "dense"}
+    state["classes"] = [f"class {i}" for i in range(4)]
+    torch.save(state, "tuned.pt")
+    data = clips(8, 8)
+    records = dataset.read_manifest(data, "test")
+    videos, views = [record["path"] for record in records], ("--views", "2x1", "--stride", 2)
+    tested, _ = run(capsys, "finetune", "tuned.pt", "--data", data, "--epochs", 0, *views)
+    found, said = run(capsys, "predict", "tuned.pt", *videos)
+    rows = [found["rows"][i : i + 4] for i in range(0, 32, 4)]  # of each video, the likeliest first
+    right = [best[0]["class"] == record["label"] for best, record in zip(rows, records)]
+    assert sum(right) / 8 == tested["rows"][0]["top-1"] and "Mean over 2x1 views" in said
+    assert all(row["video"] == path for best, path in zip(rows, videos) for row in best)
+    assert all(sum(row["probability"] for row in best) == pytest.approx(1) for best in rows)
+    ev.main(["export", "tuned.pt", "--out", "folder"])
+    again, _ = run(capsys, "predict", "folder", *videos, *views)
+    for one, other in zip(found["rows"], again["rows"], strict=True):
+        assert one["class"] == other["class"]
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-4)
+    assert "small.pt: pre-trained, not fine-tuned" in fails("predict", checkpoint, videos[0])
+    with pytest.raises(SystemExit, match="2"):
+        ev.main(["predict", "tuned.pt"])
+    assert "the following arguments are required: VIDEO" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_features_of_two_processes(checkpoint, clips, tmp_path):
+    data = clips(9, 6)
+    for processes in (1, 2):
+        flags = "--data", data, "--batch-size", 2, "--out", f"{processes}.npz", "--workers", 1
+        done = torchrun(processes, ROOT / "eval.py", "features", checkpoint, *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "2.npz") as two:
+        assert (one["features"] == two["features"]).all()
+        assert one["videos"].tolist() == two["videos"].tolist() and len(one["videos"]) == 15
+
+
 # ---- bad input ----------------------------------------------------------------------------------
 
 
@@ -945,7 +1042,7 @@ def test_bad_input(checkpoint, clips, tmp_path, monkeypatch, capsys):
 def test_every_test_clip_fails(checkpoint, clips, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = clips(edit=lambda r: r | ({"video": "gone.mp4"} if r["split"] == "test" else {}))
-    assert "none of the 5 clips of split 'test' can be read: " in (
+    assert "none of the 5 test clips can be read: " in (
         said := fails("retrieve", checkpoint, "--data", data)
     )
     assert "gone.mp4: No such file" in said

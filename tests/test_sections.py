@@ -173,7 +173,7 @@ SCRIPTS = "tgmae dataset weights train captions eval toy".split()
 ARROWS = {
     "tgmae": "", "dataset": "", "weights": "tgmae", "train": "tgmae dataset weights",
     "captions": "tgmae dataset weights train", "toy": "tgmae dataset weights train",
-    "eval": "tgmae dataset weights train",
+    "eval": "tgmae dataset weights train captions",
 }  # fmt: skip
 
 

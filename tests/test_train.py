@@ -139,6 +139,28 @@ def test_init_from_transformers(workdir, manifest, clip_flags, capsys):
     assert "finished" in capsys.readouterr().out
 
 
+def test_other_sizes(workdir, manifest, clip_flags, capsys):
+    """Frames and size by flag, from weights of another clip size: positions are computed."""
+    c = tgmae.PRESETS["toy"]
+    state = tgmae.TGMAE(c).state_dict()
+    torch.save({"config": vars(c), "model": state}, "toy.pt")
+    flags = f"--data {manifest(8)} {FEW} --mask tgm {clip_flags} --num-frames 4 --image-size 32"
+    run(flags, "--blr 0 --min-lr 0 --init toy.pt --out run")
+    said, saved = capsys.readouterr().out, load("run")
+    assert f"toy.pt: trained on clips of {c.num_frames} frames, {c.image_size} pixels" in said
+    assert "clips of 4 frames, 32x32" in said and len(log("run")) == 2
+    trained = {name: v for name, v in state.items() if not name.startswith("predictor.")}
+    assert_equal({name: saved["model"][name] for name in trained}, trained)
+    assert saved["config"]["num_frames"] == 4 and saved["config"]["image_size"] == 32
+    assert "another run (num_frames 4 -> 8" in fails(flags, "--num-frames 8 --out run")
+    for more, why in (
+        ("--num-frames 5", "num_frames=5 is not divisible by tubelet_size=2"),
+        ("--image-size 30", "image_size=30 is not divisible by patch_size=8"),
+        ("--image-size 0", "--image-size 0: must be positive"),
+    ):
+        assert why in fails(flags, more, "--out new")
+
+
 @pytest.mark.parametrize("bottom_k", ["", "--bottom-k"])
 def test_a_sample_is_what_the_flags_say(tmp_path, monkeypatch, bottom_k):
     """Frames of the segment, the middle caption, the mask of the motion in the crop; --bottom-k: of
