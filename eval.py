@@ -980,7 +980,7 @@ def panels_of(args, model, saved):
     for way, score in scores.items():
         lowest = way == chosen and own.get("bottom_k", False)
         masks[way] = tgmae.topk_mask(score, ratios[way], bottom_k=lowest, generator=generator)
-        label = f"{way} mask {ratios[way]:g}" + (", the lowest" if lowest else "")
+        label = f"{way} mask {ratios[way]:.0%}" + (", lowest" if lowest else "")
         panels.append((label, to_uint8(reconstruct(video, masks[way], None, c)["masked"])))
     if model.has_decoder:
         made = reconstruct(video, masks[chosen], model(video, masks[chosen])["pred"].float(), c)

@@ -440,6 +440,8 @@ def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
 
     video (B,3,T,H,W): of `normalize`; other scales give other scores, unnoticed. text (B,E): of
     encode_text. -> (B,t,h,w) float32. chunk: patches that CLIP sees at a time."""
+    if not video.is_floating_point():
+        raise ValueError(f"video is {video.dtype}: normalize makes it what is asked for")
     frames = video[:, :, ::tubelet_size].transpose(1, 2)  # (B,t,3,H,W)
     mean, std = (video.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     frames = (frames * std + mean).clamp(0, 1)  # CLIP has a mean and std of its own

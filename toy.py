@@ -525,7 +525,10 @@ def share_plot(Figure, log):
         for place, shares in enumerate(by_row(log, column).values()):
             values = [100 * share for share in shares]
             panel.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
-            panel.plot(statistics.fmean(values), place, "C3|", markersize=13, markeredgewidth=2)
+            masks = [mask for mask in MASKS if titles[place].startswith(mask)]
+            colour = f"C{MASKS.index(masks[0])}" if masks else "0.3"  # a masker's own
+            style = {"color": colour, "markersize": 13, "markeredgewidth": 2}
+            panel.plot(statistics.fmean(values), place, "|", **style)
         panel.set(xlabel=f"{label}, %", yticks=range(len(titles)), yticklabels=titles)
         panel.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()

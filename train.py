@@ -916,10 +916,13 @@ def reconstruct(video, mask, pred, config):
     return {name: video.clamp(0, 1) for name, video in back.items()}
 
 
+MASK_COLOURS = {"tube": "#1f77b4", "mgm": "#ff7f0e", "tgm": "#2ca02c"}  # matplotlib's C0, C1, C2
+
+
 def draw_page(rows, title="", side=112):
     """rows of (text, picture (S,S,3) uint8) -> a PIL image: each picture below its text, which runs
-    on over the next ones where theirs is empty."""
-    font, line, gap = ImageFont.load_default(13), 17, 4
+    on over the next ones where theirs is empty. A text that begins with a masker has its colour."""
+    font, line, gap = ImageFont.load_default(14), 18, 4
     columns = max(map(len, rows))
     width = columns * (side + gap) + gap
     title = textwrap.wrap(title, width // 7)
@@ -930,7 +933,8 @@ def draw_page(rows, title="", side=112):
     for row, cells in enumerate(rows):
         for column, (text, picture) in enumerate(cells):
             x, y = gap + column * (side + gap), top + row * (side + line + gap)
-            draw.text((x, y), text, "black", font)
+            colour = MASK_COLOURS.get(text.split(" ")[0], "black")
+            draw.text((x, y), text, colour, font)
             picture = Image.fromarray(picture.numpy()).resize((side, side), Image.NEAREST)
             page.paste(picture, (x, y + line))
     return page
@@ -949,8 +953,9 @@ def draw_samples(path, model, data, clip, args):
     made = reconstruct(video, mask, pred, c)
     rows = []
     for b in range(0, len(video), args.repeat):
-        said = f': "{batch["captions"][b]}"' if batch["captions"] else ""
-        texts = {"clip": f"clip{said}", "masked": "mask", "reconstructed": "reconstruction"}
+        said = f'"{batch["captions"][b]}"' if batch["captions"] else "clip"
+        mask = f"{args.mask} mask {args.mask_ratio:.0%}"
+        texts = {"clip": said, "masked": mask, "reconstructed": "reconstruction"}
         for name in [name for name in texts if name in made]:
             frames = made[name][b].permute(1, 2, 3, 0).mul(255).byte().cpu()
             frames = frames[:: max(1, c.num_frames // 8)]  # at most 8 side by side

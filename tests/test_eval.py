@@ -799,13 +799,13 @@ def test_show(world, with_text, clips, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = with_text(f"local-dir:{world / 'clip'}")
     _, said = run(capsys, "show", source, "--data", clips(), "--number", 2)
-    assert "tgm mask 0.5" in said and (tmp_path / "show.png").exists()
+    assert "tgm mask 50%" in said and (tmp_path / "show.png").exists()
     _, said = run(capsys, "show", source, "--data", clips(), "--mask", "tube", "--mask-ratio", 0.75)
-    assert "tube mask 0.75" in said
+    assert "tube mask 75%" in said
     video = dataset.read_manifest(clips())[0]["path"]
     caption = "--caption", "a red circle moving left", "--clip", f"local-dir:{world / 'clip'}"
     found, said = run(capsys, "show", source, "--video", video, *caption, "--mask", "tgm")
-    assert "a red circle moving left" in said and "tgm mask 0.5" in said
+    assert "a red circle moving left" in said and "tgm mask 50%" in said
     assert [re.split("[: ]", row["shows"])[0] for row in found["rows"][:5]] == [
         "clip",
         "similarity",
@@ -853,7 +853,7 @@ def test_show_on_footage(footage, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     video = footage / "sports" / "basketball.mp4"
     found, said = run(capsys, "show", checkpoint, "--video", video, "--mask", "mgm", "--start", 1)
-    assert "no --caption: no text mask" in said and "mgm mask 0.75" in said
+    assert "no --caption: no text mask" in said and "mgm mask 75%" in said
     assert len(found["rows"]) == 7
     ev.main(["export", str(checkpoint), "--out", "folder"])
     transformers.VideoMAEModel.from_pretrained("folder").save_pretrained("encoder")

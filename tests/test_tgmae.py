@@ -381,6 +381,8 @@ def test_scores_are_float32_under_autocast(world):
     with torch.autocast("cpu", torch.bfloat16):
         assert tgmae.text_scores(clip, video, text, 8, 2).dtype == plain.dtype == torch.float32
     assert len(plain.unique()) == plain.numel()
+    with pytest.raises(ValueError, match="video is torch.uint8: normalize"):
+        tgmae.text_scores(clip, video.byte(), text, 8, 2)
 
 
 def test_info_nce_by_loops():
