@@ -11,6 +11,7 @@ import sys
 
 import bench
 import pytest
+import transformers
 from conftest import ROOT, needs_transformers
 from test_captions import blip2  # noqa: F401, a fixture
 from test_faults import free_port
@@ -23,7 +24,8 @@ import tgmae
 import toy
 import train
 
-README = (ROOT / "README.md").read_text()
+README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "docs/results.md").read_text()
+load_clip = tgmae.load_clip
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
 BLOCKS = [text for language, text in FENCED if not language]
 SNIPPETS = [text for language, text in FENCED if language == "python"]
@@ -32,28 +34,23 @@ COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c i
 COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)
 
 
+LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
 SHOW = "test_eval.py test_show_on_toy"
 RUN_BY = {  # what runs the toy world's commands, with flags that make some of them smaller
     "torchrun train.py --mask tgm --vt": "conftest.py trained",
     "torchrun eval.py finetune runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features",
     "python eval.py linear runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features",
     "python eval.py retrieve runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features",
+    "python eval.py features runs/toy-tgm-vt/last.pt": "test_readme.py test_snippet_runs",
+    "python eval.py predict runs/toy-tgm-vt/finetune-toy/best.pt data/toy/clips/test-00805.mp4":
+        "test_eval.py test_predict",
     "python eval.py show runs/toy-tgm-vt/last.pt": SHOW,
-    "python eval.py show runs/toy-tgm-vt/last.pt --number 5 --out docs/clip": SHOW,
     "python eval.py show runs/toy-tgm-vt/last.pt --number 5": SHOW,
-    "python eval.py show MCG-NJU/videomae-base --video FILE --caption TEXT": "test_eval.py "
-    "test_show",
+    "python eval.py export runs/toy-tgm-vt/last.pt": "test_eval.py test_show_on_footage",
     "python toy.py coverage": "test_toy.py test_the_mask_follows_the_words",
-    "python toy.py coverage --mask-ratio 0.6": "test_toy.py test_the_mask_follows_the_words",
-    "python toy.py table2 --seeds 3 --report docs": "test_toy.py test_tables_and_plots",
-    "python toy.py figure4 --seeds 3 --report docs": "test_toy.py test_stopping_stops_what_runs",
-    "python toy.py ablate ratio --seeds 2 --report docs": "test_toy.py test_ablation_goes_on",
-    "python captions.py maps data/toy/manifest.jsonl --clip local-dir:data/toy/clip --image-size "
-    "64 --patch-size 8 "
-    "--every 4": "test_captions.py test_masks_from_maps_cover_what_online_masks_cover",
+    "python toy.py table2 --seeds 3 --report docs": "test_toy.py test_ablation_goes_on",
     "python train.py --mask random": "test_readme.py test_a_masker_of_ones_own_trains",
-    "python tests/soak.py --minutes 30": "test_faults.py test_soak",
-}
+}  # fmt: skip
 MEASURES_OR_TESTS = (
     "pip install",
     "python tests/bench.py",
@@ -68,6 +65,15 @@ def test_every_command_has_its_test():
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), by
         if command not in RUN_BY and not command.startswith(MEASURES_OR_TESTS):
             assert any(command in " ".join(block.split()) for block in RUN_HERE), command
+
+
+def test_links_lead_to_their_functions():
+    for name, file, line in LINKS:
+        found = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"(def|class) {name}\b", found), (name, found)
+    assert len(LINKS) >= 9
+    for path in re.findall(r"\((docs/[\w.-]+)\)", README):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
@@ -171,13 +177,13 @@ def test_tables_are_those_of_the_logs(name):
     assert (ROOT / "docs" / f"{name}.md").read_text().split("\n")[: len(table)] == table
     rows = {"table2": toy.TABLE2, "figure4": toy.FIGURE4} | toy.ABLATIONS
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {title}" for title in rows[name]]
-    assert f"docs/{name}.svg" in README or name in toy.ABLATIONS
+    assert f"{name}.svg" in RESULTS
     for line in table[2:]:
         title, *figures, _ = line.strip("| ").split(" | ")
         if name == "table2":
-            assert f"| {title} | {' | '.join(figures)} |" in README
+            assert f"| {title} | {' | '.join(figures)} |" in RESULTS
         elif name != "figure4" and title != "tube":  # which are told in a sentence
-            assert f"| {' | '.join(figures)} |" in README, line
+            assert f"| {' | '.join(figures)} |" in RESULTS, line
 
 
 def test_headers_parse():
@@ -200,35 +206,46 @@ def test_headers_parse():
 
 
 @pytest.mark.parametrize("snippet", range(len(SNIPPETS)))
-def test_snippet_runs(snippet, world, monkeypatch):
-    """With the toy CLIP for the one that would be downloaded, RAFT without its weights, a shallow
-    VideoMAE."""
-    import torchvision
-    import transformers
-
-    load_clip, raft = tgmae.load_clip, torchvision.models.optical_flow.raft_small
-    monkeypatch.setattr(tgmae, "load_clip", lambda: load_clip(f"local-dir:{world / 'clip'}"))
-    monkeypatch.setattr(torchvision.models.optical_flow, "raft_small", lambda weights: raft())
-    shallow = functools.partial(
-        transformers.VideoMAEConfig, num_hidden_layers=1, decoder_num_hidden_layers=1
-    )
+def test_snippet_runs(snippet, trained, workdir, monkeypatch):
+    """With the toy CLIP for the one that would be downloaded, a shallow VideoMAE, a small world."""
+    monkeypatch.setattr(tgmae, "load_clip", functools.partial(load_clip, "local-dir:data/toy/clip"))
+    shallow = {"num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
+    shallow = functools.partial(transformers.VideoMAEConfig, **shallow)
     monkeypatch.setattr(transformers, "VideoMAEConfig", shallow)
-    found = {}
-    exec(compile(SNIPPETS[snippet], "README.md", "exec"), found)
+    os.makedirs("runs/toy-tgm-vt")
+    os.symlink(trained, "runs/toy-tgm-vt/last.pt")
+    text, found = SNIPPETS[snippet].replace("test-00805", "test-00069"), {}
+    if "features.npz" in text:
+        evaluation.main("features runs/toy-tgm-vt/last.pt --workers 0".split())
+    exec(compile(text, "README.md", "exec"), found)
     if "loss" in found:
-        assert found["loss"].isfinite()
-    assert found["mask"].float().mean() == pytest.approx(
-        {0: 0.597, 1: 0.9, 2: 0.75}[snippet], abs=1e-3
-    )
+        found["loss"].backward()
+        assert found["mask"].float().mean() == pytest.approx(0.597, abs=1e-3)
+        encoder = found["model"].videomae.encoder.parameters()
+        assert all(p.grad.isfinite().all() for p in encoder)
+    if "head" in found:
+        assert all(p.grad.any() for p in found["head"].parameters())
+        assert found["seen"]["latent"].shape == (2, 8 * 79, 768)  # 117 of 196 are masked
+        assert found["model"].videomae.layernorm is not None
     if "random_scores" in found:  # not the same number in each slice
+        assert found["mask"].float().mean() == pytest.approx(0.9, abs=1e-3)
         assert len(set(found["mask"].view(2, 8, 196).sum(-1).flatten().tolist())) > 3
+        top = tgmae.topk_mask(found["scores"], 0.6)
+        agree = (top == found["sampled"]).float().mean()
+        assert 0.7 < agree < 0.99  # chance is 0.52
+    if "predicted" in found:
+        assert found["predicted"].shape == (16,) and len(found["classes"]) == 16
+    if "features" in found:
+        assert found["features"].shape == (1, 128)
 
 
 def test_a_masker_of_ones_own_trains(workdir):
     """The README's snippet and diff, applied to copies of the scripts."""
     for name in ("tgmae.py", "dataset.py", "weights.py", "toy.py", "train.py"):
         shutil.copy(ROOT / name, name)
-    own = re.search(r"def random_scores.*?\n\n\n", SNIPPETS[1], re.S).group()
+    own = re.search(
+        r"def random_scores.*?\n\n\n", next(s for s in SNIPPETS if "random_scores" in s), re.S
+    ).group()
     for part in DIFF.split("--- ")[1:]:
         name, lines = re.match(r"[\w.]+", part).group(), part.splitlines()[1:]
         before, after = (
