@@ -792,7 +792,8 @@ def finetune(args):
     rows.append(chance_row("model", len(classes)))
     note = views_text(args)
     if len(models) == 2:
-        held = args.val_split or f"{args.holdout:.0%} of the training clips"
+        share = f"{args.holdout:.0%} of the training clips"
+        held = f"split {args.val_split}" if args.val_split else share
         note += f" best.pt: the epoch with the highest top-1 on {held}, never on test clips."
     report(args, rows, [note], {args.test_split: found})
 
@@ -971,9 +972,12 @@ def panels_of(args, model, saved):
         scores["tgm"] = like
     else:
         say("note    no --caption: no text mask")
-    chosen = args.mask or (trained.get("mask") if trained.get("mask") in scores else "tube")
+    chosen = args.mask or trained.get("mask", "tube")
+    if args.mask and chosen not in scores:
+        raise ValueError(f"--mask {chosen}: needs --caption, or scores in panels_of if it is yours")
     if chosen not in scores:
-        raise ValueError(f"--mask {chosen}: needs --caption")
+        say(f"note    no scores for --mask {chosen} here: the reconstruction is of tube")
+        chosen = "tube"
     own, masks = trained if trained.get("mask") == chosen else {}, {}
     ratio = own.get("mask_ratio", MASK_RATIOS[chosen])
     ratios = MASK_RATIOS | {chosen: ratio if args.mask_ratio is None else args.mask_ratio}

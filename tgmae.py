@@ -332,17 +332,17 @@ MASK_RATIOS = {"tube": 0.9, "mgm": 0.75, "tgm": 0.6}  # VideoMAE, MGM, Figure 3(
 def topk_mask(scores, mask_ratio, *, bottom_k=False, generator=None):
     """scores (B,t,h,w) -> mask (B,N) in order t,h,w, True = masked (3.3): the int(mask_ratio*h*w)
     highest scores of every time slice (bottom_k: the lowest, Figure 3(b)), ties broken at random.
-    ValueError for a ratio that masks no cube of a slice, or every cube."""
-    B, t, h, w = scores.shape
+    ValueError for other shapes, NaN, and a ratio that masks no cube of a slice, or every cube."""
+    if scores.ndim != 4 or scores.isnan().any():
+        raise ValueError(f"scores {tuple(scores.shape)}: must be (B,t,h,w), without NaN")
+    h, w = scores.shape[2:]
     k = int(mask_ratio * h * w)
     if not 0 < k < h * w:
-        what = f"masks {k} of {h * w} patches in a slice: must mask 1 to {h * w - 1}"
-        raise ValueError(f"mask_ratio={mask_ratio} {what}")
+        raise ValueError(f"mask_ratio={mask_ratio} masks {k} of {h * w} patches in a slice")
     scores = scores.flatten(2)  # (B,t,h*w)
     # A top k, in which chance decides among equals (where nothing moves, all scores are 0): each
     # slice is shuffled, then sorted, and its first k places are looked up in the shuffle.
-    device = scores.device if generator is None else generator.device
-    noise = torch.rand(scores.shape, generator=generator, device=device)
+    noise = torch.rand(scores.shape, generator=generator, device=(generator or scores).device)
     shuffle = noise.argsort(-1).to(scores.device)  # (B,t,h*w): the cube at each place
     places = scores.gather(-1, shuffle).argsort(-1, descending=not bottom_k)[..., :k]  # (B,t,k)
     top_k = shuffle.gather(-1, places)  # (B,t,k): the cubes at these places

@@ -668,6 +668,8 @@ class Clips(TrainingClips):
             elif args.mask == "mgm":
                 cropped = dataset.crop_motion(motion, crop, c.grid)
                 scores = tgmae.motion_scores(cropped[None], c.grid)
+            elif args.mask != "tgm":
+                raise RuntimeError(f"--mask {args.mask}: Clips.load computes no scores for it")
             elif text_map:
                 scores = dataset.map_scores(text_map, number, firsts, crop, size, c.grid)[None]
             else:

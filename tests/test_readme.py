@@ -240,23 +240,20 @@ def test_snippet_runs(snippet, trained, workdir, monkeypatch):
 
 
 def test_a_masker_of_ones_own_trains(workdir):
-    """The README's snippet and diff, applied to copies of the scripts."""
+    """The README's function, line and diff, in copies of the scripts."""
     for name in ("tgmae.py", "dataset.py", "weights.py", "toy.py", "train.py"):
         shutil.copy(ROOT / name, name)
-    own = re.search(
-        r"def random_scores.*?\n\n\n", next(s for s in SNIPPETS if "random_scores" in s), re.S
-    ).group()
-    for part in DIFF.split("--- ")[1:]:
-        name, lines = re.match(r"[\w.]+", part).group(), part.splitlines()[1:]
-        before, after = (
-            "".join(line[1:] + "\n" for line in lines if line[0] != sign) for sign in "+-"
-        )
-        text = (workdir / name).read_text()
-        if name == "tgmae.py":
-            text = text.replace("def tube_scores", own + "def tube_scores")
-            before, after = before.strip(), after.strip()
-        assert text.count(before) == 1, before
-        (workdir / name).write_text(text.replace(before, after))
+    (snippet,) = [text for text in SNIPPETS if "random_scores" in text]
+    own = re.search(r"def random_scores.*?\n\n\n", snippet, re.S).group()
+    own += re.search(r"`(MASK_RATIOS\[.*?)`", README).group(1)
+    name, *lines = DIFF.splitlines()
+    before, after = ("".join(f"{x[1:]}\n" for x in lines if x[0] != sign) for sign in "+-")
+    changes = {"tgmae.py": ("def tube_scores", f"{own}\n\n\ndef tube_scores")}
+    changes["train.py"] = before, after
+    for file, (old, new) in changes.items():
+        text = (workdir / file).read_text()
+        assert text.count(old) == 1, old
+        (workdir / file).write_text(text.replace(old, new))
     flags = "--mask random --epochs 1 --warmup-epochs 0 --batch-size 16 --workers 1 --out run"
     done = subprocess.run(
         [sys.executable, "train.py", *flags.split()], capture_output=True, text=True, timeout=300

@@ -292,6 +292,9 @@ def test_topk_mask():
     for ratio in (0, 1, 0.02):
         with pytest.raises(ValueError, match=f"mask_ratio={ratio}"):
             tgmae.topk_mask(scores, ratio)
+    for wrong in (scores[0], scores.flatten(1), scores.masked_fill(scores > 0.9, math.nan)):
+        with pytest.raises(ValueError, match="must be .B,t,h,w., without NaN"):
+            tgmae.topk_mask(wrong, 0.6)
 
 
 def test_tube_scores_share_time():
