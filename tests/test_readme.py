@@ -1,4 +1,5 @@
-"""Every command of the README: its flags parse, and some test runs it. Every snippet runs."""
+"""Every command of the README and of docs/: its flags parse, and some test runs it. Every snippet
+runs."""
 
 import functools
 import json
@@ -16,6 +17,7 @@ from conftest import ROOT, needs_transformers
 from test_captions import blip2  # noqa: F401, a fixture
 from test_faults import free_port
 from test_tgmae import hf_config
+from torchvision.models import optical_flow
 
 import captions
 import dataset
@@ -24,47 +26,55 @@ import tgmae
 import toy
 import train
 
-README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "docs/results.md").read_text()
-load_clip = tgmae.load_clip
-FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
-BLOCKS = [text for language, text in FENCED if not language]
+README, load_clip = (ROOT / "README.md").read_text(), tgmae.load_clip
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "exercises"]
+ALL = "\n".join(
+    [README, *(page.read_text() for page in PAGES)]
+)  # exercises have a test of their own
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", ALL, re.S | re.M)
+BLOCKS = [text for language, text in dict.fromkeys(FENCED) if not language]
 SNIPPETS = [text for language, text in FENCED if language == "python"]
+LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
 (DIFF,) = [text for language, text in FENCED if language == "diff"]
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&")]
-COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)
+COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", ALL)
+COMMANDS = sorted({" ".join(command.split()) for command in COMMANDS})
 
-
-LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-SHOW = "test_eval.py test_show_on_toy"
-RUN_BY = {  # what runs the toy world's commands, with flags that make some of them smaller
+RUN_BY = {  # how a command begins -> what runs it, with flags that make some of them smaller
     "torchrun train.py --mask tgm --vt": "conftest.py trained",
     "torchrun eval.py finetune runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features",
     "python eval.py linear runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features",
     "python eval.py retrieve runs/toy-tgm-vt/last.pt": "test_eval.py test_toy_features",
-    "python eval.py features runs/toy-tgm-vt/last.pt": "test_readme.py test_snippet_runs",
-    "python eval.py predict runs/toy-tgm-vt/finetune-toy/best.pt data/toy/clips/test-00805.mp4":
-        "test_eval.py test_predict",
-    "python eval.py show runs/toy-tgm-vt/last.pt": SHOW,
-    "python eval.py show runs/toy-tgm-vt/last.pt --number 5": SHOW,
-    "python eval.py export runs/toy-tgm-vt/last.pt": "test_eval.py test_show_on_footage",
+    "python eval.py show runs/toy-tgm-vt/last.pt": "test_eval.py test_show_on_toy",
+    "python eval.py show MCG-NJU/videomae-base --video": "test_eval.py test_show",
+    "python eval.py features runs/toy": "test_readme.py test_snippet_runs",
+    "python eval.py predict runs/toy": "test_eval.py test_predict",
+    "python eval.py export runs/toy": "test_eval.py test_show_on_footage",
+    "python toy.py --clips 200": "test_toy.py test_world_is_what_it_says",
     "python toy.py coverage": "test_toy.py test_the_mask_follows_the_words",
-    "python toy.py table2 --seeds 3 --report docs": "test_toy.py test_ablation_goes_on",
+    "python toy.py table2": "test_toy.py test_tables_and_plots",
+    "python toy.py figure4": "test_toy.py test_stopping_stops_what_runs",
+    "python toy.py ablate": "test_toy.py test_ablation_goes_on",
+    "python captions.py index ucf101": "test_captions.py test_index",
+    "python captions.py index list": "test_captions.py test_index",
+    "python captions.py index folder VIDEOS": "test_captions.py test_folder",
+    "python captions.py index folder ROOT --segment": "test_captions.py test_segments",
+    "python captions.py caption ucf101.jsonl --source blip2": "test_captions.py test_blip2",
+    "python captions.py maps": "test_captions.py "
+    "test_masks_from_maps_cover_what_online_masks_cover",
     "python train.py --mask random": "test_readme.py test_a_masker_of_ones_own_trains",
-}  # fmt: skip
-MEASURES_OR_TESTS = (
-    "pip install",
-    "python tests/bench.py",
-    "python -m pytest",
-)  # run by CI, or by hand
+    "python tests/soak.py --minutes 30": "test_faults.py test_soak",
+}
+BY_HAND = "pip install", "python tests/bench.py", "python -m pytest"  # or by CI
 
 
 def test_every_command_has_its_test():
-    for command in map(" ".join, map(str.split, COMMANDS)):
-        by = RUN_BY.get(command, "test_readme.py test_commands_run")
+    for by in RUN_BY.values():
         file, test = by.split()
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), by
-        if command not in RUN_BY and not command.startswith(MEASURES_OR_TESTS):
-            assert any(command in " ".join(block.split()) for block in RUN_HERE), command
+    for command in COMMANDS:
+        here = any(command in " ".join(block.split()) for block in RUN_HERE)
+        assert here or command.startswith((*RUN_BY, *BY_HAND)), command
 
 
 def test_links_lead_to_their_functions():
@@ -76,7 +86,7 @@ def test_links_lead_to_their_functions():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+@pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command):
     words = shlex.split(command)
     if words[0] in ("#SBATCH", "srun") or "=$(" in words[0]:
@@ -112,9 +122,9 @@ RUN_HERE = [block for block in BLOCKS if re.search("k400.jsonl|videomae-base", b
 @needs_transformers
 @pytest.mark.slow
 def test_commands_run(world, workdir, blip2):  # noqa: F811
-    """The README's commands for datasets, many processes, nodes, Slurm and published weights, by a
-    shell: with two processes for eight and one node for four, small models for those of the hub, a
-    Slurm that runs what it is given."""
+    """The commands for datasets, many processes, nodes, Slurm and published weights, by a shell:
+    with two processes for eight and one node for four, small models for those of the hub, a Slurm
+    that runs what it is given."""
     from transformers import VideoMAEForPreTraining
 
     VideoMAEForPreTraining(hf_config(tgmae.PRESETS["toy"])).save_pretrained("videomae")
@@ -171,19 +181,16 @@ def test_commands_run(world, workdir, blip2):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["table2", "figure4", *toy.ABLATIONS])
 def test_tables_are_those_of_the_logs(name):
-    """docs/NAME.jsonl -> docs/NAME.md, and the figures that the README gives."""
-    log = [json.loads(line) for line in (ROOT / "docs" / f"{name}.jsonl").read_text().splitlines()]
+    """docs/NAME.jsonl -> docs/NAME.md, and figures and plot in docs/results.md."""
+    docs, results = ROOT / "docs", (ROOT / "docs/results.md").read_text()
+    log = [json.loads(line) for line in (docs / f"{name}.jsonl").read_text().splitlines()]
     table = (toy.curve_table if name == "figure4" else toy.share_table)(name, log)
-    assert (ROOT / "docs" / f"{name}.md").read_text().split("\n")[: len(table)] == table
+    assert (docs / f"{name}.md").read_text().split("\n")[: len(table)] == table
     rows = {"table2": toy.TABLE2, "figure4": toy.FIGURE4} | toy.ABLATIONS
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {title}" for title in rows[name]]
-    assert f"{name}.svg" in RESULTS
+    assert f"]({name}.svg)" in results
     for line in table[2:]:
-        title, *figures, _ = line.strip("| ").split(" | ")
-        if name == "table2":
-            assert f"| {title} | {' | '.join(figures)} |" in RESULTS
-        elif name != "figure4" and title != "tube":  # which are told in a sentence
-            assert f"| {' | '.join(figures)} |" in RESULTS, line
+        assert line.rsplit(" ", 2)[0] in results, line  # all but the number of seeds
 
 
 def test_headers_parse():
@@ -212,6 +219,9 @@ def test_snippet_runs(snippet, trained, workdir, monkeypatch):
     shallow = {"num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
     shallow = functools.partial(transformers.VideoMAEConfig, **shallow)
     monkeypatch.setattr(transformers, "VideoMAEConfig", shallow)
+    monkeypatch.setattr(
+        optical_flow, "raft_small", functools.partial(optical_flow.raft_small, None)
+    )
     os.makedirs("runs/toy-tgm-vt")
     os.symlink(trained, "runs/toy-tgm-vt/last.pt")
     text, found = SNIPPETS[snippet].replace("test-00805", "test-00069"), {}
@@ -233,6 +243,8 @@ def test_snippet_runs(snippet, trained, workdir, monkeypatch):
         top = tgmae.topk_mask(found["scores"], 0.6)
         agree = (top == found["sampled"]).float().mean()
         assert 0.7 < agree < 0.99  # chance is 0.52
+    if "flow_scores" in found:
+        assert found["mask"].float().mean() == pytest.approx(0.75)
     if "predicted" in found:
         assert found["predicted"].shape == (16,) and len(found["classes"]) == 16
     if "features" in found:
