@@ -950,6 +950,17 @@ def attention_panels(args, model, video, frames):
         yield f"attention {layer}/{c.depth}", mark(heat_map(scores, frames), query, c)
 
 
+def mask_to_show(args, trained, scores):
+    """The masker of the reconstruction: --mask, or the one that CHECKPOINT was trained with."""
+    if args.mask and args.mask not in scores:
+        needs = "needs --caption, or scores in panels_of if it is your own"
+        raise ValueError(f"--mask {args.mask}: {needs}")
+    chosen = args.mask or trained.get("mask", "tube")
+    if chosen not in scores:
+        say(f"note    no scores for --mask {chosen} here: the reconstruction is of tube")
+    return chosen if chosen in scores else "tube"
+
+
 @torch.no_grad()
 def panels_of(args, model, saved):
     """-> title, [(name, frames (T,S,S,3) uint8), ...], numbers of the frames."""
@@ -972,12 +983,7 @@ def panels_of(args, model, saved):
         scores["tgm"] = like
     else:
         say("note    no --caption: no text mask")
-    chosen = args.mask or trained.get("mask", "tube")
-    if args.mask and chosen not in scores:
-        raise ValueError(f"--mask {chosen}: needs --caption, or scores in panels_of if it is yours")
-    if chosen not in scores:
-        say(f"note    no scores for --mask {chosen} here: the reconstruction is of tube")
-        chosen = "tube"
+    chosen = mask_to_show(args, trained, scores)
     own, masks = trained if trained.get("mask") == chosen else {}, {}
     ratio = own.get("mask_ratio", MASK_RATIOS[chosen])
     ratios = MASK_RATIOS | {chosen: ratio if args.mask_ratio is None else args.mask_ratio}
