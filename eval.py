@@ -7,7 +7,7 @@
     python eval.py features runs/toy-tgm-vt/last.pt VIDEO...               # an .npz, to work with
     python eval.py show runs/toy-tgm-vt/last.pt        # masks, reconstruction, attention
     python eval.py export runs/toy-tgm-vt/last.pt      # for transformers
-    torchrun --nproc_per_node 8 eval.py finetune MCG-NJU/videomae-base --data k400.jsonl
+    torchrun eval.py finetune MCG-NJU/videomae-base --data k400.jsonl --recipe k400
 
 CHECKPOINT is of train.py, of finetune or export, an official VideoMAE .pth, or a folder or hub name
 of transformers' VideoMAE; sizes are read from it. Testing gives the same metrics under any number
