@@ -1,0 +1,40 @@
+"""docs/exercises.md: its commands parse, its masker does what it says, and its diff fits."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT
+
+import eval as evaluation
+import tgmae
+import toy
+import train
+
+PAGE = (ROOT / "docs" / "exercises.md").read_text()
+BLOCKS = dict(re.findall(r"```(\w+)\n(.*?)```", PAGE, re.S))
+COMMANDS = sorted(set(re.findall(r"python (\w+)\.py\b([^`\n]*)", PAGE)))
+
+
+@pytest.mark.parametrize("script, flags", COMMANDS)
+def test_command_parses(script, flags, monkeypatch):
+    monkeypatch.setitem(tgmae.MASK_RATIOS, "change", 0.75)  # as the page's diff does
+    {"train": train, "toy": toy, "eval": evaluation}[script].parse_args(shlex.split(flags))
+
+
+def test_masker():
+    exec(BLOCKS["python"], names := {})  # the last one
+    video, truth = torch.zeros(2, 3, 8, 64, 64), torch.zeros(2, 4, 8, 8)
+    for t in range(4):  # a square of 2x2 cubes jumps by its own width from slice to slice
+        video[:, :, 2 * t : 2 * t + 2, 16:32, 16 * t : 16 * t + 16] = 1
+        now = 2 * max(t, 1)
+        truth[:, t, 2:4, now - 2 : now + 2] = 1  # where it was, and where it is
+    scores = names["change_scores"](video, (4, 8, 8))
+    torch.testing.assert_close(scores, truth)
+    assert (tgmae.topk_mask(scores, 0.75).view(2, 4, 64).sum(-1) == 48).all()
+
+
+def test_diff_fits():
+    old = re.findall(r"--- (\w+\.py).*\n[ -](.*)", BLOCKS["diff"])  # each part's first line
+    assert [(ROOT / name).read_text().count(line) for name, line in old] == [1, 1, 1]
