@@ -309,7 +309,7 @@ def relative(path, folder):
 
 
 def write_text(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # not UTF-8
         file.write(text)
 
