@@ -2,7 +2,7 @@
 
     python toy.py                              # builds data/toy: 1000 H.264 clips, a tiny CLIP
     python toy.py --out data/small --clips 64  # a smaller one: 64 training and 16 test clips
-    python toy.py coverage                     # what does each masker hide? (the README's table)
+    python toy.py coverage                     # what does each masker hide? (docs/results.md)
     python toy.py table2 --seeds 3             # the paper's Table 2; ablate ratio, figure4, ...
 
 Each clip shows an ACTOR (shape x colour x direction) that its three captions name, and a DISTRACTOR

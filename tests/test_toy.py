@@ -22,13 +22,13 @@ import train
 
 @pytest.mark.slow
 def test_the_mask_follows_the_words(full_world, capsys):
-    """The claim itself, over 200 test clips at ratio 0.25; the README has this table."""
+    """The claim itself, over 200 test clips at ratio 0.25; docs/results.md has this table."""
     toy.main(["coverage", "--out", str(full_world)])
-    said, readme = capsys.readouterr().out, (ROOT / "README.md").read_text()
+    said, page = capsys.readouterr().out, (ROOT / "docs/results.md").read_text()
     table, aucs = toy.coverage(full_world)
     for name, shares in table.items():
         assert f"| {name} | {shares[0]:.1%} | {shares[1]:.1%} |" in said
-        row = re.search(rf"\| {name} \| ([\d.]+)% \| ([\d.]+)% \|", readme)
+        row = re.search(rf"\| {name} \| ([\d.]+)% \| ([\d.]+)% \|", page)
         assert [float(share) / 100 for share in row.groups()] == pytest.approx(shares, abs=0.02)
     (actor, distractor), (other_actor, other_distractor) = list(table.values())[:2]
     assert actor >= 0.90 and distractor <= 0.50
