@@ -507,10 +507,8 @@ def retrieve(args):
         what |= {"queries": len(sides[0]), "gallery": len(sides[1])}
         rows.append({**what, "encoder": name, **recall(*sides, *labels)})
     rows.append({**what, "encoder": "chance", **recall_by_chance(*labels)})
-    note = (
-        "R@k: one of the k nearest training clips, by cosine, has the class; nothing is trained. "
-    )
-    report(args, rows, [note + views_text(args)], clips)
+    note = f"R@k: one of the k nearest training clips, by cosine, has the class. {views_text(args)}"
+    report(args, rows, [note], clips)
 
 
 # =================================================================================================
@@ -819,10 +817,8 @@ def features(args):
     if args.videos:
         name, records = "given", given_videos(args.videos)
     else:
-        name, records = (
-            args.split or "all",
-            dataset.read_manifest(manifest_of(args.data), args.split),
-        )
+        name = args.split or "all"
+        records = dataset.read_manifest(manifest_of(args.data), args.split)
     model, _ = load_model(args.checkpoint)
     how = args.view_grid, functools.partial(pooled, model.to(args.device))
     found = compute_clips(name, records, args, model.config, *how)
@@ -977,9 +973,8 @@ def panels_of(args, model, saved):
         clip, tokenizer = clip_of(args, saved)
         text = tgmae.encode_text(clip, tokenizer, [caption])
         like = tgmae.text_scores(clip, video, text, c.patch_size, c.tubelet_size).cpu()
-        panels.append(
-            (f"similarity {like.min():.2f} to {like.max():.2f}", heat_map(like[0], frames))
-        )
+        label = f"similarity {like.min():.2f} to {like.max():.2f}"
+        panels.append((label, heat_map(like[0], frames)))
         scores["tgm"] = like
     else:
         say("note    no --caption: no text mask")

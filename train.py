@@ -819,10 +819,8 @@ def load_weights(model, args):
         raise ValueError(f"--init {args.init}: has no {missing[0]}")
     sizes = [(c.num_frames, c.image_size) for c in (theirs, model.config)]
     if sizes[0] != sizes[1]:
-        their = "trained on clips of {} frames, {} pixels".format(*sizes[0])
-        say(
-            f"init    {args.init}: {their}; positions are computed for {sizes[1][0]}, {sizes[1][1]}"
-        )
+        then, now = ("{} frames, {} pixels".format(*size) for size in sizes)
+        say(f"init    {args.init}: trained on clips of {then}; positions are computed for {now}")
 
 
 def build_model(args, text_from, record, *, init=True):
