@@ -18,6 +18,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -331,10 +332,13 @@ def report(manifest, command, problems):
 
 def segments(record, seconds):
     """A clip of every so many seconds of a longer video; a last piece of less than half of that
-    joins the one before."""
-    info = dataset.probe_video(record["video"])
-    count = int(info.frames / (info.fps or 1) / seconds + 0.5)
-    cuts = [round(i * seconds, 3) for i in range(1, count)]
+    joins the one before, and so does one in which no frame begins."""
+    with dataset.open_video(record["video"]) as video:
+        dataset.probe_video(video)  # that a frame can be decoded
+        times = video.index.seconds
+    count = int(times[-1] / seconds + 0.5)
+    begins = np.unique((times + 1e-6) // seconds).astype(int)  # pieces in which a frame begins
+    cuts = [round(i * seconds, 3) for i in begins.tolist() if 0 < i < count]
     starts, ends = ([{"start": cut} for cut in cuts], [{"end": cut} for cut in cuts])
     return [record | start | end for start, end in zip([{}, *starts], [*ends, {}])]
 
@@ -682,11 +686,11 @@ def map_size(size, image_size, patch_size):
     return [max(1, round(side * image_size / min(size) / patch_size)) * patch_size for side in size]
 
 
-def is_current(args, path, record, made_by, numbers):
-    """Whether the wanted map is there. Half a map, or one of other captions, is made anew; one of
-    another CLIP or geometry may be wanted by somebody: ValueError."""
+def is_current(args, path, record, made_by, numbers, order):
+    """Whether the wanted map is there. Half a map, or one of other captions or frames, is made
+    anew; one of another CLIP or geometry may be wanted by somebody: ValueError."""
     try:
-        saved = dataset.read_map(path, record["captions"])
+        saved = dataset.read_map(path, record["captions"], order=order)
     except ValueError:  # none at all, most often
         return False
     resized = map_size(saved.size, args.image_size, args.patch_size)
@@ -702,20 +706,21 @@ def is_current(args, path, record, made_by, numbers):
 
 
 def load_frames(args, made_by, clips, paths, key):
-    """-> numbers, frames (F,3,H',W') uint8, size of the source; None if its map is there
-    already."""
+    """-> numbers, frames (F,3,H',W') uint8, size of the source, order of its frames; None if its
+    map is there already."""
     record, images = clips[key], []
     with dataset.open_video(record["path"]) as video:
         first, stop = dataset.frame_range(video, record.get("start"), record.get("end"))
-        numbers = list(range(first, stop, args.every))
-        if not args.force and is_current(args, paths[key], record, made_by, numbers):
+        numbers, order = list(range(first, stop, args.every)), video.index.order
+        if not args.force and is_current(args, paths[key], record, made_by, numbers, order):
             return None
-        for i in range(0, len(numbers), PIECE):
-            frames = dataset.read_clip(video, numbers[i : i + PIECE])
+        decoded = (frame for _, frame, _ in dataset.each_frame(video, numbers))
+        while piece := list(itertools.islice(decoded, PIECE)):
+            frames = torch.from_numpy(np.stack(piece))  # (PIECE,H,W,3)
             size = tuple(frames.shape[1:3])
             resized = map_size(size, args.image_size, args.patch_size)
             images.append(TF.resize(frames.permute(0, 3, 1, 2), resized, antialias=True))
-    return numbers, torch.cat(images), size
+    return numbers, torch.cat(images), size, order
 
 
 @torch.no_grad()
@@ -731,11 +736,11 @@ def similarity_map(clip, frames, text, patch_size, device):
 
 
 def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
-    """(numbers, frames, size) of clips -> their maps, written; nothing where they are there."""
+    """What load_frames says of clips -> their maps, written; nothing where they are there."""
     for key, value in zip(keys, loaded):
         if value is None:
             continue
-        numbers, frames, size = value
+        numbers, frames, size, order = value
         captions = clips[key]["captions"]
         text = tgmae.encode_text(clip, tokenizer, captions)
         similarity = similarity_map(clip, frames, text, args.patch_size, args.device)
@@ -745,7 +750,7 @@ def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
             similarity, text = similarity.half().numpy(), text.half().cpu().numpy()
             geometry = {"source_size": size, "resized_size": frames.shape[-2:]}
             geometry |= {"frames": numbers, "patch_size": args.patch_size}
-            about = {"captions": captions, "clip": made_by}
+            about = {"captions": captions, "clip": made_by, "order": order}
             np.savez(file, similarity=similarity, text=text, **geometry, **about)
     return [{} for _ in keys]
 

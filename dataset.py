@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import stat
 import warnings
@@ -30,14 +31,16 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from torchvision.transforms.v2 import functional as TF
 
 # ==================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both. A
 # frame's number is its rank in order of presentation.
-# Needs: av, VideoReformatter, contextlib, errno, gc, itertools, math, os, stat, warnings,
-# NamedTuple, numpy as np, torch, torch.nn.functional as F. Motion: Fan et al., MGM (ICCV 2023).
+# Needs: av, PictureType, VideoReformatter, contextlib, errno, gc, itertools, math, operator, os,
+# stat, warnings, NamedTuple, numpy as np, torch, torch.nn.functional as F.
+# Motion: Fan et al., MGM (ICCV 2023).
 # ==================================================================================================
 
 MOTION_CELL = 8  # pixels: the codec's smallest block
@@ -61,11 +64,18 @@ class VideoInfo(NamedTuple):
 
 
 class _Index(NamedTuple):
-    pts: np.ndarray | None  # (frames,) sorted; None if the file has no usable ones
-    keys: np.ndarray  # numbers of the key frames, sorted
-    frames: int
+    """What a file's packets say of its frames; frame number i is the i-th that a player shows."""
+
+    pts: np.ndarray | None  # (frames,) sorted, for finding a frame's number; None: they are counted
+    keys: np.ndarray  # numbers of key frames, from which to decode; none: from the file's start
+    seconds: np.ndarray  # (frames,) from the first frame on
     fps: float
-    time_base: float  # seconds in a unit of pts
+    last_pts: int | None  # of the file's last packet, of which half may be cut off
+
+    @property
+    def order(self):
+        """How frames are numbered: by their "time", or as they come out of the "decoder"."""
+        return "time" if len(self.keys) else "decoder"
 
 
 class Video(NamedTuple):
@@ -99,9 +109,11 @@ def _open_stream(path, motion):
             # Loaders run a process a core; and with several threads in one decoder the number of
             # motion vectors changes from run to run.
             stream.codec_context.thread_count = 1
-            # Set before the first frame is decoded.
-            options = {"flags2": "+export_mvs"} if motion else {}
-            stream.codec_context.options = options | {"max_pixels": str(MAX_PIXELS)}
+            # Set before the first frame is decoded. Unaligned: cropped at the left as it says.
+            options = {"flags": "+unaligned", "max_pixels": str(MAX_PIXELS)}
+            if motion:
+                options["flags2"] = "+export_mvs"
+            stream.codec_context.options = options
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         if error.errno == errno.EMFILE:  # nothing is wrong with the video
@@ -114,61 +126,91 @@ def _demux(container, stream):
     return contextlib.closing(container.demux(stream))
 
 
-def _ascend(times):
+def _orientation(frame):
+    """(transpose, flip rows, flip columns): of the eight orientations the nearest to the display
+    matrix in the metadata, which is not applied by itself."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # (x,y) -> (ax + cy, bx + dy)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, b < 0, c < 0
+    return False, d < 0, a < 0
+
+
+# In these a packet has the time of its frame, and a mark if decoding can begin there.
+TIMED_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+TIMED_CODECS = {"h264", "hevc", "vp8", "vp9", "av1"}
+FIRST_PACKETS = 50  # that tell the order of frames; no codec reorders more than 16
+
+
+def _never_back(times):
     return all(one <= other for one, other in itertools.pairwise(times))
 
 
-def _first_frames(path):
-    """-> (number of packets before the second key frame, times of frames that come out of them: not
-    of those that refer to what was cut off in front)."""
-    keys, fed, times = 0, 0, []
-    with _open_stream(path, False) as (container, stream), _demux(container, stream) as packets:
-        for packet in packets:
-            keys += packet.is_keyframe and packet.size > 0
-            if keys == 2:
-                packet = None  # flush what the decoder holds back
-            fed += packet is not None and packet.size > 0
-            times += [frame.pts for frame in stream.codec_context.decode(packet)]
-            if packet is None:
-                break
-    return fed, times
+def _decode_packet(packet):
+    """-> the frames that come out; None if the packet is damaged."""
+    try:
+        return packet.decode()
+    except av.InvalidDataError:
+        return None
+
+
+def _seconds(times, fps):
+    """Seconds of packets, in order of decoding -> of as many frames, from the first on. Where one
+    is missing, or goes back (files were joined), a frame takes 1/fps."""
+    seconds, offset = [], None
+    for time in times:
+        expected = seconds[-1] + 1 / (fps or 1) if seconds else 0.0
+        if time is not None and (offset is None or time + offset < seconds[-1]):
+            offset = expected - time
+        seconds.append(expected if time is None else time + offset)
+    return np.array(seconds)
 
 
 def _scan(path, container, stream):
-    # Headers lie about the number of frames (Matroska says 0): packets are counted, undecoded.
-    packets = [
-        (packet.pts, packet.dts, packet.is_keyframe)
-        for packet in container.demux(stream)
-        if packet.size
-        and not packet.is_discard  # edit lists discard packets
-        # VP8 has packets whose frame is never shown: bit 4 of the first byte (RFC 6386, 9.1).
-        and (stream.codec_context.name != "vp8" or memoryview(packet)[0] & 0x10)
-    ]
-    if not packets:
+    """-> _Index, of all packets, since headers lie about the number of frames. The first of them
+    are decoded where only frames tell their order, or which of them come out."""
+    codec, rows, first, fed, keys = stream.codec_context, [], [], 0, 0
+    for packet in container.demux(stream):
+        # Edit lists discard packets. VP8 has packets whose frame is never shown: bit 4 of the first
+        # byte (RFC 6386, 9.1).
+        hidden = codec.name == "vp8" and packet.size and not memoryview(packet)[0] & 0x10
+        if packet.size and not packet.is_discard and not hidden:
+            rows.append((packet.pts, packet.dts, packet.is_keyframe))
+        keys += packet.is_keyframe and packet.size > 0
+        if packet.size and (keys == 0 or keys == 1 and len(first) < FIRST_PACKETS):
+            first.append(packet)
+            fed = len(rows)
+    if not rows:
         raise VideoError(f"{path}: no frames")
+    pts, dts, is_key = zip(*rows)
     fps, time_base = float(stream.average_rate or 0), float(stream.time_base or 0)
-    pts, dts, is_key = zip(*packets)
-    dts = [time for time in dts if time is not None]
-    # Frames are counted while decoding where times give no order: some are missing, or twice there;
-    # or B-frames do not make them go back (AVI); or files were joined (those of decoding go back).
-    if (
-        None in pts
-        or len(set(pts)) < len(pts)
-        or (stream.codec_context.has_b_frames and _ascend(pts))
-        or not _ascend(dts)
-    ):
-        frames = len(packets)
-        if None in pts and stream.codec_context.has_b_frames:
-            fed, times = _first_frames(path)
-            frames -= fed - len(times)
-        return _Index(None, np.empty(0, int), frames, fps, time_base)
-    pts, is_key = np.array(pts), np.array(is_key)
-    first_key = pts[is_key.argmax()]
-    if is_key.any() and pts.min() < first_key:  # of leading frames those that come out are shown
-        shown = (pts >= first_key) | np.isin(pts, _first_frames(path)[1])
-        pts, is_key = pts[shown], is_key[shown]
-    order = np.argsort(pts)
-    return _Index(pts[order], np.flatnonzero(is_key[order]), len(pts), fps, time_base)
+    timed = container.format.name in TIMED_CONTAINERS and None not in pts
+    timed = timed and codec.codec.canonical_name in TIMED_CODECS and len(set(pts)) == len(pts)
+    # B-frames make times go back, unless these are times of decoding. What comes before the first
+    # key frame may refer to what was cut off there, and not come out.
+    unsure = not timed or not is_key[0] or min(pts) < pts[0]
+    unsure = unsure or (codec.has_b_frames and _never_back(pts))
+    out = []  # times of the first frames, as they come out
+    if unsure:
+        frames = [frame for packet in first for frame in _decode_packet(packet) or []]
+        out = [frame.pts for frame in frames + codec.decode(None)]
+    joined = not _never_back([time for time in dts if time is not None])
+    if joined or None in pts or None in out or not _never_back(out):  # frames are counted
+        times = [one if other is None else other for one, other in zip(pts, dts)]
+        if None not in pts and not joined:
+            times = sorted(pts)
+        times = [None if time is None else time * time_base for time in times]
+        seconds = _seconds(times[max(0, fed - len(out)) :], fps)
+        return _Index(None, np.empty(0, int), seconds, fps, pts[-1])
+    times = np.array(pts)
+    ranks = np.argsort(times, kind="stable")
+    if out:
+        ranks = ranks[times[ranks] >= out[0]]
+    keys = np.flatnonzero(np.array(is_key)[ranks]) if timed else np.empty(0, int)
+    seconds = (times[ranks] - times[ranks[0]]) * time_base
+    return _Index(times[ranks], keys, seconds, fps, pts[-1])
 
 
 _INDICES = {}  # of files met before: the clips of an hour-long one need not scan it each
@@ -197,13 +239,9 @@ def frame_range(path, start=None, end=None) -> tuple[int, int]:
     first frame; all by default. path: a file, or a Video from open_video. VideoError if no frame
     lies between."""
     with open_video(path) as video:
-        index = video.index
-    if index.pts is None:  # no timestamps: the frame rate has to do
-        times = np.arange(index.frames) / (index.fps or 1)
-    else:
-        times = (index.pts - index.pts[0]) * index.time_base
-    first = 0 if start is None else int(np.searchsorted(times, start - 1e-6))
-    stop = len(times) if end is None else int(np.searchsorted(times, end - 1e-6))
+        seconds = video.index.seconds
+    first = 0 if start is None else int(np.searchsorted(seconds, start - 1e-6))
+    stop = len(seconds) if end is None else int(np.searchsorted(seconds, end - 1e-6))
     if first >= stop:
         raise VideoError(f"{video.path}: no frame between start={start} s and end={end} s")
     return first, stop
@@ -219,11 +257,11 @@ def clip_indices(first, stop, num_frames, stride, *, generator=None) -> list[int
     return [min(start + i * stride, stop - 1) for i in range(num_frames)]
 
 
-def _runs(keys, frames):
+def _by_key(keys, frames):
     """Cuts frame numbers into runs, each decoded from one key frame; a new run begins where a seek
     to a later key frame saves decoding. -> [(key frame, [frame, ...]), ...]."""
     runs = []
-    for number in sorted(set(frames)):
+    for number in frames:
         before = keys[: np.searchsorted(keys, number, side="right")]
         key = int(before[-1]) if len(before) else 0
         if not runs or key > runs[-1][1][-1] + 1:
@@ -232,17 +270,14 @@ def _runs(keys, frames):
     return runs
 
 
-def _number(index, frame):
-    """The number of a decoded frame, None if no packet announced it."""
+def _number(index, frame, before=-1):
+    """The number of a frame that came out after number `before`; None if no packet announced it."""
+    if index.pts is None:
+        return before + 1
     if frame.pts is None:
         return None
-    number = int(np.searchsorted(index.pts, frame.pts))
-    return number if number < index.frames and index.pts[number] == frame.pts else None
-
-
-# Codecs in which libav can leave out frames that nothing refers to. (An HEVC frame that says so of
-# itself may still be referred to by those of a higher temporal layer.)
-_SKIPS = {"h264", "mpeg4"}
+    number = max(int(np.searchsorted(index.pts, frame.pts)), before + 1)  # of equal times the next
+    return number if number < len(index.pts) and index.pts[number] == frame.pts else None
 
 
 def _packets(video, key, number):
@@ -259,50 +294,87 @@ def _packets(video, key, number):
                 return
 
 
-def _decode(video, frames):
+def _decode_by_key(video, frames):
     """Yields (number, frame) for the frames, and for those decoded on the way to them."""
     codec, index = video.stream.codec_context, video.index
-    if index.pts is None:
-        return
-    for key, run in _runs(index.keys, frames):
+    for key, run in _by_key(index.keys, frames):
         awaited = set(index.pts[run].tolist())
         for packet in _packets(video, key, run[0]):
-            if codec.name in _SKIPS:
+            # In H.264 frames can be left out that nothing refers to. (An HEVC frame that says so of
+            # itself may still be referred to by those of a higher temporal layer.)
+            if codec.name == "h264":
                 codec.skip_frame = "DEFAULT" if packet.pts in awaited else "NONREF"
             awaited.discard(packet.pts)
             decoded = packet.decode()
             if not awaited and packet.size:  # all is in: flush what the decoder holds back
                 decoded += codec.decode(None)
             for frame in decoded:
-                if (number := _number(index, frame)) is not None:
+                number = _number(index, frame)
+                if number == key and frame.pict_type != PictureType.I:
+                    return  # the container marks key frames that are none
+                if number is not None:
                     yield number, frame
             if not awaited:
                 break
 
 
 def _decode_from_start(video, frames):
-    """Yields (number, frame) for every frame up to the last of `frames`, in another decoder."""
-    again = _open_stream(video.path, video.motion)
+    """Yields (number, frame) for the frames, in another decoder. Instead of a frame that does not
+    come out, the one before, which stands on the screen then. VideoError if that is longer than a
+    second, or if a frame, or one between it and the last key frame, is damaged."""
+    path, index, left = video.path, video.index, list(frames)
+    number, screen = -1, None  # of the last frame that came out
+    broken = damaged = key_came = False
+
+    def on_screen(wanted):
+        if screen is None or index.seconds[wanted] - index.seconds[number] > 1:
+            raise VideoError(f"{path}: frame {wanted} cannot be decoded")
+        if damaged:
+            raise VideoError(f"{path}: frame {wanted} is damaged, or refers to one that is")
+        return wanted, screen
+
+    again = _open_stream(path, video.motion)
     with again as (container, stream), _demux(container, stream) as packets:
-        decoded = (packet.decode() for packet in packets)
-        for count, frame in enumerate(itertools.chain.from_iterable(decoded)):
-            number = count if video.index.pts is None else _number(video.index, frame)
-            if number is not None:
-                yield number, frame
-                if number >= frames[-1]:
+        for packet in packets:
+            if broken and packet.size:  # not the file's last packet, of which half was cut off
+                damaged, key_came, broken = True, False, False
+            key_came = key_came or packet.is_keyframe
+            decoded = _decode_packet(packet)
+            if decoded is None:
+                broken = True
+                number += index.pts is None and screen is not None
+            for frame in decoded or []:
+                cut_off = frame.is_corrupt and frame.pts == index.last_pts
+                found = None if cut_off else _number(index, frame, number)
+                if found is None:
+                    continue
+                while left and left[0] < found:
+                    yield on_screen(left.pop(0))
+                if frame.key_frame and key_came:
+                    damaged = False
+                if frame.is_corrupt:
+                    damaged = key_came = True
+                number, screen = found, frame
+                if left and left[0] == found:
+                    yield on_screen(left.pop(0))
+                if not left:
                     return
+        while left:
+            yield on_screen(left.pop(0))
 
 
-def _orientation(frame):
-    """(transpose, flip rows, flip columns): of the eight orientations the nearest to the display
-    matrix in the metadata, which is not applied by itself."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # (x,y) -> (ax + cy, bx + dy)
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        return True, b < 0, c < 0
-    return False, d < 0, a < 0
+def _decode(video, frames):
+    """Yields (number, frame) for the frames, whose numbers are sorted and all different."""
+    left = list(frames)
+    with contextlib.suppress(av.InvalidDataError):
+        for number, frame in _decode_by_key(video, left) if len(video.index.keys) else ():
+            if frame.is_corrupt or number > left[0]:
+                break  # a frame is damaged, or did not come out
+            if number == left[0]:
+                yield left.pop(0), frame
+                if not left:
+                    return
+    yield from _decode_from_start(video, left)
 
 
 def _turn(picture, orientation):
@@ -312,16 +384,21 @@ def _turn(picture, orientation):
     return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
 
+def _first_frame(video):
+    """-> (height, width) as coded, and orientation, of the file's first frame."""
+    with contextlib.closing(_decode_from_start(video, [0])) as decoded:
+        _, frame = next(decoded)
+        return (frame.height, frame.width), _orientation(frame)
+
+
 def probe_video(path) -> VideoInfo:
     """Frame count, frames per second and (height, width) of a video; decodes its first frame.
 
     Raises VideoError if there is no video stream or no frame that can be decoded."""
     with open_video(path) as video:
-        for _, frame in _decode_from_start(video, [0]):
-            transpose, _, _ = _orientation(frame)
-            size = (frame.width, frame.height) if transpose else (frame.height, frame.width)
-            return VideoInfo(video.index.frames, video.index.fps, size)
-    raise VideoError(f"{path}: no frame that can be decoded")
+        (height, width), (transpose, *_) = _first_frame(video)
+        size = (width, height) if transpose else (height, width)
+        return VideoInfo(len(video.index.seconds), video.index.fps, size)
 
 
 # PyAV scales in as many threads as there are cores (since 17), and keeps them for the next frame
@@ -385,46 +462,46 @@ def _frame_difference(frames):
     return F.avg_pool2d(change[:, None], MOTION_CELL, ceil_mode=True)[:, 0]
 
 
-def _read_frames(path, decoded, wanted, motion):
-    """From pairs (number, frame) -> {number: RGB} and, with motion, {number: motion field or None}
-    of those that are wanted. VideoError if one of them, or one on the way to them, is damaged."""
-    rgb, fields, size, scalers = {}, {}, None, (VideoReformatter(), VideoReformatter())
-    for number, frame in decoded:
-        if frame.is_corrupt:  # what follows refers to it
-            raise VideoError(f"{path}: frame {number} is damaged")
-        if size is None:  # should they change: as in the first
-            size, orientation = (frame.height, frame.width), _orientation(frame)
-        if number in wanted:
-            rgb[number] = _turn(_to_rgb(frame, size, scalers), orientation)
-            if motion:
-                field = _block_motion(frame, *(-(-side // MOTION_CELL) for side in size))
-                fields[number] = None if field is None else _turn(field, orientation)
-    return rgb, fields
+def each_frame(video, numbers, *, motion=False):
+    """Yields (number, frame (H,W,3) uint8, its field of motion or None) for numbers that are sorted
+    and all different, of a Video, in one pass. All frames have the size of the file's first.
+    VideoError as read_clip."""
+    size, orientation = (video.stream.height, video.stream.width), None
+    scalers, sure = (VideoReformatter(), VideoReformatter()), False
+    for number, frame in _decode(video, numbers):
+        if orientation is None:
+            orientation = _orientation(frame)
+        if (frame.height, frame.width) != size and not sure:
+            (size, orientation), sure = _first_frame(video), True
+        rgb = _turn(_to_rgb(frame, size, scalers), orientation)
+        field = None
+        if motion and (frame.height, frame.width) == size:
+            field = _block_motion(frame, *(-(-side // MOTION_CELL) for side in size))
+        yield number, rgb, None if field is None else _turn(field, orientation)
 
 
 def read_clip(path, frames, *, motion=False):
-    """Reads the frames with the given numbers (sorted, repeats allowed), all in one decode. path: a
-    file, or a Video from open_video.
+    """Reads the frames with the given numbers (sorted integers of any kind, repeats allowed), all
+    in one decode. path: a file, or a Video from open_video.
 
     Returns frames (T,H,W,3) uint8; with motion=True (frames, motion): motion (T,H/8,W/8) float32,
     rounded up, is the length of the codec's motion vectors in pixels of the source. A block without
     one borrows from the nearest of the frames that has one. If none of them has (HEVC, VP9 and AV1
-    export none) it is the absolute difference of frames instead, and a NoMotionVectors warning.
+    export none) it is the absolute difference of frames instead, and a NoMotionVectors warning. A
+    frame that the decoder does not give shows the one before.
     Raises ValueError for a number out of range, VideoError for a file that cannot be read."""
+    frames = [operator.index(number) for number in frames]
+    rgb, fields = {}, {}
     with open_video(path, motion=motion) as video:
-        path, index, frames = video.path, video.index, list(frames)
-        if not frames or frames != sorted(frames) or frames[0] < 0 or frames[-1] >= index.frames:
-            must = f"must be sorted and in 0..{index.frames - 1}"
-            raise ValueError(f"{path}: frame numbers {frames}: {must}")
+        path, last = video.path, len(video.index.seconds) - 1
+        if not frames or frames != sorted(frames) or frames[0] < 0 or frames[-1] > last:
+            raise ValueError(
+                f"{path}: frame numbers {frames}: must be sorted and in 0..{last}, one at least"
+            )
         if motion and not video.motion:
             raise ValueError(f"{path}: motion of a video that was opened without motion=True")
-        # If a seek landed too late, frames are missing: then all is decoded from the start.
-        for decode in (_decode, _decode_from_start):
-            rgb, fields = _read_frames(path, decode(video, frames), set(frames), motion)
-            if rgb.keys() == set(frames):
-                break
-        else:
-            raise VideoError(f"{path}: frame {min(set(frames) - rgb.keys())} cannot be decoded")
+        for number, picture, field in each_frame(video, sorted(set(frames)), motion=motion):
+            rgb[number], fields[number] = picture, field
     clip = torch.from_numpy(np.stack([rgb[number] for number in frames]))
     if not motion:
         return clip
@@ -461,11 +538,13 @@ class TextMap(NamedTuple):
     size: tuple[int, int]  # (height, width) of the source
     resized: tuple[int, int]  # as CLIP saw it: h'*patch_size, w'*patch_size
     patch_size: int
+    order: str  # how frames were numbered: Video.index.order, or "" in maps of before 2026-11-26
 
 
-def read_map(path, captions, clip=None) -> TextMap:
-    """Reads a text map (.npz without pickles). Raises ValueError if it is broken, or was made of
-    other captions, or (where `clip` is given) by another CLIP."""
+def read_map(path, captions, clip=None, order=None) -> TextMap:
+    """Reads a text map (.npz without pickles). Raises ValueError if it is broken, was made of other
+    captions, or (where these are given) by another CLIP, or of a video whose frames were numbered
+    in another order (Video.index.order) then."""
     again = "python captions.py maps makes it anew"
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -475,14 +554,21 @@ def read_map(path, captions, clip=None) -> TextMap:
                 tuple(file["source_size"].tolist()),
                 tuple(file["resized_size"].tolist()),
                 int(file["patch_size"]),
+                str(file["order"]) if "order" in file else "",
             )
             made_of = file["captions"].tolist()
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = error or type(error).__name__
         raise ValueError(f"{path}: not a whole text map ({reason}); {again}") from error
-    if made_of != captions:
+    if made_of != [caption.rstrip("\0") for caption in captions]:  # as NumPy keeps texts
         other = f"a text map of other captions ({made_of}, now {captions})"
         raise ValueError(f"{path}: {other}; {again}")
+    # Maps of before have no order; where frames are numbered by time the numbers are the same now.
+    if order not in (None, saved.order) and (saved.order or order == "decoder"):
+        raise ValueError(
+            f"{path}: a text map from when the frames of its video were numbered in another order; "
+            f"{again}"
+        )
     if clip not in (None, saved.clip):
         other = f"a text map made with CLIP {saved.clip}, not {clip}"
         raise ValueError(f"{path}: {other}; {again}, with --force")

@@ -252,7 +252,9 @@ class TrainingClips(torch.utils.data.Dataset):
             try:
                 return {**self.load(place, seed_of(self.run_seed, epoch, index, 1)), "bad": bad}
             except dataset.VideoError as error:
-                bad.append((self.records[place]["video"], str(error)))
+                record = self.records[place]
+                part = [f"{key} {record[key]} s" for key in ("start", "end") if key in record]
+                bad.append((", ".join([record["video"], *part]), str(error)))
         count = f"{len(bad)} video(s) in a row cannot be read"
         raise dataset.VideoError(f"{count}, the last: {bad[-1][1]}")
 
@@ -626,8 +628,8 @@ class Clips(TrainingClips):
         self.config, self.args, self.text_from = config, args, text_from
 
     def read(self, record, generator):
-        """-> frames (T,H,W,3), motion (T,H/8,W/8) or None, numbers of the frames, whether motion is
-        the difference of frames."""
+        """-> frames (T,H,W,3), motion (T,H/8,W/8) or None, numbers of the frames and their order,
+        whether motion is the difference of frames."""
         args, with_motion = self.args, self.args.mask == "mgm"
         with (
             dataset.open_video(record["path"], motion=with_motion) as video,
@@ -639,7 +641,8 @@ class Clips(TrainingClips):
             numbers = dataset.clip_indices(*span, count, args.stride, generator=generator)
             read = dataset.read_clip(video, numbers, motion=with_motion)
         frames, motion = read if with_motion else (read, None)
-        return frames, motion, numbers, any(w.category is dataset.NoMotionVectors for w in caught)
+        no_motion = any(w.category is dataset.NoMotionVectors for w in caught)
+        return frames, motion, numbers, video.index.order, no_motion
 
     def draw_captions(self, record, count, generator):
         """Numbers of `count` captions, each drawn from --num-captions of them, evenly spread."""
@@ -653,12 +656,12 @@ class Clips(TrainingClips):
     def load(self, place, seed):
         record, args, c = self.records[place], self.args, self.config
         generator = torch.Generator().manual_seed(seed)
-        frames, motion, numbers, no_motion = self.read(record, generator)
+        frames, motion, numbers, order, no_motion = self.read(record, generator)
         size, firsts = frames.shape[1:3], numbers[:: c.tubelet_size]
         chosen = self.draw_captions(record, args.repeat, generator)
         text_map = None
         if self.text_from == "maps":
-            text_map = dataset.read_map(record["map_path"], record["captions"], args.clip)
+            text_map = dataset.read_map(record["map_path"], record["captions"], args.clip, order)
         videos, masks = [], []
         for number in chosen:  # a clip of the same frames for each caption
             crop = dataset.multi_scale_crop(size, flip=args.flip, generator=generator)

@@ -139,9 +139,12 @@ def test_damaged_files_are_read_rightly(footage, tmp_path):
             continue
         off = []
         for time, ours in zip(pts, frames):
+            if whole[time].is_corrupt:  # the file's last packet, half of it: the frame before
+                assert time == video.index.last_pts
+                continue
             theirs = whole[time].to_ndarray(format="rgb24").astype(int)
             off.append(np.abs(np.rot90(theirs, round(whole[time].rotation / 90)) - ours).mean())
-        alike.append(max(off) < 2)
+        alike.append(max(off, default=0) < 2)
     # Where a payload is damaged without the decoder's knowledge, frames depend on where decoding
     # began.
     assert len(alike) > 20 and sum(alike) >= len(alike) - 1
