@@ -157,15 +157,14 @@ def _decode_packet(packet):
 
 
 def _seconds(times, fps):
-    """Seconds of packets, in order of decoding -> of as many frames, from the first on. Where one
-    is missing, or goes back (files were joined), a frame takes 1/fps."""
-    seconds, offset = [], None
-    for time in times:
-        expected = seconds[-1] + 1 / (fps or 1) if seconds else 0.0
-        if time is not None and (offset is None or time + offset < seconds[-1]):
-            offset = expected - time
-        seconds.append(expected if time is None else time + offset)
-    return np.array(seconds)
+    """Times of packets in seconds, in order of decoding, None where one has none -> of as many
+    frames, from the first on. Where times go back (files were joined) they go on as before."""
+    known = [i for i, time in enumerate(times) if time is not None]
+    if len(known) < 2:
+        return np.arange(len(times)) / (fps or 25)
+    steps = np.diff([times[i] for i in known])
+    steps[steps < 0] = np.median(abs(steps))
+    return np.interp(np.arange(len(times)), known, np.cumsum([0, *steps]))
 
 
 def _scan(path, container, stream):
@@ -179,7 +178,7 @@ def _scan(path, container, stream):
         if packet.size and not packet.is_discard and not hidden:
             rows.append((packet.pts, packet.dts, packet.is_keyframe))
         keys += packet.is_keyframe and packet.size > 0
-        if packet.size and (keys == 0 or keys == 1 and len(first) < FIRST_PACKETS):
+        if packet.size and (keys == 0 or keys == 1 and fed < FIRST_PACKETS):
             first.append(packet)
             fed = len(rows)
     if not rows:
