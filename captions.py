@@ -336,7 +336,8 @@ def segments(record, seconds):
     with dataset.open_video(record["video"]) as video:
         dataset.probe_video(video)  # that a frame can be decoded
         times = video.index.seconds
-    count = int(times[-1] / seconds + 0.5)
+    length = times[-1] + np.median(np.diff(times)) if len(times) > 1 else 0  # to the last one's end
+    count = int(length / seconds + 0.5)
     begins = np.unique((times + 1e-6) // seconds).astype(int)  # pieces in which a frame begins
     cuts = [round(i * seconds, 3) for i in begins.tolist() if 0 < i < count]
     starts, ends = ([{"start": cut} for cut in cuts], [{"end": cut} for cut in cuts])
