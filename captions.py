@@ -501,16 +501,18 @@ PROMPTS = (  # the paper's Figure 5(a)
 
 def phrase(label):
     """A class name in words: 'ApplyEyeMakeup', 'apply_eye_makeup' -> 'apply eye makeup'; EPIC's
-    'board:chopping' -> 'chopping board'. Abbreviations stay."""
-    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ")
-    text = re.sub(r"(\S+?):(\S+)", lambda match: f"{match[2].replace(':', ' ')} {match[1]}", text)
-    stays = [word.isupper() and len(word) > 1 for word in text.split()]
-    return " ".join(w if stay else w.lower() for w, stay in zip(text.split(), stays))
+    'board:chopping' -> 'chopping board'. TV, iPhone and 10:30 stay."""
+    # UCF101's YoYo is the only name of a class with a word of two letters.
+    text = re.sub(r"(?<=[a-z]{2})(?=[A-Z])|(?<=Yo)(?=Yo)", " ", label).replace("_", " ")
+    colon = r"(?<!\S)([^\W\d][^\s:]*):([^\W\d]\S*)"
+    text = re.sub(colon, lambda match: f"{match[2].replace(':', ' ')} {match[1]}", text)
+    return " ".join(w if re.search("^[A-Z][^a-z]+$|.[A-Z]", w) else w.lower() for w in text.split())
 
 
 def sentence(label):
     text = phrase(label)
-    return text[:1].upper() + text[1:] + "."
+    first = text[:1] if text[1:2].isupper() else text[:1].upper()  # iPhone
+    return first + text[1:] + "."
 
 
 def caption_label(record):

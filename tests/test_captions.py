@@ -499,6 +499,8 @@ def test_sentences():
         ("ApplyEyeMakeup", "Apply eye makeup."), ("apply_eye_makeup", "Apply eye makeup."),
         ("YoYo", "Yo yo."), ("take board:chopping", "Take chopping board."),
         ("turn-on tap", "Turn-on tap."), ("playing TV games", "Playing TV games."),
+        ("unboxing iPhone", "Unboxing iPhone."), ("eBay sale", "eBay sale."), ("GoPro", "GoPro."),
+        ("at 10:30", "At 10:30."), ("16:9 or 2:x", "16:9 or 2:x."), ("in T2", "In T2."),
     ):  # fmt: skip
         assert captions.sentence(label) == text
 
