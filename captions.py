@@ -315,9 +315,7 @@ def write_text(path, text):
 
 
 def write_manifest(path, records):
-    added = {"path", "map_path"}  # by read_manifest
-    lines = ({key: record[key] for key in record if key not in added} for record in records)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def report(manifest, command, problems):
@@ -468,7 +466,10 @@ def conclude(manifest, command, outcomes, update):
     ValueError if all failed."""
     if rank_and_world()[0]:
         return
-    records, failures, done = list(dataset.read_manifest(manifest)), [], 0
+    read, failures, done = dataset.read_manifest(manifest), [], 0
+    own = (json.loads(line) for line in read.data.split(b"\n") if line.strip())
+    # `path` and `map_path`, which read_manifest adds, are those of the file.
+    records = [{key: line[key] for key in record if key in line} for line, record in zip(own, read)]
     for key, record in zip(keys_of(records), records):
         if key not in outcomes:
             continue

@@ -494,6 +494,17 @@ def test_append_and_human(manifest):
     assert records(data)[0]["captions"] == ["Circle left."]
 
 
+def test_keys_that_read_manifest_adds():
+    """Somebody's own `path` and `map_path` outlive a rewritten manifest; where there are none, none
+    are written."""
+    own = {"path": "/mine", "map_path": 3, "other": {"a": [1]}}
+    clips = [{"video": "a.mp4", "label": "wave"} | own, {"video": "b.mp4", "maps": "b.npz"}]
+    captions.write_manifest("some.jsonl", clips)
+    run("caption some.jsonl --source label")
+    made = {"captions": ["Wave."]}, {"failed": "no label"}
+    assert records("some.jsonl") == [clip | more for clip, more in zip(clips, made)]
+
+
 def test_sentences():
     for label, text in (
         ("ApplyEyeMakeup", "Apply eye makeup."), ("apply_eye_makeup", "Apply eye makeup."),
