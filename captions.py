@@ -55,8 +55,12 @@ from train import (
 )
 
 VIDEOS = set(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
+VIDEOS |= {".mts", ".m2ts", ".vob", ".divx"}
 SPLITS = {name: name for name in ("train", "val", "test")}
-SPLITS |= {"training": "train", "validation": "val", "validate": "val"}
+SPLITS |= {"training": "train", "validation": "val", "validate": "val"}  # in annotation files
+SPLIT_WORDS = SPLITS | {"valid": "val", "dev": "val", "testing": "test"}  # in people's own names
+# Hidden files and folders, and what systems keep of deleted files, previews and snapshots.
+HIDDEN = r"\..*|[$#@]recycle(\.bin)?|@eadir|__macosx|lost\+found|[~#]snapshot|system volume info.*"
 
 
 # =================================================================================================
@@ -71,6 +75,7 @@ class Annotations:
 
     def __init__(self, folder):
         self.folder, self.where = folder, str(folder)
+        self.others = []  # files under ROOT that are no videos
 
     def path(self, *names, needed=True):
         """The first of the names that is there; None if it is not needed."""
@@ -86,9 +91,6 @@ class Annotations:
             if line.strip():
                 yield line.strip()
 
-    def json(self, path):
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-
     def rows(self, path):
         self.where = str(path)
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -100,7 +102,7 @@ class Annotations:
                 yield row
 
     def entries(self, path):
-        for number, entry in enumerate(self.json(path), 1):
+        for number, entry in enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1):
             self.where = f"{path}: entry {number}"
             yield entry
 
@@ -124,7 +126,8 @@ def index_ssv2(args, files, find):
     """something-something-v2-{train,validation,test,labels}.json, or without that prefix. The test
     split has no labels, and not everybody has it."""
     old = "something-something-v2-"
-    labels = files.json(files.path(f"{old}labels.json", "labels.json"))
+    path = files.path(f"{old}labels.json", "labels.json")
+    labels = json.loads(path.read_text(encoding="utf-8-sig"))
     for part in ("train", "validation", "test"):
         path = files.path(f"{old}{part}.json", f"{part}.json", needed=part != "test")
         for entry in files.entries(path) if path else ():
@@ -155,7 +158,7 @@ def index_ucf101(args, files, find):
 def index_hmdb51(args, files, find):
     """<class>_test_split1.txt (--fold: 1, 2, 3), a file a class; 1 is train, 2 test, 0 unused."""
     ending = f"_test_split{args.fold}.txt"
-    paths = sorted(files.folder.glob("*" + ending)) or [files.path("*" + ending)]  # none: says so
+    paths = sorted(files.folder.glob("[!.]*" + ending)) or [files.path("*" + ending)]  # says so
     for path in paths:
         label = path.name.removesuffix(ending)
         for line in files.lines(path):
@@ -169,9 +172,8 @@ def index_hmdb51(args, files, find):
 def index_diving48(args, files, find):
     """Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json. A file is a dive: its
     start and end frames are the file's."""
-    vocab = list(files.entries(files.path("Diving48_vocab.json")))
-    named = [words if isinstance(words, str) else " ".join(words) for words in vocab]
-    classes = dict(enumerate(named))
+    vocab = files.entries(files.path("Diving48_vocab.json"))
+    classes = dict(enumerate(w if isinstance(w, str) else " ".join(w) for w in vocab))
     for split in ("train", "test"):
         for entry in files.entries(files.path(f"Diving48_V2_{split}.json")):
             record = {"video": find(entry["vid_name"]), "label": classes[entry["label"]]}
@@ -196,6 +198,12 @@ def index_epic55(args, files, find):
             time = round(3600 * int(hours) + 60 * int(minutes) + float(seconds), 3)
             record["end" if key == "stop" else key] = time
         yield row["video_id"], record | {"human_captions": [row["narration"].strip()]}
+
+
+def split_words(name):
+    """The words in a name that stand for a split: 'ucf101_testlist01' -> {'test'}."""
+    words = re.findall("[a-z]+", name.lower())
+    return {word.removesuffix("list") for word in words} & SPLIT_WORDS.keys()
 
 
 def index_list(args, files, find):
@@ -225,27 +233,38 @@ def index_list(args, files, find):
             yield name, record
 
 
-def videos_under(root):
+def videos_under(root, others=None):
     """Videos below a folder, also through links; not hidden ones (.ipynb_checkpoints/a.mp4,
-    ._a.mp4), nor those below a folder that is its own ancestor, by a link."""
+    ._a.mp4, @eaDir/a.mp4), nor those below a folder that is its own ancestor, by a link. Files of
+    other kinds are added to the list `others`."""
     for folder, folders, names in os.walk(root, followlinks=True):
         real = Path(folder).resolve()
         above = {real, *real.parents, *(p.resolve() for p in Path(folder).parents)}
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+        folders[:] = sorted(name for name in folders if not re.fullmatch(HIDDEN, name, re.I))
         folders[:] = [name for name in folders if Path(folder, name).resolve() not in above]
-        shown = sorted(name for name in names if name[0] != ".")
+        shown = sorted(name for name in names if not re.fullmatch(HIDDEN, name, re.I))
         yield from (Path(folder, name) for name in shown if Path(name).suffix.lower() in VIDEOS)
+        if others is not None:
+            others += [name for name in shown if Path(name).suffix.lower() not in VIDEOS]
 
 
 def index_folder(args, files, find):
-    """ROOT/<label>/<video> or ROOT/<split>/<label>/<video>; a video in ROOT itself: its name is the
-    label."""
-    for path in videos_under(args.root):
-        *folders, name = path.relative_to(args.root).parts
-        files.where, split = str(path), "train"
-        if len(folders) > 1 and folders[0].lower() in SPLITS:
-            split = SPLITS[folders.pop(0).lower()]
-        yield name, {"video": path, "label": folders[-1] if folders else path.stem, "split": split}
+    """ROOT/<label>/.../<video>; or, if all folders with videos in ROOT are named as splits,
+    ROOT/<split>/<label>/.../<video> and ROOT/<split>/<video>. A video in ROOT itself: its name is
+    the label."""
+    paths = list(videos_under(args.root, files.others))
+    folders_of = {path: path.relative_to(args.root).parts[:-1] for path in paths}
+    has_splits = {names[0].lower() for names in folders_of.values() if names} <= SPLIT_WORDS.keys()
+    for path, folders in folders_of.items():
+        files.where, split, labels = str(path), "train", folders or [path.stem]
+        if folders and has_splits:
+            split, labels = SPLIT_WORDS[folders[0].lower()], folders[1:]
+        label = {"label": labels[0]} if labels else {}
+        yield path.name, {"video": path} | label | {"split": split}
+    unused = {name for names in folders_of.values() for name in names if split_words(name)}
+    if unused and not has_splits:
+        some, words = ", ".join(sorted(unused)[:5]), ", ".join(SPLIT_WORDS)
+        print(f"{args.root}: not taken as splits: {some}; not all folders in ROOT are: {words}")
 
 
 DATASETS = {
@@ -255,7 +274,7 @@ DATASETS = {
 }  # fmt: skip
 
 
-def finder(root):
+def finder(root, others):
     """-> find(stem, *hints): the video under root with that name, whatever its folder and suffix;
     of several, the one whose folders have the most of the hints (label, split), and .mp4 before
     others."""
@@ -264,7 +283,7 @@ def finder(root):
         return text.lower().replace(" ", "_")
 
     table = defaultdict(list)
-    for path in videos_under(root):
+    for path in videos_under(root, others):
         table[path.stem].append(path)
 
     def find(stem, *hints):
@@ -282,7 +301,7 @@ def read_annotations(args):
     """-> [(where it says so, the video's name, record)]; what is wrong with a file is a ValueError
     that names file and line."""
     files, rows = Annotations(args.annotations or args.root), []
-    find = finder(args.root) if args.dataset not in ("folder", "list") else None
+    find = finder(args.root, files.others) if args.dataset not in ("folder", "list") else None
     try:
         for name, record in DATASETS[args.dataset](args, files, find):
             if record.get("human_captions") == [""]:
@@ -292,6 +311,9 @@ def read_annotations(args):
         raise ValueError(f"{files.where}: {error} is unknown or missing") from error
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(f"{files.where}: {error}") from error
+    others = [p for p in files.others if not (find and p.endswith((".csv", ".json", ".txt")))]
+    if others:
+        print(f"{len(others)} other files were left out, such as {others[0]}")
     if not any(record["video"] for *_, record in rows):
         missing = f", none of the {len(rows)} listed, such as {rows[0][1]}" if rows else ""
         raise ValueError(f"{args.root}: no videos ({' '.join(sorted(VIDEOS))}){missing}")
@@ -793,7 +815,8 @@ def parse_args(argv=None):
 
     flag = command("index", "a dataset's videos and annotation files -> manifest")
     whose = {"nargs": "?", "choices": DATASETS}
-    flag("dataset", "folder", "whose annotation files to read", **whose)
+    what = "whose annotation files to read; list: of `path label`; folder: none, folders are labels"
+    flag("dataset", "folder", what, **whose)
     flag("root", None, "the folder with the videos", type=Path)
     where = "folder of the annotation files (list: or a file); ROOT"
     flag("--annotations", None, where, type=Path)

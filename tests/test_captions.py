@@ -104,7 +104,7 @@ CLAP = "#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi"
 HMDB51 = {
     "splits/clap_test_split1.txt": f"{CLAP} 1\na;b&(c) d.avi 2\nleft_out.avi 0\n",
     "splits/clap_test_split2.txt": f"{CLAP} 2 \n",
-    "clap/left_out.avi": None, f"wave/{CLAP}": None,
+    "splits/._clap_test_split1.txt": "of macOS", "clap/left_out.avi": None, f"wave/{CLAP}": None,
 }  # fmt: skip
 DIVE = {"start_frame": 0, "end_frame": 150}
 DIVES = [["Back", "15som", "05Twis", "FREE"], ["Forward", "Dive", "NoTwis", "PIKE"]]

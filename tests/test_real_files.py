@@ -269,6 +269,45 @@ def test_lists_of_three_columns(tmp_path):
 
 
 MARK = "\ufeff"  # byte order
+NO_DATA = [  # what systems keep, and what holds no videos: counts for nothing
+    *(f"{name}/x/a.mp4" for name in ("$RECYCLE.BIN", "#recycle", "@eaDir", "__MACOSX")),
+    *(f"{name}/a.mp4" for name in ("lost+found", "~snapshot", "System Volume Information")),
+    "$Recycle.Bin/a.mp4", ".Trash-1000/a.mp4", "docs/a.pdf",
+]  # fmt: skip
+SPLIT_OF = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "validate": "val", "dev": "val", "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("found", [
+    {"train/a.mp4": ("train", None), "val/b.mp4": ("val", None), "c.mp4": ("train", "c")},
+    {"Train/wave/a.mp4": ("train", "wave"), "TEST/b.mp4": ("test", None)},
+    {f"{word}/wave/{word}.mp4": (split, "wave") for word, split in SPLIT_OF.items()},
+    {"valid/a.mp4": ("val", None)},
+    {"wave/group/a.mp4": ("train", "wave"), "test/group/b.mp4": ("train", "test")},
+    {"test/wave/group/take/a.mp4": ("test", "wave")},
+])  # fmt: skip
+def test_folders_are_splits_and_labels(tmp_path, found, capsys):
+    """The first folder below ROOT, or below the split; splits only where no others are beside."""
+    root = files(tmp_path / "v", *found, *NO_DATA)
+    made = index(root, tmp_path / "f.jsonl")
+    assert {name[2:]: (r["split"], r.get("label")) for name, r in made.items()} == found
+    assert ("not taken as splits: test;" in capsys.readouterr().out) == (
+        "wave/group/a.mp4" in found
+    )
+
+
+@pytest.mark.parametrize("dataset, count", [("folder", 7), ("k400", 5)])
+def test_other_files_are_counted(tmp_path, dataset, count, capsys):
+    """But for hidden ones; beside annotations not their kind either."""
+    names = [f"waving/a_000001_{i:06d}.{s}" for i, s in enumerate("mts M2TS vob DivX".split())]
+    root = files(tmp_path / "v", *names, "a.pdf", "b.jpg", "waving/a.rmvb", "waving/b", *NO_DATA)
+    files(root, "notes.txt", "waving/a.json")
+    lines = "".join(f"waving,a,1,{i},train\n" for i in range(4))
+    (tmp_path / "train.csv").write_text(f"label,youtube_id,time_start,time_end,split\n{lines}")
+    assert len(index(root, tmp_path / "o.jsonl", "--annotations", tmp_path, dataset)) == 4
+    assert f"{count} other files were left out, such as a.pdf\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", [
