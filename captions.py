@@ -206,26 +206,44 @@ def split_words(name):
     return {word.removesuffix("list") for word in words} & SPLIT_WORDS.keys()
 
 
+def path_and_label(line):
+    """`path label` or `path frames label` -> path, label. What follows the path is columns of CSV
+    if a comma, a tab or quotes say so, and words otherwise."""
+    endings = "|".join(re.escape(suffix) for suffix in VIDEOS)
+    # In quotes; or up to a known suffix; or one of two columns; or all but the last word.
+    paths = rf'"(?:[^"]|"")+"|[^"]+(?:{endings})|[^",\t]+(?=[,\t]\s*(?:".+"|[^,\t]+)$)|.+'
+    match = re.fullmatch(rf"({paths})\s*([\s,])\s*(.+)", line, re.IGNORECASE)
+    path, mark, rest = match.groups() if match else ("", "", '""')
+    mark = mark if mark in (",", "\t") else " "
+    row = next(csv.reader([rest], delimiter=mark, skipinitialspace=True, strict=True))
+    words = mark == " " or ", " in rest  # `riding a bike`, or behind a comma `cooking, outdoors`
+    if len(row) == 2 and re.fullmatch(r"-?\d+(\.0*)?\s*", row[0]):
+        del row[0]  # a number of frames
+    elif words and not re.search(r'["\t]|^(-?[\d.]+[\s,]+){2}', rest):  # no `start frames label`
+        row = [rest]
+    if len(row) > 1 or not row[0].strip():
+        raise ValueError(f"not `path label` or `path frames label`: {line[:80]}")
+    return path.strip('"').replace('""', '"'), row[0].strip()
+
+
 def index_list(args, files, find):
-    """`path label` a line, separated by a blank, tab or comma: VideoMAE's and mmaction2's lists. A
-    file, or a folder of them; the split is what the file's name says (train otherwise). The path is
-    absolute or under ROOT. --classes: the names of integer labels, a line each."""
+    """`path label` a line, see path_and_label: VideoMAE's and mmaction2's lists, and CSV. A file,
+    or a folder of .csv, .tsv, .txt; the split is what the file's name says (train otherwise). The
+    path is absolute or under ROOT. --classes: the names of integer labels, a line each."""
     names = dict(enumerate(files.lines(args.classes))) if args.classes else None
     folder = files.folder
-    paths = [folder] if folder.is_file() else sorted({*folder.glob("*.csv"), *folder.glob("*.txt")})
-    endings = "|".join(re.escape(suffix) for suffix in sorted(VIDEOS))
-    # Where the path ends in a known suffix the label may have blanks; it is one word otherwise.
-    forms = rf'"?(.+?(?:{endings}))"?[\s,]+(.+)', r'"?(.+?)"?[\s,]+([^\s,]+)'
-    for path in paths or [files.path("*.csv", "*.txt")]:  # none: says so
-        known = [SPLITS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in SPLITS]
+    lists = [folder] if folder.is_file() else sorted(folder.glob("[!.]*.[cCtT][sSxX][vVtT]"))
+    for path in lists or [files.path("*.csv", "*.txt")]:  # none: says so
+        files.where, words = str(path), sorted(split_words(path.stem))
+        if len(words) > 1:
+            raise ValueError(f"its name says {' and '.join(words)}: which split is it?")
+        if not words:
+            print(f"{path}: train, since its name has none of: {', '.join(SPLIT_WORDS)}")
         for line in files.lines(path):
-            match = next(filter(None, (re.fullmatch(form, line, re.I) for form in forms)), None)
-            if not match:
-                raise ValueError(f"not `path label`: {line[:80]}")
-            name, label = match.groups()
-            label = re.sub(r"^-?\d+[\s,]+(?=[^\s,]+$)", "", label)  # `path frames label`
-            path = Path(args.root, name)
-            record = {"video": path if path.is_file() else None, "split": [*known, "train"][0]}
+            name, label = path_and_label(line)
+            label = re.sub(r"^(-?\d+)\.0*$", r"\1", label)  # 3.0
+            video, split = Path(args.root, name), SPLIT_WORDS[words[0]] if words else "train"
+            record = {"video": video if video.is_file() else None, "split": split}
             if label.isdigit():
                 record |= {"class_id": int(label), "label": names[int(label)] if names else label}
             elif label != "-1":  # none

@@ -310,6 +310,61 @@ def test_other_files_are_counted(tmp_path, dataset, count, capsys):
     assert f"{count} other files were left out, such as a.pdf\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name, split", [
+    *((f"{word}.txt", split) for word, split in SPLIT_OF.items()),
+    ("testlist01.txt", "test"), ("TrainList02.CSV", "train"), ("ucf101_val_split_1.tsv", "val"),
+    ("latest.txt", None), ("contest.csv", None), ("._test.txt", "no *.csv"),
+    ("train_val_list.txt", "its name says train and val"), ("dev-test.csv", "dev and test"),
+])  # fmt: skip
+def test_names_of_lists(tmp_path, name, split, capsys):
+    """A word for a split; without one it is train, and that is said; two are an error."""
+    root = files(tmp_path / "v", "a.mp4", f"lists/{name}")
+    (root / "lists" / name).write_text("a.mp4 1")
+    flags = "--annotations", root / "lists", "list"
+    if split in (None, *SPLIT_OF.values()):
+        made = index(root, tmp_path / "l.jsonl", *flags)
+        assert made["v/a.mp4"]["split"] == (split or "train")
+        assert (f"{name}: train, since" in capsys.readouterr().out) == (split is None)
+    else:
+        with pytest.raises(SystemExit, match=re.escape(split)):
+            index(root, tmp_path / "l.jsonl", *flags)
+
+
+@pytest.mark.parametrize("line, path, label", [
+    ('"b, c.mp4","riding, a bike"', "b, c.mp4", "riding, a bike"), ('"b, c.mp4" 3', "b, c.mp4", 3),
+    ('a.mp4,"a ""big"" jump"', "a.mp4", 'a "big" jump'), ('"q ""r"".mp4",3', 'q "r".mp4', 3),
+    ("a.mp4,10 pushups", "a.mp4", "10 pushups"), ('a.mp4 "10 pushups"', "a.mp4", "10 pushups"),
+    ("my clip,riding a bike", "my clip", "riding a bike"), ("my clip\tjump", "my clip", "jump"),
+    ("d.mp4 copy/e.mp4,riding a bike", "d.mp4 copy/e.mp4", "riding a bike"),
+    ("b, c.mp4 riding a bike", "b, c.mp4", "riding a bike"), ("b, c.mp4,3", "b, c.mp4", 3),
+    ("a.mp4 cooking, outdoors", "a.mp4", "cooking, outdoors"), ("my clip 3", "my clip", 3),
+    ("a.mp4,cooking, outdoors", "a.mp4", "cooking, outdoors"), ("a.mp4 3,7", "a.mp4", "3,7"),
+    ("a.mp4,24,riding a bike", "a.mp4", "riding a bike"), ("a.mp4 24 jump", "a.mp4", "jump"),
+    ("a.mp4\t24\tPut x, y", "a.mp4", "Put x, y"), ("a.mp4 2 men dance", "a.mp4", "2 men dance"),
+    ("a.mp4 3.0", "a.mp4", 3), ("a.mp4,24.0,3.0", "a.mp4", 3), ("a.mp4,-1.0", "a.mp4", None),
+    *((line, None, "not `path label`") for line in (
+        "a.mp4 0 120 3", "a.mp4,0,120,3", "a.mp4, 0, 120, 3", "a.mp4\t0\t120\tjump", "a.mp4",
+        "a.mp4 0 120 riding a bike", "a.mp4 0.5 2.5 jump", "a.mp4,jump,train", "a.mp4,jump,",
+        "a.mp4\tjump\ttrain", "a.mp4\tput x, y\ttrain", 'a.mp4,""', 'a.mp4 "big" jump')),
+    ('a.mp4,"jump', None, "unexpected end of data"),
+])  # fmt: skip
+def test_lines_of_lists(tmp_path, line, path, label):
+    """CSV by quotes, or by two columns; else words, as VideoMAE has them. A header is a missing
+    video; columns that are none of ours are an error with file and line."""
+    names = "a.mp4", "b, c.mp4", "d.mp4 copy/e.mp4", 'q "r".mp4', "my clip"
+    root = files(tmp_path / "v", *names, "last.mp4")
+    (root / "val.csv").write_bytes(f"{MARK}path,label\r\n{line}\r\nlast.mp4 1\r\n".encode())
+    if path is None:
+        with pytest.raises(SystemExit, match=f"val.csv:2: {label}"):
+            index(root, tmp_path / "l.jsonl", "list")
+    else:
+        made = index(root, tmp_path / "l.jsonl", "list")
+        assert made.keys() == {f"v/{path}", "v/last.mp4"}
+        expected = {"class_id": label, "label": str(label)} if label == 3 else {"label": label}
+        expected = {key: value for key, value in expected.items() if value is not None}
+        assert made[f"v/{path}"] == {"video": f"v/{path}", "split": "val"} | expected
+
+
 @pytest.mark.parametrize("line", [
     MARK + '{"video": "a.mp4"}',
     '{"video": "a.mp4", "split": null, "start": NaN, "end": null, "captions": null}',
