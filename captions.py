@@ -56,8 +56,12 @@ from train import (
 )
 
 VIDEOS = set(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
+VIDEOS |= {".mts", ".m2ts", ".vob", ".divx"}
 SPLITS = {name: name for name in ("train", "val", "test")}
-SPLITS |= {"training": "train", "validation": "val", "validate": "val"}
+SPLITS |= {"training": "train", "validation": "val", "validate": "val"}  # in annotation files
+SPLIT_WORDS = SPLITS | {"valid": "val", "dev": "val", "testing": "test"}  # in people's own names
+# Hidden files and folders, and what systems keep of deleted files, previews and snapshots.
+HIDDEN = r"\..*|[$#@]recycle(\.bin)?|@eadir|__macosx|lost\+found|[~#]snapshot|system volume info.*"
 
 
 # =================================================================================================
@@ -72,6 +76,7 @@ class Annotations:
 
     def __init__(self, folder):
         self.folder, self.where = folder, str(folder)
+        self.others = []  # files under ROOT that are no videos
 
     def path(self, *names, needed=True):
         """The first of the names that is there; None if it is not needed."""
@@ -87,9 +92,6 @@ class Annotations:
             if line.strip():
                 yield line.strip()
 
-    def json(self, path):
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-
     def rows(self, path):
         self.where = str(path)
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -101,7 +103,7 @@ class Annotations:
                 yield row
 
     def entries(self, path):
-        for number, entry in enumerate(self.json(path), 1):
+        for number, entry in enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1):
             self.where = f"{path}: entry {number}"
             yield entry
 
@@ -125,7 +127,8 @@ def index_ssv2(args, files, find):
     """something-something-v2-{train,validation,test,labels}.json, or without that prefix. The test
     split has no labels, and not everybody has it."""
     old = "something-something-v2-"
-    labels = files.json(files.path(f"{old}labels.json", "labels.json"))
+    path = files.path(f"{old}labels.json", "labels.json")
+    labels = json.loads(path.read_text(encoding="utf-8-sig"))
     for part in ("train", "validation", "test"):
         path = files.path(f"{old}{part}.json", f"{part}.json", needed=part != "test")
         for entry in files.entries(path) if path else ():
@@ -156,7 +159,7 @@ def index_ucf101(args, files, find):
 def index_hmdb51(args, files, find):
     """<class>_test_split1.txt (--fold: 1, 2, 3), a file a class; 1 is train, 2 test, 0 unused."""
     ending = f"_test_split{args.fold}.txt"
-    paths = sorted(files.folder.glob("*" + ending)) or [files.path("*" + ending)]  # none: says so
+    paths = sorted(files.folder.glob("[!.]*" + ending)) or [files.path("*" + ending)]  # says so
     for path in paths:
         label = path.name.removesuffix(ending)
         for line in files.lines(path):
@@ -170,9 +173,8 @@ def index_hmdb51(args, files, find):
 def index_diving48(args, files, find):
     """Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json. A file is a dive: its
     start and end frames are the file's."""
-    vocab = list(files.entries(files.path("Diving48_vocab.json")))
-    named = [words if isinstance(words, str) else " ".join(words) for words in vocab]
-    classes = dict(enumerate(named))
+    vocab = files.entries(files.path("Diving48_vocab.json"))
+    classes = dict(enumerate(w if isinstance(w, str) else " ".join(w) for w in vocab))
     for split in ("train", "test"):
         for entry in files.entries(files.path(f"Diving48_V2_{split}.json")):
             record = {"video": find(entry["vid_name"]), "label": classes[entry["label"]]}
@@ -199,26 +201,50 @@ def index_epic55(args, files, find):
         yield row["video_id"], record | {"human_captions": [row["narration"].strip()]}
 
 
+def split_words(name):
+    """The words in a name that stand for a split: 'ucf101_testlist01' -> {'test'}."""
+    words = re.findall("[a-z]+", name.lower())
+    return {word.removesuffix("list") for word in words} & SPLIT_WORDS.keys()
+
+
+def path_and_label(line):
+    """`path label` or `path frames label` -> path, label. What follows the path is columns of CSV
+    if a comma, a tab or quotes say so, and words otherwise."""
+    endings = "|".join(re.escape(suffix) for suffix in VIDEOS)
+    # In quotes; or up to a known suffix; or one of two columns; or all but the last word.
+    paths = rf'"(?:[^"]|"")+"|[^"]+(?:{endings})|[^",\t]+(?=[,\t]\s*(?:".+"|[^,\t]+)$)|.+'
+    match = re.fullmatch(rf"({paths})\s*([\s,])\s*(.+)", line, re.IGNORECASE)
+    path, mark, rest = match.groups() if match else ("", "", '""')
+    mark = mark if mark in (",", "\t") else " "
+    row = next(csv.reader([rest], delimiter=mark, skipinitialspace=True, strict=True))
+    words = mark == " " or ", " in rest  # `riding a bike`, or behind a comma `cooking, outdoors`
+    if len(row) == 2 and re.fullmatch(r"-?\d+(\.0*)?\s*", row[0]):
+        del row[0]  # a number of frames
+    elif words and not re.search(r'["\t]|^(-?[\d.]+[\s,]+){2}', rest):  # no `start frames label`
+        row = [rest]
+    if len(row) > 1 or not row[0].strip():
+        raise ValueError(f"not `path label` or `path frames label`: {line[:80]}")
+    return path.strip('"').replace('""', '"'), row[0].strip()
+
+
 def index_list(args, files, find):
-    """`path label` a line, separated by a blank, tab or comma: VideoMAE's and mmaction2's lists. A
-    file, or a folder of them; the split is what the file's name says (train otherwise). The path is
-    absolute or under ROOT. --classes: the names of integer labels, a line each."""
+    """`path label` a line, see path_and_label: VideoMAE's and mmaction2's lists, and CSV. A file,
+    or a folder of .csv, .tsv, .txt; the split is what the file's name says (train otherwise). The
+    path is absolute or under ROOT. --classes: the names of integer labels, a line each."""
     names = dict(enumerate(files.lines(args.classes))) if args.classes else None
     folder = files.folder
-    paths = [folder] if folder.is_file() else sorted({*folder.glob("*.csv"), *folder.glob("*.txt")})
-    endings = "|".join(re.escape(suffix) for suffix in sorted(VIDEOS))
-    # Where the path ends in a known suffix the label may have blanks; it is one word otherwise.
-    forms = rf'"?(.+?(?:{endings}))"?[\s,]+(.+)', r'"?(.+?)"?[\s,]+([^\s,]+)'
-    for path in paths or [files.path("*.csv", "*.txt")]:  # none: says so
-        known = [SPLITS[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in SPLITS]
+    lists = [folder] if folder.is_file() else sorted(folder.glob("[!.]*.[cCtT][sSxX][vVtT]"))
+    for path in lists or [files.path("*.csv", "*.txt")]:  # none: says so
+        files.where, words = str(path), sorted(split_words(path.stem))
+        if len(words) > 1:
+            raise ValueError(f"its name says {' and '.join(words)}: which split is it?")
+        if not words:
+            print(f"{path}: train, since its name has none of: {', '.join(SPLIT_WORDS)}")
         for line in files.lines(path):
-            match = next(filter(None, (re.fullmatch(form, line, re.I) for form in forms)), None)
-            if not match:
-                raise ValueError(f"not `path label`: {line[:80]}")
-            name, label = match.groups()
-            label = re.sub(r"^-?\d+[\s,]+(?=[^\s,]+$)", "", label)  # `path frames label`
-            path = Path(args.root, name)
-            record = {"video": path if path.is_file() else None, "split": [*known, "train"][0]}
+            name, label = path_and_label(line)
+            label = re.sub(r"^(-?\d+)\.0*$", r"\1", label)  # 3.0
+            video, split = Path(args.root, name), SPLIT_WORDS[words[0]] if words else "train"
+            record = {"video": video if video.is_file() else None, "split": split}
             if label.isdigit():
                 record |= {"class_id": int(label), "label": names[int(label)] if names else label}
             elif label != "-1":  # none
@@ -226,27 +252,38 @@ def index_list(args, files, find):
             yield name, record
 
 
-def videos_under(root):
+def videos_under(root, others=None):
     """Videos below a folder, also through links; not hidden ones (.ipynb_checkpoints/a.mp4,
-    ._a.mp4), nor those below a folder that is its own ancestor, by a link."""
+    ._a.mp4, @eaDir/a.mp4), nor those below a folder that is its own ancestor, by a link. Files of
+    other kinds are added to the list `others`."""
     for folder, folders, names in os.walk(root, followlinks=True):
         real = Path(folder).resolve()
         above = {real, *real.parents, *(p.resolve() for p in Path(folder).parents)}
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+        folders[:] = sorted(name for name in folders if not re.fullmatch(HIDDEN, name, re.I))
         folders[:] = [name for name in folders if Path(folder, name).resolve() not in above]
-        shown = sorted(name for name in names if name[0] != ".")
+        shown = sorted(name for name in names if not re.fullmatch(HIDDEN, name, re.I))
         yield from (Path(folder, name) for name in shown if Path(name).suffix.lower() in VIDEOS)
+        if others is not None:
+            others += [name for name in shown if Path(name).suffix.lower() not in VIDEOS]
 
 
 def index_folder(args, files, find):
-    """ROOT/<label>/<video> or ROOT/<split>/<label>/<video>; a video in ROOT itself: its name is the
-    label."""
-    for path in videos_under(args.root):
-        *folders, name = path.relative_to(args.root).parts
-        files.where, split = str(path), "train"
-        if len(folders) > 1 and folders[0].lower() in SPLITS:
-            split = SPLITS[folders.pop(0).lower()]
-        yield name, {"video": path, "label": folders[-1] if folders else path.stem, "split": split}
+    """ROOT/<label>/.../<video>; or, if all folders with videos in ROOT are named as splits,
+    ROOT/<split>/<label>/.../<video> and ROOT/<split>/<video>. A video in ROOT itself: its name is
+    the label."""
+    paths = list(videos_under(args.root, files.others))
+    folders_of = {path: path.relative_to(args.root).parts[:-1] for path in paths}
+    has_splits = {names[0].lower() for names in folders_of.values() if names} <= SPLIT_WORDS.keys()
+    for path, folders in folders_of.items():
+        files.where, split, labels = str(path), "train", folders or [path.stem]
+        if folders and has_splits:
+            split, labels = SPLIT_WORDS[folders[0].lower()], folders[1:]
+        label = {"label": labels[0]} if labels else {}
+        yield path.name, {"video": path} | label | {"split": split}
+    unused = {name for names in folders_of.values() for name in names if split_words(name)}
+    if unused and not has_splits:
+        some, words = ", ".join(sorted(unused)[:5]), ", ".join(SPLIT_WORDS)
+        print(f"{args.root}: not taken as splits: {some}; not all folders in ROOT are: {words}")
 
 
 DATASETS = {
@@ -256,7 +293,7 @@ DATASETS = {
 }  # fmt: skip
 
 
-def finder(root):
+def finder(root, others):
     """-> find(stem, *hints): the video under root with that name, whatever its folder and suffix;
     of several, the one whose folders have the most of the hints (label, split), and .mp4 before
     others."""
@@ -265,7 +302,7 @@ def finder(root):
         return text.lower().replace(" ", "_")
 
     table = defaultdict(list)
-    for path in videos_under(root):
+    for path in videos_under(root, others):
         table[path.stem].append(path)
 
     def find(stem, *hints):
@@ -283,7 +320,7 @@ def read_annotations(args):
     """-> [(where it says so, the video's name, record)]; what is wrong with a file is a ValueError
     that names file and line."""
     files, rows = Annotations(args.annotations or args.root), []
-    find = finder(args.root) if args.dataset not in ("folder", "list") else None
+    find = finder(args.root, files.others) if args.dataset not in ("folder", "list") else None
     try:
         for name, record in DATASETS[args.dataset](args, files, find):
             if record.get("human_captions") == [""]:
@@ -293,6 +330,9 @@ def read_annotations(args):
         raise ValueError(f"{files.where}: {error} is unknown or missing") from error
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(f"{files.where}: {error}") from error
+    others = [p for p in files.others if not (find and p.endswith((".csv", ".json", ".txt")))]
+    if others:
+        print(f"{len(others)} other files were left out, such as {others[0]}")
     if not any(record["video"] for *_, record in rows):
         missing = f", none of the {len(rows)} listed, such as {rows[0][1]}" if rows else ""
         raise ValueError(f"{args.root}: no videos ({' '.join(sorted(VIDEOS))}){missing}")
@@ -316,9 +356,7 @@ def write_text(path, text):
 
 
 def write_manifest(path, records):
-    added = {"path", "map_path"}  # by read_manifest
-    lines = ({key: record[key] for key in record if key not in added} for record in records)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def report(manifest, command, problems):
@@ -473,7 +511,10 @@ def conclude(manifest, command, outcomes, update):
     ValueError if all failed."""
     if rank_and_world()[0]:
         return
-    records, failures, done = list(dataset.read_manifest(manifest)), [], 0
+    read, failures, done = dataset.read_manifest(manifest), [], 0
+    own = (json.loads(line) for line in read.data.split(b"\n") if line.strip())
+    # `path` and `map_path`, which read_manifest adds, are those of the file.
+    records = [{key: line[key] for key in record if key in line} for line, record in zip(own, read)]
     for key, record in zip(keys_of(records), records):
         if key not in outcomes:
             continue
@@ -506,16 +547,18 @@ PROMPTS = (  # the paper's Figure 5(a)
 
 def phrase(label):
     """A class name in words: 'ApplyEyeMakeup', 'apply_eye_makeup' -> 'apply eye makeup'; EPIC's
-    'board:chopping' -> 'chopping board'. Abbreviations stay."""
-    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ")
-    text = re.sub(r"(\S+?):(\S+)", lambda match: f"{match[2].replace(':', ' ')} {match[1]}", text)
-    stays = [word.isupper() and len(word) > 1 for word in text.split()]
-    return " ".join(w if stay else w.lower() for w, stay in zip(text.split(), stays))
+    'board:chopping' -> 'chopping board'. TV, iPhone and 10:30 stay."""
+    # UCF101's YoYo is the only name of a class with a word of two letters.
+    text = re.sub(r"(?<=[a-z]{2})(?=[A-Z])|(?<=Yo)(?=Yo)", " ", label).replace("_", " ")
+    colon = r"(?<!\S)([^\W\d][^\s:]*):([^\W\d]\S*)"
+    text = re.sub(colon, lambda match: f"{match[2].replace(':', ' ')} {match[1]}", text)
+    return " ".join(w if re.search("^[A-Z][^a-z]+$|.[A-Z]", w) else w.lower() for w in text.split())
 
 
 def sentence(label):
     text = phrase(label)
-    return text[:1].upper() + text[1:] + "."
+    first = text[:1] if text[1:2].isupper() else text[:1].upper()  # iPhone
+    return first + text[1:] + "."
 
 
 def caption_label(record):
@@ -796,7 +839,8 @@ def parse_args(argv=None):
 
     flag = command("index", "a dataset's videos and annotation files -> manifest")
     whose = {"nargs": "?", "choices": DATASETS}
-    flag("dataset", "folder", "whose annotation files to read", **whose)
+    what = "whose annotation files to read; list: of `path label`; folder: none, folders are labels"
+    flag("dataset", "folder", what, **whose)
     flag("root", None, "the folder with the videos", type=Path)
     where = "folder of the annotation files (list: or a file); ROOT"
     flag("--annotations", None, where, type=Path)

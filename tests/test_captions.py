@@ -104,7 +104,7 @@ CLAP = "#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi"
 HMDB51 = {
     "splits/clap_test_split1.txt": f"{CLAP} 1\na;b&(c) d.avi 2\nleft_out.avi 0\n",
     "splits/clap_test_split2.txt": f"{CLAP} 2 \n",
-    "clap/left_out.avi": None, f"wave/{CLAP}": None,
+    "splits/._clap_test_split1.txt": "of macOS", "clap/left_out.avi": None, f"wave/{CLAP}": None,
 }  # fmt: skip
 DIVE = {"start_frame": 0, "end_frame": 150}
 DIVES = [["Back", "15som", "05Twis", "FREE"], ["Forward", "Dive", "NoTwis", "PIKE"]]
@@ -494,11 +494,24 @@ def test_append_and_human(manifest):
     assert records(data)[0]["captions"] == ["Circle left."]
 
 
+def test_keys_that_read_manifest_adds():
+    """Somebody's own `path` and `map_path` outlive a rewritten manifest; where there are none, none
+    are written."""
+    own = {"path": "/mine", "map_path": 3, "other": {"a": [1]}}
+    clips = [{"video": "a.mp4", "label": "wave"} | own, {"video": "b.mp4", "maps": "b.npz"}]
+    captions.write_manifest("some.jsonl", clips)
+    run("caption some.jsonl --source label")
+    made = {"captions": ["Wave."]}, {"failed": "no label"}
+    assert records("some.jsonl") == [clip | more for clip, more in zip(clips, made)]
+
+
 def test_sentences():
     for label, text in (
         ("ApplyEyeMakeup", "Apply eye makeup."), ("apply_eye_makeup", "Apply eye makeup."),
         ("YoYo", "Yo yo."), ("take board:chopping", "Take chopping board."),
         ("turn-on tap", "Turn-on tap."), ("playing TV games", "Playing TV games."),
+        ("unboxing iPhone", "Unboxing iPhone."), ("eBay sale", "eBay sale."), ("GoPro", "GoPro."),
+        ("at 10:30", "At 10:30."), ("16:9 or 2:x", "16:9 or 2:x."), ("in T2", "In T2."),
     ):  # fmt: skip
         assert captions.sentence(label) == text
 

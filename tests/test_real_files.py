@@ -611,6 +611,100 @@ def test_lists_of_three_columns(tmp_path):
 
 
 MARK = "\ufeff"  # byte order
+NO_DATA = [  # what systems keep, and what holds no videos: counts for nothing
+    *(f"{name}/x/a.mp4" for name in ("$RECYCLE.BIN", "#recycle", "@eaDir", "__MACOSX")),
+    *(f"{name}/a.mp4" for name in ("lost+found", "~snapshot", "System Volume Information")),
+    "$Recycle.Bin/a.mp4", ".Trash-1000/a.mp4", "docs/a.pdf",
+]  # fmt: skip
+SPLIT_OF = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "validate": "val", "dev": "val", "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("found", [
+    {"train/a.mp4": ("train", None), "val/b.mp4": ("val", None), "c.mp4": ("train", "c")},
+    {"Train/wave/a.mp4": ("train", "wave"), "TEST/b.mp4": ("test", None)},
+    {f"{word}/wave/{word}.mp4": (split, "wave") for word, split in SPLIT_OF.items()},
+    {"valid/a.mp4": ("val", None)},
+    {"wave/group/a.mp4": ("train", "wave"), "test/group/b.mp4": ("train", "test")},
+    {"test/wave/group/take/a.mp4": ("test", "wave")},
+])  # fmt: skip
+def test_folders_are_splits_and_labels(tmp_path, found, capsys):
+    """The first folder below ROOT, or below the split; splits only where no others are beside."""
+    root = files(tmp_path / "v", *found, *NO_DATA)
+    made = index(root, tmp_path / "f.jsonl")
+    assert {name[2:]: (r["split"], r.get("label")) for name, r in made.items()} == found
+    assert ("not taken as splits: test;" in capsys.readouterr().out) == (
+        "wave/group/a.mp4" in found
+    )
+
+
+@pytest.mark.parametrize("dataset, count", [("folder", 7), ("k400", 5)])
+def test_other_files_are_counted(tmp_path, dataset, count, capsys):
+    """But for hidden ones; beside annotations not their kind either."""
+    names = [f"waving/a_000001_{i:06d}.{s}" for i, s in enumerate("mts M2TS vob DivX".split())]
+    root = files(tmp_path / "v", *names, "a.pdf", "b.jpg", "waving/a.rmvb", "waving/b", *NO_DATA)
+    files(root, "notes.txt", "waving/a.json")
+    lines = "".join(f"waving,a,1,{i},train\n" for i in range(4))
+    (tmp_path / "train.csv").write_text(f"label,youtube_id,time_start,time_end,split\n{lines}")
+    assert len(index(root, tmp_path / "o.jsonl", "--annotations", tmp_path, dataset)) == 4
+    assert f"{count} other files were left out, such as a.pdf\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, split", [
+    *((f"{word}.txt", split) for word, split in SPLIT_OF.items()),
+    ("testlist01.txt", "test"), ("TrainList02.CSV", "train"), ("ucf101_val_split_1.tsv", "val"),
+    ("latest.txt", None), ("contest.csv", None), ("._test.txt", "no *.csv"),
+    ("train_val_list.txt", "its name says train and val"), ("dev-test.csv", "dev and test"),
+])  # fmt: skip
+def test_names_of_lists(tmp_path, name, split, capsys):
+    """A word for a split; without one it is train, and that is said; two are an error."""
+    root = files(tmp_path / "v", "a.mp4", f"lists/{name}")
+    (root / "lists" / name).write_text("a.mp4 1")
+    flags = "--annotations", root / "lists", "list"
+    if split in (None, *SPLIT_OF.values()):
+        made = index(root, tmp_path / "l.jsonl", *flags)
+        assert made["v/a.mp4"]["split"] == (split or "train")
+        assert (f"{name}: train, since" in capsys.readouterr().out) == (split is None)
+    else:
+        with pytest.raises(SystemExit, match=re.escape(split)):
+            index(root, tmp_path / "l.jsonl", *flags)
+
+
+@pytest.mark.parametrize("line, path, label", [
+    ('"b, c.mp4","riding, a bike"', "b, c.mp4", "riding, a bike"), ('"b, c.mp4" 3', "b, c.mp4", 3),
+    ('a.mp4,"a ""big"" jump"', "a.mp4", 'a "big" jump'), ('"q ""r"".mp4",3', 'q "r".mp4', 3),
+    ("a.mp4,10 pushups", "a.mp4", "10 pushups"), ('a.mp4 "10 pushups"', "a.mp4", "10 pushups"),
+    ("my clip,riding a bike", "my clip", "riding a bike"), ("my clip\tjump", "my clip", "jump"),
+    ("d.mp4 copy/e.mp4,riding a bike", "d.mp4 copy/e.mp4", "riding a bike"),
+    ("b, c.mp4 riding a bike", "b, c.mp4", "riding a bike"), ("b, c.mp4,3", "b, c.mp4", 3),
+    ("a.mp4 cooking, outdoors", "a.mp4", "cooking, outdoors"), ("my clip 3", "my clip", 3),
+    ("a.mp4,cooking, outdoors", "a.mp4", "cooking, outdoors"), ("a.mp4 3,7", "a.mp4", "3,7"),
+    ("a.mp4,24,riding a bike", "a.mp4", "riding a bike"), ("a.mp4 24 jump", "a.mp4", "jump"),
+    ("a.mp4\t24\tPut x, y", "a.mp4", "Put x, y"), ("a.mp4 2 men dance", "a.mp4", "2 men dance"),
+    ("a.mp4 3.0", "a.mp4", 3), ("a.mp4,24.0,3.0", "a.mp4", 3), ("a.mp4,-1.0", "a.mp4", None),
+    *((line, None, "not `path label`") for line in (
+        "a.mp4 0 120 3", "a.mp4,0,120,3", "a.mp4, 0, 120, 3", "a.mp4\t0\t120\tjump", "a.mp4",
+        "a.mp4 0 120 riding a bike", "a.mp4 0.5 2.5 jump", "a.mp4,jump,train", "a.mp4,jump,",
+        "a.mp4\tjump\ttrain", "a.mp4\tput x, y\ttrain", 'a.mp4,""', 'a.mp4 "big" jump')),
+    ('a.mp4,"jump', None, "unexpected end of data"),
+])  # fmt: skip
+def test_lines_of_lists(tmp_path, line, path, label):
+    """CSV by quotes, or by two columns; else words, as VideoMAE has them. A header is a missing
+    video; columns that are none of ours are an error with file and line."""
+    names = "a.mp4", "b, c.mp4", "d.mp4 copy/e.mp4", 'q "r".mp4', "my clip"
+    root = files(tmp_path / "v", *names, "last.mp4")
+    (root / "val.csv").write_bytes(f"{MARK}path,label\r\n{line}\r\nlast.mp4 1\r\n".encode())
+    if path is None:
+        with pytest.raises(SystemExit, match=f"val.csv:2: {label}"):
+            index(root, tmp_path / "l.jsonl", "list")
+    else:
+        made = index(root, tmp_path / "l.jsonl", "list")
+        assert made.keys() == {f"v/{path}", "v/last.mp4"}
+        expected = {"class_id": label, "label": str(label)} if label == 3 else {"label": label}
+        expected = {key: value for key, value in expected.items() if value is not None}
+        assert made[f"v/{path}"] == {"video": f"v/{path}", "split": "val"} | expected
 
 
 @pytest.mark.parametrize("line", [
