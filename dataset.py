@@ -69,6 +69,7 @@ class _Index(NamedTuple):
     pts: np.ndarray | None  # (frames,) sorted, for finding a frame's number; None: they are counted
     keys: np.ndarray  # numbers of key frames, from which to decode; none: from the file's start
     seconds: np.ndarray  # (frames,) from the first frame on
+    places: np.ndarray  # (frames,) of their packets in the file, so in the order of decoding
     fps: float
     last_pts: int | None  # of the file's last packet, of which half may be cut off
 
@@ -202,14 +203,14 @@ def _scan(path, container, stream):
             times = sorted(pts)
         times = [None if time is None else time * time_base for time in times]
         seconds = _seconds(times[max(0, fed - len(out)) :], fps)
-        return _Index(None, np.empty(0, int), seconds, fps, pts[-1])
+        return _Index(None, np.empty(0, int), seconds, np.arange(len(seconds)), fps, pts[-1])
     times = np.array(pts)
-    ranks = np.argsort(times, kind="stable")
+    places = np.argsort(times, kind="stable")
     if out:
-        ranks = ranks[times[ranks] >= out[0]]
-    keys = np.flatnonzero(np.array(is_key)[ranks]) if timed else np.empty(0, int)
-    seconds = (times[ranks] - times[ranks[0]]) * time_base
-    return _Index(times[ranks], keys, seconds, fps, pts[-1])
+        places = places[times[places] >= out[0]]
+    keys = np.flatnonzero(np.array(is_key)[places]) if timed else np.empty(0, int)
+    seconds = (times[places] - times[places[0]]) * time_base
+    return _Index(times[places], keys, seconds, places, fps, pts[-1])
 
 
 _INDICES = {}  # of files met before: the clips of an hour-long one need not scan it each
@@ -317,11 +318,12 @@ def _decode_by_key(video, frames):
                 break
 
 
-def _decode_from_start(video, frames):
-    """Yields (number, frame) for the frames, in another decoder. Instead of a frame that does not
-    come out, the one before, which stands on the screen then. VideoError if that is longer than a
-    second, or if a frame, or one between it and the last key frame, is damaged."""
-    path, index, left = video.path, video.index, list(frames)
+def _decode_from_start(video, frames, left):
+    """Yields (number, frame) for those of the frames that are left, in another decoder. For a frame
+    that does not come out it is the one before, which stands on the screen then. VideoError if that
+    is longer than a second, or one of the frames is damaged, or refers to one that is."""
+    path, index = video.path, video.index
+    until = np.flatnonzero(index.places <= index.places[frames].max())[-1]  # they may refer to it
     number, screen = -1, None  # of the last frame that came out
     broken = damaged = key_came = False
 
@@ -329,7 +331,7 @@ def _decode_from_start(video, frames):
         if screen is None or index.seconds[wanted] - index.seconds[number] > 1:
             raise VideoError(f"{path}: frame {wanted} cannot be decoded")
         if damaged:
-            raise VideoError(f"{path}: frame {wanted} is damaged, or refers to one that is")
+            raise VideoError(f"{path}: frame {wanted} is damaged, or one before it")
         return wanted, screen
 
     again = _open_stream(path, video.motion)
@@ -353,10 +355,13 @@ def _decode_from_start(video, frames):
                     damaged = False
                 if frame.is_corrupt:
                     damaged = key_came = True
+                    for one in frames:
+                        if one < found and index.places[one] > index.places[found]:
+                            raise VideoError(f"{path}: frame {one} may refer to {found}, damaged")
                 number, screen = found, frame
                 if left and left[0] == found:
                     yield on_screen(left.pop(0))
-                if not left:
+                if not left and number >= until:
                     return
         while left:
             yield on_screen(left.pop(0))
@@ -366,14 +371,15 @@ def _decode(video, frames):
     """Yields (number, frame) for the frames, whose numbers are sorted and all different."""
     left = list(frames)
     with contextlib.suppress(av.InvalidDataError):
-        for number, frame in _decode_by_key(video, left) if len(video.index.keys) else ():
-            if frame.is_corrupt or number > left[0]:
-                break  # a frame is damaged, or did not come out
-            if number == left[0]:
+        for number, frame in _decode_by_key(video, frames) if len(video.index.keys) else ():
+            if frame.is_corrupt or (left and number > left[0]):
+                break  # one is damaged, or did not come out
+            if left and number == left[0]:
                 yield left.pop(0), frame
-                if not left:
-                    return
-    yield from _decode_from_start(video, left)
+        else:
+            if not left:
+                return
+    yield from _decode_from_start(video, frames, left)
 
 
 def _turn(picture, orientation):
@@ -385,7 +391,7 @@ def _turn(picture, orientation):
 
 def _first_frame(video):
     """-> (height, width) as coded, and orientation, of the file's first frame."""
-    with contextlib.closing(_decode_from_start(video, [0])) as decoded:
+    with contextlib.closing(_decode_from_start(video, [0], [0])) as decoded:
         _, frame = next(decoded)
         return (frame.height, frame.width), _orientation(frame)
 

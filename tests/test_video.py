@@ -209,6 +209,7 @@ def test_bad_files_are_named(tmp_path, numbered):
     ("odd/h265_video.mp4", 10, (128, 128)), ("odd/nasa_13013.mp4", 390, (270, 480)),
     ("odd/unordered.mov", 4, (50, 50)),
     ("odd/video_90.mov", 3, (568, 320)), ("sports/baseball.mp4", 167, (360, 640)),
+    ("sports/basketball.mp4", 214, (360, 640)),
     ("asl/eat.mkv", 47, (480, 640)),
 ])  # fmt: skip
 def test_real_footage(footage, name, frames, size):
