@@ -31,14 +31,13 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from torchvision.transforms.v2 import functional as TF
 
 # ==================================================================================================
 # Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both. A
 # frame's number is its rank in order of presentation.
-# Needs: av, PictureType, VideoReformatter, contextlib, errno, gc, itertools, math, operator, os,
+# Needs: av, VideoReformatter, contextlib, errno, gc, itertools, math, operator, os,
 # stat, warnings, NamedTuple, numpy as np, torch, torch.nn.functional as F.
 # Motion: Fan et al., MGM (ICCV 2023).
 # ==================================================================================================
@@ -310,8 +309,6 @@ def _decode_by_key(video, frames):
                 decoded += codec.decode(None)
             for frame in decoded:
                 number = _number(index, frame)
-                if number == key and frame.pict_type != PictureType.I:
-                    return  # the container marks key frames that are none
                 if number is not None:
                     yield number, frame
             if not awaited:

@@ -148,6 +148,7 @@ def marked(packet):
     ("keys.mkv", "libx265", {"x265-params": "log-level=none:keyint=12"}, "copy.mp4"),
     ("keys.mkv", "libx264", {"g": "12"}, "copy.mov"),
     ("keys.mkv", "libvpx-vp9", {"g": "12", "deadline": "realtime"}, "copy.webm"),
+    ("keys.mkv", "libvpx", {"g": "12"}, "copy.webm"),
 ])  # fmt: skip
 def test_every_packet_is_marked_as_a_key_frame(tmp_path, source, codec, options, target):
     """As some muxers leave them: decoding from there would give grey rubbish."""
@@ -292,19 +293,20 @@ def test_an_interrupted_download(tmp_path, codec, container, options):
     assert readable > 90
 
 
-@pytest.mark.parametrize("codec, container", [
-    ("mpeg2video", "ts"), ("mpeg2video", "mpg"), ("libx264", "ts"), ("libx264", "mp4"),
-    ("libx264", "mkv"), ("mpeg4", "avi"), ("libx264", "avi"),
+@pytest.mark.parametrize("codec, container, share", [
+    ("mpeg2video", "ts", 0.5), ("mpeg2video", "mpg", 0.5), ("libx264", "ts", 0.5),
+    ("libx264", "mp4", 0.5), ("libx264", "mkv", 0.5), ("mpeg4", "avi", 0.5),
+    ("libx264", "avi", 0.5), ("libx264", "mp4", 1.0), ("libx264", "avi", 1.0),
 ])  # fmt: skip
 @pytest.mark.parametrize("place", [21, 23])  # right behind a key frame, and later
-def test_damage_ends_at_a_key_frame(tmp_path, codec, container, place):
-    """Noise in one packet: what refers to it is refused, all the rest is right."""
+def test_damage_ends_at_a_key_frame(tmp_path, codec, container, share, place):
+    """Noise in one packet, or in all of it: what refers to it is refused, the rest is right."""
     path, whole = tmp_path / f"whole.{container}", texture(100, 256, (1, 1))
     toy.write_video(path, whole, codec=codec, options={"g": "10", "bf": "2"} | FINE)
     whole = decode_all(path)
     with av.open(str(path)) as file:
         packet = [bytes(packet) for packet in file.demux(video=0) if packet.size][place]
-    noise = np.random.default_rng(0).bytes(len(packet) // 2)
+    noise = np.random.default_rng(0).bytes(int(share * len(packet)))
     damaged = packet[: len(packet) - len(noise)] + noise
     replaced(path, tmp_path / f"damaged.{container}", place, damaged)
     right = wrong = 0
