@@ -213,14 +213,16 @@ def with_torchcodec(path, start, crop):
 
 
 def bare_decode(path, start, crop):
-    """libav from the nearest key frame on, frames thrown away."""
+    """libav from the nearest key frame on, or from the file's start; frames are thrown away."""
     (index,) = dataset._INDICES.values()  # whoever came before has counted the frames
+    last, keys = start + SPAN - STRIDE, index.keys[index.keys <= start]
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        container.seek(int(index.pts[index.keys[index.keys <= start][-1]]), stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts >= index.pts[start + SPAN - STRIDE]:
+        if len(keys):
+            container.seek(int(index.pts[keys[-1]]), stream=stream)
+        for count, frame in enumerate(container.decode(stream)):
+            if count == last or (len(keys) and frame.pts >= index.pts[last]):
                 break
 
 
