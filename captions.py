@@ -718,11 +718,8 @@ def path_of_map(manifest, key, video):
 def clip_id(args, clip):
     """Model, weights, and the first digits of the weights' SHA-256: two CLIPs of one name are told
     apart."""
-    digest = hashlib.sha256()
-    for _, value in sorted(clip.state_dict().items()):
-        rounded = value.cpu().bfloat16()  # alike, whatever precision it runs in
-        digest.update(rounded.reshape(-1).view(torch.uint8).numpy())
-    return f"{dataset.clip_name(args.clip, args.clip_pretrained)} {digest.hexdigest()[:12]}"
+    alike = weights.digest(clip.state_dict(), torch.bfloat16)  # whatever precision it runs in
+    return f"{dataset.clip_name(args.clip, args.clip_pretrained)} {alike}"
 
 
 def map_size(size, image_size, patch_size):

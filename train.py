@@ -19,6 +19,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -230,10 +231,10 @@ class TrainingClips(torch.utils.data.Dataset):
     of record number `place`; the seed follows from (the run's seed, epoch, index) alone, never from
     a worker's history, so a run that is resumed sees the same samples. A video that cannot be read
     gives its place to another, drawn from the same numbers; the sample's "bad" lists [(video, why),
-    ...]. replace_bad=False: it is a VideoError instead."""
+    ...]. replace_bad=False: the sample is {"unreadable": that list} instead."""
 
     def __init__(self, records, seed, *, replace_bad=True):
-        self.records, self.run_seed = records, seed
+        self.records, self.run_seed, self.replace_bad = records, seed, replace_bad
         self.attempts = min(len(records), MAX_REPLACEMENTS) if replace_bad else 1
 
     def __len__(self):
@@ -255,8 +256,11 @@ class TrainingClips(torch.utils.data.Dataset):
                 record = self.records[place]
                 part = [f"{key} {record[key]} s" for key in ("start", "end") if key in record]
                 bad.append((", ".join([record["video"], *part]), str(error)))
-        count = f"{len(bad)} video(s) in a row cannot be read"
-        raise dataset.VideoError(f"{count}, the last: {bad[-1][1]}")
+        if not self.replace_bad:
+            return {"unreadable": bad}
+        raise dataset.VideoError(
+            f"{len(bad)} video(s) in a row cannot be read, the last: {bad[-1][1]}"
+        )
 
 
 def init_loader(_=None):
@@ -484,20 +488,86 @@ def load_last(args):
     return saved
 
 
-def refuse_another_run(args, then, now, keys):
-    """ValueError if what the run in --out was made with differs in one of the keys."""
-    changed = [f"{key} {then.get(key)} -> {now[key]}" for key in keys if then.get(key) != now[key]]
+# What the machine decides; and all that a run may change when it goes on.
+OF_MACHINE = ("workers", "device", "amp", "out", "resume", "json", "world", "torch")
+MAY_CHANGE = (*OF_MACHINE, "compile", "grad_checkpointing", "save_minutes", "val_split",
+              "test_split", "views", "view_grid", "batch_size", "accum", "clip_given")  # fmt: skip
+BY_CONTENT = {"data": "records", "init": "init_weights", "checkpoint": "init_weights"}
+
+
+def parse_like_run(parser, parse, args):
+    """Parses again, where the run in --out goes on: its flags are the defaults, so that only flags
+    that are typed can differ from it. parser: the one that has the flags. -> args, with `typed`,
+    the names of what was typed."""
+    path = Path(args.out) / "last.pt"
+    if args.resume and path.exists():
+        then = weights.load_file(path).get("args", {})
+        own = vars(args).keys() - OF_MACHINE
+        parser.set_defaults(**{name: value for name, value in then.items() if name in own})
+        args = parse()
+    untyped = object()
+    parser.set_defaults(**dict.fromkeys(vars(args), untyped))
+    args.typed = {name for name, value in vars(parse()).items() if value is not untyped}
+    return args
+
+
+def digest_of_records(records, keys):
+    """A digest of what a run learns from: these keys of its records."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps([record.get(key) for key in keys]).encode())
+    return digest.hexdigest()[:16]
+
+
+def digest_of_weights(source, goes_on):
+    """{"init_weights": digest of those in `source`}. A run that goes on does without it if they are
+    gone."""
+    try:
+        _, state, _ = weights.load_checkpoint(source)
+    except ValueError as error:
+        if not goes_on:
+            raise
+        say(f"note    the run goes on, not compared with the weights that it began with: {error}")
+        return {}
+    return {"init_weights": weights.digest(state)}
+
+
+def refuse_another_run(args, saved, now, defaults):
+    """ValueError that lists what is other than in the run in --out, a checkpoint of which is saved.
+    now: flags, sizes of the model, digests. What the checkpoint lacks was at its default."""
+    then, changed = defaults | saved["args"] | saved["config"], []
+    for name in sorted(then.keys() & now.keys() - set(MAY_CHANGE)):
+        was, value = then[name], now[name]
+        if name in BY_CONTENT:  # paths: compared by what is there, if the checkpoint knows
+            was, value = os.path.realpath(str(was)), os.path.realpath(str(value))
+            if BY_CONTENT[name] in then:
+                continue
+        if was != value:
+            changed.append(f"{name} {was} -> {value}")
+    step, was = (of["batch_size"] * of["accum"] for of in (now, then))
+    if step != was and now["world"] == then.get("world"):
+        changed.append(f"batch_size x accum {was} -> {step}")
     if changed:
-        ways = "another --out, or --no-resume to start over"
-        raise ValueError(f"{args.out}/last.pt is of another run ({', '.join(changed)}): {ways}")
+        raise ValueError(
+            f"{args.out}/last.pt is of another run ({', '.join(changed)}): --no-resume starts "
+            f"over; another --out begins a new run, with --init {args.out}/last.pt from its weights"
+        )
+
+
+def set_aside(out):
+    """A new run does not go on from what an old one has left."""
+    for name in ("last.pt", "best.pt"):
+        if (out / name).exists():
+            os.replace(out / name, out / f"{name}.old")
 
 
 def cut_log(path, step):
-    """Drops what comes after `step`: it will be taken again."""
+    """Drops what comes after `step`: it will be taken again. -> the last line left, a dict."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     with replacing(path, "w") as file:
         file.writelines(kept)
+    return json.loads(kept[-1]) if kept else {}
 
 
 def listen():
@@ -606,9 +676,11 @@ def parse_args(argv=None):
     defaults = TOY if first.data == "toy" else REAL
     words = [Path(first.data).stem, first.mask] + ["no-mae"] * (not first.mae) + ["vt"] * first.vt
     late = {"mask_ratio": MASK_RATIOS[first.mask], "out": f"runs/{'-'.join(words)}"}
-    parser.set_defaults(**defaults | late | {"clip": None})
+    parser.set_defaults(**defaults | late)
     args = parser.parse_args(argv)
-    args.clip_given, args.clip = args.clip is not None, args.clip or defaults["clip"]
+    args.clip_given = False
+    args = parse_like_run(parser, lambda: parser.parse_args(argv), args)
+    args.clip_given = args.clip_given or "clip" in args.typed
     check_args(args)
     return args
 
@@ -693,7 +765,10 @@ class Clips(TrainingClips):
 
 def collate(samples):
     """Samples -> a batch of their clips: video (B,3,T,S,S) uint8, mask (B,N) or None, captions,
-    text (B,E) or None, ..."""
+    text (B,E) or None, ... If one of them is unreadable: {"unreadable": [(video, why), ...]}."""
+    unreadable = sum((sample.get("unreadable", []) for sample in samples), [])
+    if unreadable:
+        return {"unreadable": unreadable}
     repeat = len(samples[0]["video"])
 
     def joined(key):
@@ -735,9 +810,7 @@ def check_text(manifest, record, with_maps):
     """ValueError if a record lacks what its text needs."""
     captioning = f"python captions.py caption {manifest} --source ... makes them"
     making = f"python captions.py maps {manifest} makes them"
-    if "failed" in record:
-        wrong = 'is marked "failed": take it out'
-    elif not record.get("captions"):
+    if not record.get("captions"):
         wrong = f"has no captions, which --mask tgm, --vt and --clip need; {captioning}"
     elif with_maps != ("map_path" in record):
         wrong = "has no text map, others have" if with_maps else "has a text map, others have none"
@@ -753,10 +826,19 @@ def clip_of_maps(args, manifest, record):
     """The CLIP that made the text maps, of which one is read. ValueError if --clip is another."""
     made_by = dataset.read_map(record["map_path"], record["captions"]).clip
     wanted = dataset.clip_name(args.clip, args.clip_pretrained)
-    if args.clip_given and not made_by.startswith(wanted + " "):
+    if "clip" in args.typed and not made_by.startswith(wanted + " "):
         again = f"python captions.py maps {manifest} makes them again, with --force"
         raise ValueError(f"--clip: {wanted} is not the CLIP of the text maps, {made_by}; {again}")
     return made_by
+
+
+def without_failed(manifest, records):
+    """Leaves out what captions.py could not read."""
+    failed = np.fromiter(("failed" in record for record in records), bool, len(records))
+    if failed.any():
+        example = records[failed][0]["video"]
+        say(f'{manifest}: {failed.sum()} clips marked "failed" are left out, such as {example}')
+    return records[~failed]
 
 
 def load_data(args):
@@ -767,12 +849,9 @@ def load_data(args):
     # VT is watched where that costs no download that nobody asked for: on the toy world, or with
     # --clip.
     with_text = args.mask == "tgm" or args.vt or args.data == "toy" or args.clip_given
-    if with_text:  # what captions.py could not read is left out; in validation it is an error
-        failed = np.fromiter(("failed" in record for record in records), bool, len(records))
-        if failed.any():
-            example = f"such as {records[failed][0]['video']}"
-            say(f'{manifest}: {failed.sum()} clips marked "failed" are left out, {example}')
-        records = records[~failed]
+    if with_text:
+        records = without_failed(manifest, records)
+        val = val and without_failed(manifest, val)
         with_maps = any("map_path" in record for record in records[:1])
         for record in itertools.chain(records, val or ()):
             check_text(manifest, record, with_maps)
@@ -866,22 +945,35 @@ def clip_together(model, args):
     return [others, watching]
 
 
-# What a run that goes on must share with its checkpoint, beside the sizes of the model.
-SAME = """data clips split text_from clip clip_pretrained mask mask_ratio bottom_k mae vt vt_weight
-weight_decay seed epochs repeat""".split()
-
-
 def settings(args, data):
-    """What args.json and checkpoints keep of a run."""
+    """What args.json and checkpoints keep of a run: flags as they were given, and what is compared
+    when it goes on."""
+    flags = vars(args) | args.given
     own = {"clips": len(data), "text_from": data.text_from, "world": rank_and_world()[1]}
-    return vars(args) | own | {"torch": str(torch.__version__)}
+    own["torch"] = str(torch.__version__)
+    flags = {name: flags[name] for name in flags.keys() - {"typed", "given", "facts"}}
+    return flags | own | args.facts
+
+
+def facts_of(args, records, text_from, clip, goes_on):
+    """What a run learns from, beside its flags: digests, and how its text maps were made."""
+    text = ("captions",) if text_from else ()
+    facts = {"records": digest_of_records(records, ("video", "start", "end", *text))}
+    if clip:
+        facts["clip_weights"] = weights.digest(clip[0].state_dict(), torch.bfloat16)
+    if text_from == "maps":
+        found = dataset.read_map(records[0]["map_path"], records[0]["captions"])
+        every = int(found.frames.diff()[0]) if len(found.frames) > 1 else 0
+        facts["maps"] = f"{min(found.resized)} pixels, patches of {found.patch_size}, every {every}"
+    if args.init:
+        facts |= digest_of_weights(args.init, goes_on)
+    return facts
 
 
 def go_on(saved, model, optimizer, args, data, total):
     """Loads a checkpoint of the same run; another one's is refused. -> its step, of `total`."""
-    config = asdict(model.config)
-    now = settings(args, data) | config
-    refuse_another_run(args, saved["args"] | saved["config"], now, (*SAME, *config))
+    defaults = vars(parse_args(["--data", args.data, "--no-resume"]))
+    refuse_another_run(args, saved, settings(args, data) | asdict(model.config), defaults)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     step = saved["step"]
@@ -948,7 +1040,12 @@ def draw_samples(path, model, data, clip, args):
     """samples.png: of four clips the frames, the mask, and, if a decoder was trained, the
     reconstruction, in which masked cubes have their own mean and std put back."""
     c, count = model.config, min(4, len(data))
-    batch = collate([data[0, i * len(data) // 4] for i in range(count)])
+    samples = [data[0, i * len(data) // 4] for i in range(count)]
+    readable = [sample for sample in samples if "unreadable" not in sample]
+    if not readable:
+        say(f"note    {path} is not drawn: {samples[0]['unreadable'][0][1]}")
+        return
+    batch = collate(readable)
     video, mask, _ = prepare(batch, clip, args, c)
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # so few clips are not worth compiling for
@@ -971,7 +1068,7 @@ def draw_samples(path, model, data, clip, args):
 # ==================================================================================================
 
 
-def describe(args, c, data, videos, steps_per_epoch):
+def describe(args, c, data, val, videos, steps_per_epoch):
     """Prints what the run is. c: the model's Config."""
     world, which = rank_and_world()[1], "lowest" if args.bottom_k else "highest"
     batch, clips = args.batch_size * world, videos * args.repeat
@@ -984,6 +1081,9 @@ def describe(args, c, data, videos, steps_per_epoch):
         loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
     say(f"model   {args.preset}; clips of {c.num_frames} frames, {c.image_size}x{c.image_size}")
     say(f"data    {args.data}, split {args.split}: {len(data)} videos{text}")
+    if val:
+        whole = len(val) // (batch // args.repeat) * (batch // args.repeat)
+        say(f"val     {whole} of the {len(val)} videos of split {args.val_split}, in whole batches")
     masked = f"{int(args.mask_ratio * patches)} of {patches} patches in each of {c.grid[0]} slices"
     say(f"mask    {args.mask}, {which} {masked}")
     say(f"loss    {loss}")
@@ -995,23 +1095,37 @@ def describe(args, c, data, videos, steps_per_epoch):
 
 
 @torch.no_grad()
-def validate(net, data, clip, args, loaders):
-    """Held-out losses, of the same clips and masks each time, for the log."""
+def validate(step, epoch, net, data, clip, args, loaders):
+    """Held-out losses after an epoch go into the log: of the same clips and masks each time. All
+    processes leave out a batch in which one has a clip that cannot be read."""
     rank, world = rank_and_world()
     net.eval()
     mine = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
     how = {"batch_size": args.batch_size // args.repeat, "drop_last": True, "collate_fn": collate}
     how["sampler"] = [(0, i) for i in mine]
-    losses = []
+    losses, bad = [], []
     for batch in batches_of(data, loaders, **how):
+        unreadable = sum(gather_objects(batch.get("unreadable", [])), [])
+        if unreadable:
+            bad.append(unreadable)
+            continue
         video, mask, text = prepare(batch, clip, args, data.config)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
             out = net(video, mask, text, mae=args.mae, groups=batch["groups"].to(args.device))
         losses.append([out[name].item() for name in ("mae", "vt") if name in out])
     net.train()
-    mean = sum_over_ranks(torch.tensor(losses).mean(0).to(args.device))
-    names = ["val_mae"] * args.mae + ["val_vt"] * bool(data.text_from)
-    return {name: value / world for name, value in zip(names, mean)}
+    line = {"step": step, "epoch": epoch}
+    if losses:
+        mean = sum_over_ranks(torch.tensor(losses).mean(0).to(args.device))
+        names = ["val_mae"] * args.mae + ["val_vt"] * bool(data.text_from)
+        line |= {name: value / world for name, value in zip(names, mean)}
+    if bad:
+        line["val_bad"] = len(bad)
+        count = f"{len(bad)} of {len(bad) + len(losses)} held-out batches"
+        say(f"note    {count} left out, since a clip cannot be read: {bad[0][0][1]}")
+    if rank == 0:
+        list_bad(Path(args.out) / "bad_videos.txt", sum(bad, []))
+        append_log(Path(args.out) / "log.jsonl", line)
 
 
 def finish(out):
@@ -1041,8 +1155,9 @@ def train(args, share, saved, model, clip, data, val):
     # Both rates, like VideoMAE's, are given per 256 clips.
     peak, least = (rate * videos * args.repeat / 256 for rate in (args.blr, args.min_lr))
     optimizer, clipped = make_optimizer(model, args), clip_together(model, args)
-    describe(args, c, data, videos, steps_per_epoch)
-    start = go_on(saved, model, optimizer, args, data, total) if saved else 0
+    describe(args, c, data, val, videos, steps_per_epoch)
+    goes_on = bool(saved)
+    start = go_on(saved, model, optimizer, args, data, total) if goes_on else 0
     if args.compile:  # each by itself: between them the mask's counts break a graph
         model.encoder.compile()
         model.decoder.compile()
@@ -1050,9 +1165,16 @@ def train(args, share, saved, model, clip, data, val):
     loaders = fit_loaders(args.workers, batch_bytes)
     # No device_ids: the mask stays on the CPU.
     net = DistributedDataParallel(model) if world > 1 else model
+    last_line = {}
     if rank == 0:
-        cut_log(out / "log.jsonl", start)
-        (out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
+        if not goes_on:
+            set_aside(out)
+        last_line = cut_log(out / "log.jsonl", start)
+        if start < total:
+            (out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
+    validated = "lr" not in gather_objects(last_line)[0]  # what was saved is validated after that
+    if val and start and start % steps_per_epoch == 0 and not validated:
+        validate(start, start // steps_per_epoch - 1, net, val, clip, args, loaders)
     zero = torch.zeros((), device=args.device)
     done, in_a_row, kept, saved_at = start, 0, start, time.monotonic()
     listen()
@@ -1115,10 +1237,6 @@ def train(args, share, saved, model, clip, data, val):
                 append_log(out / "log.jsonl", line)
             if broken:
                 left_out(done, in_a_row, [] if mine_finite else names)
-            if val and done % steps_per_epoch == 0:
-                held_out = validate(net, val, clip, args, loaders)
-                if rank == 0:
-                    append_log(out / "log.jsonl", {"step": done, "epoch": epoch, **held_out})
 
             late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
             due = stop or late or done % steps_per_epoch == 0
@@ -1130,8 +1248,10 @@ def train(args, share, saved, model, clip, data, val):
                 state |= {"videos": videos, "args": settings(args, data)}
                 save_checkpoint(out / "last.pt", **state)
                 kept, saved_at = done, time.monotonic()
-            if stop:
-                break
+            if stop and done < total:
+                break  # the run that goes on validates first
+            if val and done % steps_per_epoch == 0:
+                validate(done, epoch, net, val, clip, args, loaders)
 
     leave(out, kept, unfinished=done < total)
 
@@ -1140,11 +1260,16 @@ def run(args):
     """All of it, in a folder that is locked."""
     rank, _ = rank_and_world()
     saved = load_last(args)
+    own = Path(args.out, "last.pt").resolve()
+    if args.init and not saved and Path(args.init).resolve() == own:
+        raise ValueError(f"--init {args.init}: a new run in its folder replaces it; another --out")
     share = share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
+    args.given = {"batch_size": args.batch_size, "accum": args.accum}
     _, forward, args.accum = share
     args.batch_size = forward * args.repeat
     records, val, text_from = load_data(args)
     model, clip = build_model(args, text_from, records[0], init=not saved)
+    args.facts = facts_of(args, records, text_from, clip, goes_on=bool(saved))
     data = Clips(records, model.config, args, text_from=text_from)
     val = val and Clips(val, model.config, args, text_from=text_from, replace_bad=False)
     train(args, share, saved, model, clip, data, val)

@@ -9,6 +9,7 @@ Nothing here needs transformers, of which some versions zero biases as they load
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -123,6 +124,15 @@ def load_file(path):
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds a {refused[1]}, which is no data" if refused else reason
         raise ValueError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
+
+
+def digest(state, dtype=None):
+    """The first digits of the SHA-256 of a state dict's values, or of these as `dtype`."""
+    sha = hashlib.sha256()
+    for _, value in sorted(state.items()):
+        value = value.cpu() if dtype is None else value.cpu().to(dtype)
+        sha.update(value.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:12]
 
 
 def _find(source, name):

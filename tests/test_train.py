@@ -5,11 +5,14 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, argv, assert_equal, assert_same_run, log, needs_transformers, write_lines
 from PIL import Image
@@ -152,7 +155,7 @@ def test_other_sizes(workdir, manifest, clip_flags, capsys):
     trained = {name: v for name, v in state.items() if not name.startswith("predictor.")}
     assert_equal({name: saved["model"][name] for name in trained}, trained)
     assert saved["config"]["num_frames"] == 4 and saved["config"]["image_size"] == 32
-    assert "another run (num_frames 4 -> 8" in fails(flags, "--num-frames 8 --out run")
+    assert "num_frames 4 -> 8)" in fails(flags, "--num-frames 8 --out run")
     for more, why in (
         ("--num-frames 5", "num_frames=5 is not divisible by tubelet_size=2"),
         ("--image-size 30", "image_size=30 is not divisible by patch_size=8"),
@@ -285,6 +288,160 @@ def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
         file.write('{"step": 5, "mae": 7}\n{"step": 6, "m')
     run(flags, "--out cut", workers=2)
     assert_same_run("whole", "cut")
+
+
+def test_another_run_is_refused(workdir, manifest, clip_flags, capsys, world):
+    """A run that goes on compares all that changes what is learnt; what is not typed is its own."""
+    shutil.copytree(world / "clip", "clip")
+    data, start = manifest(8), tgmae.TGMAE(tgmae.PRESETS["toy"])
+    torch.save({"config": vars(start.config), "model": start.state_dict()}, "start.pt")
+    flags = f"--mask tgm --vt --clip local-dir:clip {FEW} --init start.pt --out run"
+    run("--data", data, flags)
+    before, weight = Path("run/args.json").read_bytes(), load("run")["model"]["mask_token"]
+    capsys.readouterr()
+    run("--data", data, "--out run")  # all else is not typed
+    run("--data", data, flags, "--save-minutes 3 --grad-checkpointing --no-amp --seed 0")
+    run("--data", data, flags, "--batch-size 2 --accum 2")
+    Path("there").mkdir()
+    shutil.copy(data, "there/copy.jsonl")
+    assert capsys.readouterr().out.count("finished, --no-resume starts over") == 3
+    for more, change in (
+        ("--num-captions 1", "num_captions 0 -> 1"), ("--stride 2", "stride 4 -> 2"),
+        ("--flip", "flip False -> True"), ("--blr 0.1", "blr 0.05 -> 0.1"),
+        ("--min-lr 0.1", "min_lr 1e-05 -> 0.1"), ("--warmup-epochs 0", "warmup_epochs 0.5 -> 0.0"),
+        ("--clip-grad 1 --no-vt", "clip_grad 0.0 -> 1.0, vt True -> False"),
+        ("--temperature 1", "temperature 0.07 -> 1.0"), ("--epochs 2", "epochs 1 -> 2"),
+        ("--batch-size 2", "batch_size x accum 4 -> 2"), ("--seed 1", "seed 0 -> 1"),
+    ):  # fmt: skip
+        said = fails("--data", data, flags, more)
+        assert f"run/last.pt is of another run ({change}): --no-resume starts over" in said
+    assert Path("run/args.json").read_bytes() == before
+    assert_equal(load("run")["model"]["mask_token"], weight)
+
+    def other(change):
+        return change in fails("--data", data, "--out run")
+
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    write_lines(data, [records[0] | {"captions": ["another"]}, *records[1:]])
+    assert other("(records ")
+    write_lines(data, [records[0] | {"label": "another"}, *records[1:]])  # is not learnt here
+    run("--data", data, "--out run")
+    os.rename("start.pt", "gone.pt")
+    run("--data", data, "--out run")
+    assert "not compared with the weights that it began with: start.pt" in capsys.readouterr().out
+    torch.save({"config": vars(start.config), "model": tgmae.TGMAE(start.config).state_dict()},
+               "start.pt")  # fmt: skip
+    assert other("(init_weights ")
+    os.rename("gone.pt", "start.pt")
+    state = safetensors.torch.load_file("clip/open_clip_model.safetensors")
+    state = {name: value + 0.1 for name, value in state.items()}
+    safetensors.torch.save_file(state, "clip/open_clip_model.safetensors")
+    assert other("(clip_weights ")
+
+
+def test_checkpoints_of_before_go_on(workdir, manifest, clip_flags, capsys):
+    """They have no digests, which are not compared, but paths are; a flag that they lack was at its
+    default."""
+    data = manifest(8, name="data.jsonl")
+    flags = f"--mask tgm {clip_flags} {FEW} --out run"
+    run("--data data.jsonl", flags)
+    saved = load("run")
+    for name in ("records", "clip_weights", "num_captions"):
+        del saved["args"][name]
+    torch.save(saved, "run/last.pt")
+    records = data.read_text()
+    data.write_text(records.replace('"captions": ["', '"captions": ["Now '))
+    run("--data", "./data.jsonl", flags)
+    assert "finished" in capsys.readouterr().out
+    Path("other.jsonl").write_text(records)
+    assert "/data.jsonl -> " in fails("--data other.jsonl", flags)
+    assert "(num_captions 0 -> 2)" in fails("--data data.jsonl", flags, "--num-captions 2")
+
+
+def test_maps_made_otherwise_are_another_run(mapped):
+    flags = f"--data {mapped.name} --mask tgm {FEW} --out run"
+    run(flags)
+    run(flags)
+    run(flags, "--clip local-dir:data/toy/clip")  # the one that made the maps
+    first = dataset.read_manifest(mapped)[0]["map_path"]
+    with np.load(first) as file:
+        values = dict(file)
+    np.savez(first, **values | {"frames": values["frames"] * 2})
+    assert "(maps 64 pixels, patches of 8, every " in fails(flags)
+
+
+def interrupt(*args, **more):
+    raise KeyboardInterrupt
+
+
+def test_no_resume_begins_at_once(workdir, manifest, monkeypatch, capsys):
+    """Killed before its first checkpoint, it does not leave the old run's to the next command. But
+    one that is refused leaves all as it was."""
+    flags = f"--data {manifest(8)} --mask tube {FEW} --out run"
+    run(flags)
+    old = Path("run/last.pt").read_bytes()
+    assert "nothing.pt" in fails(flags, "--no-resume --init nothing.pt")
+    assert "a new run in its folder replaces it" in fails(flags, "--no-resume --init run/last.pt")
+    assert Path("run/last.pt").read_bytes() == old
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", interrupt)
+        run(flags, "--no-resume")
+    assert not Path("run/last.pt").exists() and Path("run/last.pt.old").read_bytes() == old
+    capsys.readouterr()
+    run(flags)
+    assert "resume  at" not in capsys.readouterr().out and load("run")["step"] == 2
+
+
+def test_saved_before_it_is_validated(workdir, manifest, monkeypatch):
+    """A run that was stopped in between validates first when it goes on."""
+    flags = f"--data {manifest(8, held=4)} --split train --val-split held --mask tube {FEW}"
+    run(flags, "--epochs 2 --out whole")
+    assert [line["step"] for line in log("whole") if "val_mae" in line] == [2, 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validate", interrupt)
+        for step in (2, 4):
+            with pytest.raises(KeyboardInterrupt):
+                run(flags, "--epochs 2 --out cut")
+            assert load("cut")["step"] == step
+            patch.undo()
+            validate = train.validate
+
+            def stop_at_the_end(step, *rest):
+                return interrupt() if step == 4 else validate(step, *rest)
+
+            patch.setattr(train, "validate", stop_at_the_end)
+    run(flags, "--epochs 2 --out cut")
+    assert_same_run("whole", "cut")
+    run(flags, "--epochs 2 --out cut")  # finished: nothing is added
+    assert_same_run("whole", "cut")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_held_out_clips_that_cannot_be_read(workdir, manifest, workers, capsys):
+    """Their batches are left out, counted and named; so are clips that captions.py could not
+    read."""
+    (workdir / "broken.mp4").write_bytes(b"x" * 1000)
+    bad = {"video": "broken.mp4", "captions": ["a"], "split": "held"}
+    marked = bad | {"video": "marked.mp4", "failed": "why"}
+    data = manifest(8, held=12, extra=[bad, marked])
+    flags = f"--data {data} --val-split held --mask tube {FEW} --epochs 2 --vt --clip"
+    run(flags, f"local-dir:{workdir / 'data/toy/clip'} --out run", workers=workers)
+    said = capsys.readouterr().out
+    assert "val     12 of the 13 videos of split held, in whole batches" in said
+    assert 'clips marked "failed" are left out, such as marked.mp4' in said
+    assert [line for line in log("run") if "val_bad" in line] == []  # the thirteenth is not read
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    write_lines(data, [*records[:9], bad, *records[9:-2]])
+    run(flags, f"local-dir:{workdir / 'data/toy/clip'} --out run --no-resume", workers=workers)
+    said = capsys.readouterr().out
+    assert said.count("1 of 3 held-out batches left out, since a clip cannot be read: ") == 2
+    lines = [line for line in log("run") if "val_mae" in line]
+    assert [line["val_bad"] for line in lines] == [1, 1] and lines[0].keys() >= {"val_vt", "step"}
+    assert Path("run/bad_videos.txt").read_text().startswith("broken.mp4\t")
+    write_lines(data, [*records[:8], *[bad] * 4])  # none can be read: the run ends well
+    run(flags, f"local-dir:{workdir / 'data/toy/clip'} --out run --no-resume", workers=workers)
+    assert "samples.png is not drawn: " in capsys.readouterr().out
+    assert [line["val_bad"] for line in log("run") if "val_bad" in line] == [1, 1]
 
 
 @pytest.mark.slow
@@ -443,11 +600,9 @@ def test_motion_fallback_is_counted(workdir, capsys):
 
 
 def test_mistakes_are_one_line(workdir, manifest, clip_flags):
-    marked = {"video": "a.mp4", "captions": ["a"], "split": "held", "failed": "why"}
-    manifest(8, name="data.jsonl"), manifest(8, extra=[marked], name="held.jsonl")
+    manifest(8, name="data.jsonl")
     write_lines(workdir / "bare.jsonl", [{"video": "clip.mp4"}])
     data, few, bare = "--data data.jsonl ", f"--data data.jsonl {FEW} ", "--data bare.jsonl "
-    held = f"--data held.jsonl {FEW} {clip_flags} --val-split held"
     for flags, reason in (
         ("--data nowhere.jsonl", "nowhere.jsonl: cannot be read"),
         (bare + "--mask tgm", "bare.jsonl: clip.mp4 has no captions"),
@@ -460,7 +615,6 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags):
         (few + "--batch-size 16", "8 clips of split 'train' are fewer than a step takes"),
         (few + f"--batch-size 1 --vt {clip_flags}", "--vt with a global batch of 1"),
         (few + f"--batch-size 1 {clip_flags}", "VT, which is watched, with a global batch of 1"),
-        (held, 'a.mp4 is marked "failed"'),
         (data + "--warmup-epochs 999", "--warmup-epochs 999"),
         (data + "--epochs 0", "--epochs 0: must be positive"),
         (data + "--num-captions -1", "--num-captions -1: must not be negative"),
