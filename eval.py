@@ -226,6 +226,8 @@ def splits_of(args, manifest):
     """-> records to train on (or to retrieve from), and to test on; names of the classes; class
     numbers of both."""
     train, test = (labelled(manifest, split) for split in (args.split, args.test_split))
+    sides = {f"--split {args.split}": train, f"--test-split {args.test_split}": test}
+    dataset.refuse_shared_clips(manifest, sides)
     classes = class_names(train)
     where = f"{manifest}, split {args.test_split!r}"
     return train, test, classes, targets(train, classes, args.split), targets(test, classes, where)
@@ -352,6 +354,9 @@ def report(args, rows, notes, clips, **more):
     of; writes --json."""
     if rank_and_world()[0]:
         return
+    if getattr(args, "data", None):
+        split = f", split {args.test_split}" if "test_split" in args else ""
+        notes = [*notes, f"Data: {args.data}{split}, recipe {args.recipe}."]
     print(f"\n| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(map(in_table, row.values()))} |")
@@ -376,6 +381,11 @@ def accuracy(scores, target, ks=(1, 5)):
     """scores (n,K), target (n,), -1 never right -> {"top-1": share, "top-5": share}."""
     best = scores.topk(min(max(ks), scores.shape[1])).indices
     return {f"top-{k}": (best[:, :k] == target[:, None]).any(1).float().mean().item() for k in ks}
+
+
+def chosen_on(count):
+    """How many clips chose, and whether that says something."""
+    return f"{count:,} clip(s)" + (", so few that it is luck" if count < 20 else "")
 
 
 def chance_row(name, classes, ks=(1, 5)):
@@ -458,7 +468,8 @@ def linear(args):
         rates.append(f"{rate:g} for {name}")
     rows.append(chance_row("encoder", len(classes)))
     note = f"{views_text(args)} Learning rate: the best of {len(args.rates)} on {args.holdout:.0%} "
-    note += f"of the training clips: {', '.join(rates)}."
+    held = chosen_on(max(1, round(args.holdout * len(seen.kept))))
+    note += f"of the training clips ({held}): {', '.join(rates)}."
     clips = {args.split: seen, args.test_split: tested}
     report(args, rows, [note], clips, rates=chosen)
 
@@ -739,30 +750,45 @@ def fit(args, model, classes, train, val):
 
 
 def as_it_is(args, manifest, test):
-    """--epochs 0: the fine-tuned CHECKPOINT -> {name: model}, names of its classes."""
+    """--epochs 0: the fine-tuned CHECKPOINT -> {name: model}, names of its classes, 0 clips that
+    chose."""
     model, saved = load_model(args.checkpoint)
     if not isinstance(model, Classifier):
         raise ValueError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
-    classes = saved.get("classes")
-    if not classes or all(name.removeprefix("LABEL_").isdigit() for name in classes):
-        classes = class_names(labelled(manifest, args.split))  # a head without names
+    own = weights.flags_of(args.checkpoint)
+    if own.get("data") and os.path.realpath(own["data"]) == os.path.realpath(args.data):
+        split = own.get("split", args.split)
+        sides = {f"--split {split} of its training": dataset.read_manifest(manifest, split)}
+        sides[f"--test-split {args.test_split}"] = test
+        dataset.refuse_shared_clips(manifest, sides)
+    classes, named_by = saved.get("classes") or [], args.checkpoint
+    if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # what transformers says for no name
+        classes = class_names(labelled(manifest, args.split))
+        named_by = f"{manifest}, split {args.split!r}"
+        say(
+            f"note    {args.checkpoint} does not name its classes: assumed to be those of "
+            f"{named_by}, in order, {classes[0]!r} to {classes[-1]!r}"
+        )
     if len(classes) != model.head.out_features:
-        count = f"a head of {model.head.out_features} classes, {manifest} has {len(classes)}"
+        count = f"a head of {model.head.out_features} classes, {named_by} has {len(classes)}"
         raise ValueError(f"{args.checkpoint}: {count}")
-    return {args.checkpoint: model}, classes
+    return {args.checkpoint: model}, classes, 0
 
 
 def train_classifier(args, manifest, test):
-    """Fine-tunes CHECKPOINT -> {name: model} of what was kept, names of the classes."""
+    """Fine-tunes CHECKPOINT -> {name: model} of what was kept, names of the classes, how many clips
+    chose best.pt."""
     train = labelled(manifest, args.split)
+    sides = {f"--split {args.split}": train}
     classes = class_names(train)
     if len(classes) < 2:
         raise ValueError(f"{manifest}: split {args.split!r} has one class, {classes[0]!r}")
     targets(test, classes, f"{manifest}, split {args.test_split!r}")  # says now what is wrong
     if args.val_split:
-        val = labelled(manifest, args.val_split)
+        val = sides[f"--val-split {args.val_split}"] = labelled(manifest, args.val_split)
     else:
         val, train = (train[sorted(part.tolist())] for part in hold_out(len(train), args))
+    dataset.refuse_shared_clips(manifest, sides | {f"--test-split {args.test_split}": test})
     start, _ = load_model(args.checkpoint)
     torch.manual_seed(args.seed)
     start = tgmae.TGMAE(start.config) if args.scratch else start
@@ -774,14 +800,15 @@ def train_classifier(args, manifest, test):
     with lock_folder(Path(args.out)):
         fit(args, model, classes, train, val)
     kept = [Path(args.out) / name for name in ("last.pt", "best.pt") if val or name == "last.pt"]
-    return {str(path): load_model(path)[0] for path in kept}, classes
+    return {str(path): load_model(path)[0] for path in kept}, classes, len(val)
 
 
 def finetune(args):
     """Train all of the network on labels, then test it (4.2)."""
     manifest = manifest_of(args.data)
     test = labelled(manifest, args.test_split)
-    models, classes = (train_classifier if args.epochs else as_it_is)(args, manifest, test)
+    run = train_classifier if args.epochs else as_it_is
+    models, classes, count = run(args, manifest, test)
     target = targets(test, classes, f"{manifest}, split {args.test_split!r}")
     rows = []
     for name, model in models.items():
@@ -792,7 +819,8 @@ def finetune(args):
     if len(models) == 2:
         share = f"{args.holdout:.0%} of the training clips"
         held = f"split {args.val_split}" if args.val_split else share
-        note += f" best.pt: the epoch with the highest top-1 on {held}, never on test clips."
+        note += f" best.pt: the epoch with the highest top-1 on {held} ({chosen_on(count)}), never "
+        note += "on test clips."
     report(args, rows, [note], {args.test_split: found})
 
 
@@ -891,7 +919,7 @@ def clip_of(args, saved):
     own = saved.get("args", {})
     if own.get("text_from") == "maps":  # they call a CLIP by a name of their own
         own = {}
-    default = (TOY if args.data == "toy" and not args.video else REAL)["clip"]
+    default = (TOY if args.data == "toy" else REAL)["clip"]
     tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
     return load_clip(args.clip or own.get("clip") or default, tag, args.device)
 
@@ -1161,8 +1189,8 @@ def add_flags(parser, command):
         flag("--sampling", None, "see finetune; CHECKPOINT's own, or dense", **ways)
         flag("--batch-size", _PAPER["batch_size"], "views at a time, per process")
         return
-    flag("--data", "toy", "toy, or a manifest (JSON lines, see captions.py)")
-    whose = "whose defaults to take; toy for --data toy, else other"
+    flag("--data", None, "toy, or a manifest (JSON lines); what CHECKPOINT was trained on")
+    whose = "whose defaults to take; on CHECKPOINT's data its own; toy for --data toy, else other"
     flag("--recipe", None, whose, choices=RECIPES)
     for name, (help, _, commands) in RECIPE_FLAGS.items():
         if command == "finetune" and name != "random" or command in commands:
@@ -1203,6 +1231,26 @@ def add_flags(parser, command):
         flag("--layers", None, "of attention, from 1; first, middle, last", type=int, nargs="+")
 
 
+def data_and_recipe(args):
+    """What is typed, else what CHECKPOINT was trained on; no data where videos are given."""
+    own = weights.flags_of(args.checkpoint)
+    data = args.data or own.get("data")
+    given = getattr(args, "videos", None) or getattr(args, "video", None)
+    if args.data and given:
+        raise ValueError(f"--data {args.data}: and videos that are given; one of the two")
+    if not data and not given:
+        weights.load_checkpoint(args.checkpoint)  # says so if it is none
+        unknown = "does not say what it was trained on; a manifest, or toy"
+        raise ValueError(f"--data: {args.checkpoint} {unknown}")
+    if not given and not args.data and data != "toy" and not os.path.exists(data):
+        gone = f"was trained on {data}, which is not there now; name a manifest"
+        raise ValueError(f"--data: {args.checkpoint} {gone}")
+    recipe = "toy" if data == "toy" else "other"
+    if own.get("recipe") in RECIPES and os.path.realpath(data) == os.path.realpath(own["data"]):
+        recipe = own["recipe"]
+    return None if given else data, args.recipe or recipe
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1215,11 +1263,11 @@ def parse_args(argv=None):
     folder = here.parent if here.is_file() else Path("runs") / here.name
     late = {"out": f"{here.with_suffix('')}-huggingface"}
     if "data" in first:
+        late["data"], late["recipe"] = data_and_recipe(first)
         scratch = "-scratch" if getattr(first, "scratch", False) else ""
-        outs = {"finetune": f"finetune-{Path(first.data).stem}{scratch}"}
+        outs = {"finetune": f"finetune-{Path(late['data'] or '').stem}{scratch}"}
         outs["features"] = "features.npz"
         late["out"] = str(folder / outs.get(first.command, first.command))
-        late["recipe"] = first.recipe or ("toy" if first.data == "toy" else "other")
         own = {"linear": ("epochs", "holdout"), "features": ("views",)}.get(first.command, ())
         recipe = RECIPES[late["recipe"]].items()
         late |= {key: value for key, value in recipe if key not in own}
