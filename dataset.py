@@ -13,6 +13,7 @@ copied: its banner says what it needs. Shapes as in tgmae.py.
 import array
 import contextlib
 import errno
+import functools
 import gc
 import io
 import itertools
@@ -519,7 +520,8 @@ def read_clip(path, frames, *, motion=False):
 
 # ==================================================================================================
 # Manifest: what is known of the clips: records, and text maps, which captions.py makes.
-# Needs: array, io, json, os, zipfile, Sequence, NamedTuple, Path, numpy as np, torch.
+# Needs: array, functools, io, json, math, os, zipfile, Sequence, NamedTuple, Path, numpy as np,
+# torch.
 # ==================================================================================================
 
 
@@ -647,6 +649,34 @@ def read_manifest(path, split=None) -> Manifest:
     if not lines:
         raise ValueError(f"{path}: no clips" + (f" of split {split!r}" if split else ""))
     return Manifest(path, data, np.frombuffer(lines, np.int64).reshape(-1, 2))
+
+
+def refuse_shared_clips(manifest, sides):
+    """ValueError if a clip of one of the sides, {name: records}, is on another one, too: the same
+    file, links followed, and pieces [start, end) of it that overlap."""
+    resolve_folder = functools.cache(os.path.realpath)  # of 240,000 clips a few hundred folders
+    earlier = {}  # file: [(start, end, side), ...] of the sides before
+    for side, records in sides.items():
+        pieces, shared = [], []
+        for record in records:
+            folder, name = os.path.split(record["path"])
+            file = os.path.join(resolve_folder(folder), name)
+            file = os.path.realpath(file) if os.path.islink(file) else file
+            start, end = record.get("start", 0), record.get("end", math.inf)
+            for first, stop, other in earlier.get(file, ()):
+                if first < end and start < stop:
+                    shared.append((record["video"], other))
+                    break
+            pieces.append((file, (start, end, side)))
+        if shared:
+            video, other = shared[0]
+            raise ValueError(
+                f"{manifest}: {len(shared):,} of {len(records):,} clips of {side} are on another "
+                f'side, too, such as {video}, also of {other}. Give each clip one "split" (a clip '
+                "without is of every split), or name another split"
+            )
+        for file, piece in pieces:
+            earlier.setdefault(file, []).append(piece)
 
 
 # ==================================================================================================

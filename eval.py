@@ -58,6 +58,8 @@ from train import (
     check_flags,
     clip_bytes,
     cut_log,
+    digest_of_records,
+    digest_of_weights,
     draw_page,
     fit_loaders,
     gather_objects,
@@ -71,6 +73,7 @@ from train import (
     lock_folder,
     manifest_of,
     one_line_errors,
+    parse_like_run,
     progress,
     rank_and_world,
     reconstruct,
@@ -79,6 +82,7 @@ from train import (
     save_checkpoint,
     say,
     seed_of,
+    set_aside,
     share_step,
     start_processes,
     steps,
@@ -226,6 +230,8 @@ def splits_of(args, manifest):
     """-> records to train on (or to retrieve from), and to test on; names of the classes; class
     numbers of both."""
     train, test = (labelled(manifest, split) for split in (args.split, args.test_split))
+    sides = {f"--split {args.split}": train, f"--test-split {args.test_split}": test}
+    dataset.refuse_shared_clips(manifest, sides)
     classes = class_names(train)
     where = f"{manifest}, split {args.test_split!r}"
     return train, test, classes, targets(train, classes, args.split), targets(test, classes, where)
@@ -352,6 +358,9 @@ def report(args, rows, notes, clips, **more):
     of; writes --json."""
     if rank_and_world()[0]:
         return
+    if getattr(args, "data", None):
+        split = f", split {args.test_split}" if "test_split" in args else ""
+        notes = [*notes, f"Data: {args.data}{split}, recipe {args.recipe}."]
     print(f"\n| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(map(in_table, row.values()))} |")
@@ -376,6 +385,11 @@ def accuracy(scores, target, ks=(1, 5)):
     """scores (n,K), target (n,), -1 never right -> {"top-1": share, "top-5": share}."""
     best = scores.topk(min(max(ks), scores.shape[1])).indices
     return {f"top-{k}": (best[:, :k] == target[:, None]).any(1).float().mean().item() for k in ks}
+
+
+def chosen_on(count):
+    """How many clips chose, and whether that says something."""
+    return f"{count:,} clip(s)" + (", so few that it is luck" if count < 20 else "")
 
 
 def chance_row(name, classes, ks=(1, 5)):
@@ -458,7 +472,8 @@ def linear(args):
         rates.append(f"{rate:g} for {name}")
     rows.append(chance_row("encoder", len(classes)))
     note = f"{views_text(args)} Learning rate: the best of {len(args.rates)} on {args.holdout:.0%} "
-    note += f"of the training clips: {', '.join(rates)}."
+    held = chosen_on(max(1, round(args.holdout * len(seen.kept))))
+    note += f"of the training clips ({held}): {', '.join(rates)}."
     clips = {args.split: seen, args.test_split: tested}
     report(args, rows, [note], clips, rates=chosen)
 
@@ -620,26 +635,25 @@ def test_scores(model, split, records, args, grid, loaders=None):
     return found._replace(values=found.values.mean(1))
 
 
-def validate(step, epoch, model, val, target, args, loaders):
-    """Top-1 on the held-out clips after an epoch, which goes into the log."""
+def choose_best(state, best, model, val, target, args, loaders):
+    """After an epoch, whose checkpoint is `state`: it becomes best.pt if top-1 on held-out clips is
+    above `best`. The log says so last: a run that ends before does it again. -> the best now."""
     found = test_scores(model, "held-out", val, args, (1, 1), loaders)
     top = accuracy(found.values, target[found.kept])
     if rank_and_world()[0] == 0:
-        line = {f"val {name}": value for name, value in top.items()}
-        append_log(Path(args.out) / "log.jsonl", {"step": step, "epoch": epoch, **line})
-    return top["top-1"]
-
-
-# What a run that goes on may change.
-FREE = """workers device json resume out views view_grid test_split amp grad_checkpointing
-batch_size accum save_minutes""".split()
+        if top["top-1"] > best:
+            save_checkpoint(Path(args.out) / "best.pt", **state, best=top["top-1"])
+        line = {"step": state["step"], "epoch": state["epoch"] - 1}
+        line |= {f"val {name}": value for name, value in top.items()}
+        append_log(Path(args.out) / "log.jsonl", line)
+    return max(best, top["top-1"])
 
 
 def go_on(saved, model, optimizer, args, settings):
     """Loads a checkpoint of the same run; another one's is refused. -> its step, the best top-1 on
     held-out clips."""
-    keys = (key for key in settings if key not in FREE)
-    refuse_another_run(args, saved["args"], settings, keys)
+    saved["args"] |= {"classes": saved["classes"]}
+    refuse_another_run(args, saved, settings, RECIPES[args.recipe])
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     found = saved["step"], saved["best"]
@@ -660,18 +674,33 @@ def fit(args, model, classes, train, val):
         batch = f"{world} processes x --batch-size {args.batch_size} x --accum {args.accum}"
         raise ValueError(f"{len(data)} training clips are fewer than a step takes ({batch})")
     total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
-    settings = vars(args) | {"clips": len(data)}
+    settings = vars(args) | {"clips": len(data), "world": world, "classes": classes}
+    settings["records"] = digest_of_records(train, ("video", "start", "end", "label"))
+    if not args.scratch:
+        settings |= digest_of_weights(args.checkpoint, goes_on=bool(saved))
     peak, least = args.lr * videos / 256, args.min_lr * videos / 256
     optimizer = make_optimizer(model, args)
-    start, best = go_on(saved, model, optimizer, args, settings) if saved else (0, -1.0)
+    goes_on = bool(saved)
+    start, best = go_on(saved, model, optimizer, args, settings) if goes_on else (0, -1.0)
     say(f"train   {len(data):,} clips, {len(val):,} more choose best.pt; {len(classes)} classes")
     say(f"steps   {total}, from step {start}; {videos} videos = {world} x {forward} x {accum}")
     say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}")
     floats, bytes = forward * args.repeat, args.batch_size if val else 0  # clips of both loaders
     loaders = fit_loaders(args.workers, (4 * floats + bytes) * clip_bytes(c))
     net = DistributedDataParallel(model) if world > 1 else model
+    about = {"config": asdict(c), "videos": videos, "classes": classes, "args": settings}
+    last_line = {}
     if rank == 0:
-        cut_log(out / "log.jsonl", start)
+        if not goes_on:
+            set_aside(out)
+        last_line = cut_log(out / "log.jsonl", start)
+    last_line = gather_objects(last_line)[0]
+    if "val top-1" in last_line:
+        best = max(best, last_line["val top-1"])
+    elif val and start and start % steps_per_epoch == 0:  # it was saved, and not validated
+        state = about | {"model": model.state_dict(), "step": start}
+        state["epoch"] = start // steps_per_epoch
+        best = choose_best(state, best, model, val, val_target, args, loaders)
     done, in_a_row, kept, saved_at = start, 0, start, time.monotonic()
     listen()
     with progress(total=total, initial=start, unit="step", disable=rank > 0) as bar:
@@ -718,52 +747,66 @@ def fit(args, model, classes, train, val):
             if broken:
                 left_out(done, in_a_row, [] if mine_finite else names)
             epoch_ends = done % steps_per_epoch == 0
-            if val and epoch_ends:
-                top = validate(done, epoch, model, val, val_target, args, loaders)
             late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
-            if rank == 0 and (stop or late or epoch_ends):
-                state = {"config": asdict(c), "model": model.state_dict(), "step": done}
-                state |= {"videos": videos, "classes": classes, "args": settings}
+            if stop or late or epoch_ends:
+                state = about | {"model": model.state_dict(), "step": done}
                 state["epoch"] = done // steps_per_epoch
-                if val and epoch_ends and top > best:
-                    best = top
-                    save_checkpoint(out / "best.pt", **state, best=best)
-                if done == total or not broken:
-                    state |= {"best": best, "optimizer": optimizer.state_dict()}
-                    save_checkpoint(out / "last.pt", **state)
+                if rank == 0 and (done == total or not broken):
+                    saving = state | {"best": best, "optimizer": optimizer.state_dict()}
+                    save_checkpoint(out / "last.pt", **saving)
                     kept, saved_at = done, time.monotonic()
-            if stop:
-                break
+            if stop and done < total:
+                break  # the run that goes on validates first
+            if val and epoch_ends:
+                best = choose_best(state, best, model, val, val_target, args, loaders)
 
     leave(out, kept, unfinished=done < total)
 
 
 def as_it_is(args, manifest, test):
-    """--epochs 0: the fine-tuned CHECKPOINT -> {name: model}, names of its classes."""
+    """--epochs 0: the fine-tuned CHECKPOINT -> {name: model}, names of its classes, 0 clips that
+    chose."""
     model, saved = load_model(args.checkpoint)
     if not isinstance(model, Classifier):
         raise ValueError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
-    classes = saved.get("classes")
-    if not classes or all(name.removeprefix("LABEL_").isdigit() for name in classes):
-        classes = class_names(labelled(manifest, args.split))  # a head without names
+    own = weights.flags_of(args.checkpoint)
+    if own.get("data") and os.path.realpath(own["data"]) == os.path.realpath(args.data):
+        split = own.get("split", args.split)
+        sides = {f"--split {split} of its training": dataset.read_manifest(manifest, split)}
+        sides[f"--test-split {args.test_split}"] = test
+        dataset.refuse_shared_clips(manifest, sides)
+    classes, named_by = saved.get("classes") or [], args.checkpoint
+    if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # what transformers says for no name
+        classes = class_names(labelled(manifest, args.split))
+        named_by = f"{manifest}, split {args.split!r}"
+        say(
+            f"note    {args.checkpoint} does not name its classes: assumed to be those of "
+            f"{named_by}, in order, {classes[0]!r} to {classes[-1]!r}"
+        )
     if len(classes) != model.head.out_features:
-        count = f"a head of {model.head.out_features} classes, {manifest} has {len(classes)}"
+        count = f"a head of {model.head.out_features} classes, {named_by} has {len(classes)}"
         raise ValueError(f"{args.checkpoint}: {count}")
-    return {args.checkpoint: model}, classes
+    return {args.checkpoint: model}, classes, 0
 
 
 def train_classifier(args, manifest, test):
-    """Fine-tunes CHECKPOINT -> {name: model} of what was kept, names of the classes."""
+    """Fine-tunes CHECKPOINT -> {name: model} of what was kept, names of the classes, how many clips
+    chose best.pt."""
     train = labelled(manifest, args.split)
+    sides = {f"--split {args.split}": train}
     classes = class_names(train)
     if len(classes) < 2:
         raise ValueError(f"{manifest}: split {args.split!r} has one class, {classes[0]!r}")
     targets(test, classes, f"{manifest}, split {args.test_split!r}")  # says now what is wrong
     if args.val_split:
-        val = labelled(manifest, args.val_split)
+        val = sides[f"--val-split {args.val_split}"] = labelled(manifest, args.val_split)
     else:
         val, train = (train[sorted(part.tolist())] for part in hold_out(len(train), args))
-    start, _ = load_model(args.checkpoint)
+    dataset.refuse_shared_clips(manifest, sides | {f"--test-split {args.test_split}": test})
+    last, start = Path(args.out) / "last.pt", args.checkpoint
+    if args.resume and last.exists() and not Path(start).exists():
+        start = last  # gone, or at a hub: the run that goes on has its own weights
+    start, _ = load_model(start)
     torch.manual_seed(args.seed)
     start = tgmae.TGMAE(start.config) if args.scratch else start
     torch.manual_seed(args.seed)  # the same head with --scratch and without
@@ -774,14 +817,15 @@ def train_classifier(args, manifest, test):
     with lock_folder(Path(args.out)):
         fit(args, model, classes, train, val)
     kept = [Path(args.out) / name for name in ("last.pt", "best.pt") if val or name == "last.pt"]
-    return {str(path): load_model(path)[0] for path in kept}, classes
+    return {str(path): load_model(path)[0] for path in kept}, classes, len(val)
 
 
 def finetune(args):
     """Train all of the network on labels, then test it (4.2)."""
     manifest = manifest_of(args.data)
     test = labelled(manifest, args.test_split)
-    models, classes = (train_classifier if args.epochs else as_it_is)(args, manifest, test)
+    run = train_classifier if args.epochs else as_it_is
+    models, classes, count = run(args, manifest, test)
     target = targets(test, classes, f"{manifest}, split {args.test_split!r}")
     rows = []
     for name, model in models.items():
@@ -792,7 +836,8 @@ def finetune(args):
     if len(models) == 2:
         share = f"{args.holdout:.0%} of the training clips"
         held = f"split {args.val_split}" if args.val_split else share
-        note += f" best.pt: the epoch with the highest top-1 on {held}, never on test clips."
+        note += f" best.pt: the epoch with the highest top-1 on {held} ({chosen_on(count)}), never "
+        note += "on test clips."
     report(args, rows, [note], {args.test_split: found})
 
 
@@ -891,7 +936,7 @@ def clip_of(args, saved):
     own = saved.get("args", {})
     if own.get("text_from") == "maps":  # they call a CLIP by a name of their own
         own = {}
-    default = (TOY if args.data == "toy" and not args.video else REAL)["clip"]
+    default = (TOY if args.data == "toy" else REAL)["clip"]
     tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
     return load_clip(args.clip or own.get("clip") or default, tag, args.device)
 
@@ -1161,8 +1206,8 @@ def add_flags(parser, command):
         flag("--sampling", None, "see finetune; CHECKPOINT's own, or dense", **ways)
         flag("--batch-size", _PAPER["batch_size"], "views at a time, per process")
         return
-    flag("--data", "toy", "toy, or a manifest (JSON lines, see captions.py)")
-    whose = "whose defaults to take; toy for --data toy, else other"
+    flag("--data", None, "toy, or a manifest (JSON lines); what CHECKPOINT was trained on")
+    whose = "whose defaults to take; on CHECKPOINT's data its own; toy for --data toy, else other"
     flag("--recipe", None, whose, choices=RECIPES)
     for name, (help, _, commands) in RECIPE_FLAGS.items():
         if command == "finetune" and name != "random" or command in commands:
@@ -1203,6 +1248,28 @@ def add_flags(parser, command):
         flag("--layers", None, "of attention, from 1; first, middle, last", type=int, nargs="+")
 
 
+def data_and_recipe(args):
+    """What is typed, else what CHECKPOINT was trained on; no data where videos are given."""
+    own = weights.flags_of(args.checkpoint)
+    if args.command == "finetune" and args.out:  # CHECKPOINT may be gone when a run goes on
+        own = own or weights.flags_of(Path(args.out) / "last.pt")
+    data = args.data or own.get("data")
+    given = getattr(args, "videos", None) or getattr(args, "video", None)
+    if args.data and given:
+        raise ValueError(f"--data {args.data}: and videos that are given; one of the two")
+    if not data and not given:
+        weights.load_checkpoint(args.checkpoint)  # says so if it is none
+        unknown = "does not say what it was trained on; a manifest, or toy"
+        raise ValueError(f"--data: {args.checkpoint} {unknown}")
+    if not given and not args.data and data != "toy" and not os.path.exists(data):
+        gone = f"was trained on {data}, which is not there now; name a manifest"
+        raise ValueError(f"--data: {args.checkpoint} {gone}")
+    recipe = "toy" if data == "toy" else "other"
+    if own.get("recipe") in RECIPES and os.path.realpath(data) == os.path.realpath(own["data"]):
+        recipe = own["recipe"]
+    return None if given else data, args.recipe or recipe
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1212,20 +1279,24 @@ def parse_args(argv=None):
         add_flags(commands.add_parser(name, **texts, formatter_class=formatter), name)
     first = parser.parse_args(argv)
     here = Path(first.checkpoint)
-    folder = here.parent if here.is_file() else Path("runs") / here.name
+    folder = here.parent if here.suffix or here.is_file() else Path("runs") / here.name
     late = {"out": f"{here.with_suffix('')}-huggingface"}
     if "data" in first:
+        late["data"], late["recipe"] = data_and_recipe(first)
         scratch = "-scratch" if getattr(first, "scratch", False) else ""
-        outs = {"finetune": f"finetune-{Path(first.data).stem}{scratch}"}
+        outs = {"finetune": f"finetune-{Path(late['data'] or '').stem}{scratch}"}
         outs["features"] = "features.npz"
         late["out"] = str(folder / outs.get(first.command, first.command))
-        late["recipe"] = first.recipe or ("toy" if first.data == "toy" else "other")
         own = {"linear": ("epochs", "holdout"), "features": ("views",)}.get(first.command, ())
         recipe = RECIPES[late["recipe"]].items()
         late |= {key: value for key, value in recipe if key not in own}
     late = {key: value for key, value in late.items() if key in first}
     commands.choices[first.command].set_defaults(**late)
     args = parser.parse_args(argv)
+    if args.command == "finetune" and args.epochs:
+        own = commands.choices["finetune"]
+        args = parse_like_run(own, lambda: parser.parse_args(argv), args)
+        del args.typed
     files = {"json": args.json, "out": first.out if args.command == "features" else None}
     for name, path in files.items():
         if path and not Path(path).parent.is_dir():

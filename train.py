@@ -499,9 +499,8 @@ def parse_like_run(parser, parse, args):
     """Parses again, where the run in --out goes on: its flags are the defaults, so that only flags
     that are typed can differ from it. parser: the one that has the flags. -> args, with `typed`,
     the names of what was typed."""
-    path = Path(args.out) / "last.pt"
-    if args.resume and path.exists():
-        then = weights.load_file(path).get("args", {})
+    then = weights.flags_of(Path(args.out) / "last.pt") if args.resume else {}
+    if then:
         own = vars(args).keys() - OF_MACHINE
         parser.set_defaults(**{name: value for name, value in then.items() if name in own})
         args = parse()
@@ -543,7 +542,7 @@ def refuse_another_run(args, saved, now, defaults):
             if BY_CONTENT[name] in then:
                 continue
         if was != value:
-            changed.append(f"{name} {was} -> {value}")
+            changed.append(f"{name} {str(was)[:60]} -> {str(value)[:60]}")
     step, was = (of["batch_size"] * of["accum"] for of in (now, then))
     if step != was and now["world"] == then.get("world"):
         changed.append(f"batch_size x accum {was} -> {step}")
@@ -716,14 +715,18 @@ class Clips(TrainingClips):
         no_motion = any(w.category is dataset.NoMotionVectors for w in caught)
         return frames, motion, numbers, video.index.order, no_motion
 
-    def draw_captions(self, record, count, generator):
-        """Numbers of `count` captions, each drawn from --num-captions of them, evenly spread."""
-        if not self.text_from:
-            return [None] * count
+    def captions_used(self, record):
+        """Numbers of the --num-captions captions, evenly spread, of which one is drawn."""
         total = len(record["captions"])
         among = min(self.args.num_captions or total, total)
-        drawn = torch.randint(among, (count,), generator=generator).tolist()
-        return [(2 * i + 1) * total // (2 * among) for i in drawn]
+        return [(2 * i + 1) * total // (2 * among) for i in range(among)]
+
+    def draw_captions(self, record, count, generator):
+        """Numbers of `count` captions."""
+        if not self.text_from:
+            return [None] * count
+        used = self.captions_used(record)
+        return [used[i] for i in torch.randint(len(used), (count,), generator=generator).tolist()]
 
     def load(self, place, seed):
         record, args, c = self.records[place], self.args, self.config
@@ -846,6 +849,9 @@ def load_data(args):
     manifest, world = manifest_of(args.data), rank_and_world()[1]
     records = dataset.read_manifest(manifest, args.split)
     val = dataset.read_manifest(manifest, args.val_split) if args.val_split else None
+    if val:
+        sides = {f"--split {args.split}": records, f"--val-split {args.val_split}": val}
+        dataset.refuse_shared_clips(manifest, sides)
     # VT is watched where that costs no download that nobody asked for: on the toy world, or with
     # --clip.
     with_text = args.mask == "tgm" or args.vt or args.data == "toy" or args.clip_given
@@ -1079,6 +1085,8 @@ def describe(args, c, data, val, videos, steps_per_epoch):
     if data.text_from:
         loss += "" if args.vt else ", VT watched"
         loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
+        distinct = {r["captions"][i] for r in data.records for i in data.captions_used(r)}
+        text += f"; {len(distinct):,} distinct captions"
     say(f"model   {args.preset}; clips of {c.num_frames} frames, {c.image_size}x{c.image_size}")
     say(f"data    {args.data}, split {args.split}: {len(data)} videos{text}")
     if val:

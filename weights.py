@@ -15,6 +15,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -111,14 +112,14 @@ DATA = [  # no code: the flags of official files, and NumPy's scalars, as NumPy 
 ]  # fmt: skip
 
 
-def load_file(path):
+def load_file(path, *, mmap=False):
     """The tensors of a .safetensors file; of any other torch.load, of which no pickled code is run.
-    ValueError if it cannot be loaded."""
+    mmap: tensors are read from disk when they are used. ValueError if it cannot be loaded."""
     try:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(DATA):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a file of other contents makes torch raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -133,6 +134,17 @@ def digest(state, dtype=None):
         value = value.cpu() if dtype is None else value.cpu().to(dtype)
         sha.update(value.reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()[:12]
+
+
+def flags_of(source):
+    """The flags of the run that made a checkpoint of train.py or eval.py, or the folder of its
+    export; {} where it does not say, or there is none. Reads no weights."""
+    path = Path(source, "model.pt") if Path(source).is_dir() else Path(source)
+    if not zipfile.is_zipfile(path):  # as torch.save writes it
+        return {}
+    saved = load_file(path, mmap=True)
+    flags = saved.get("args") if isinstance(saved, dict) else None
+    return flags if isinstance(flags, dict) else {}
 
 
 def _find(source, name):

@@ -4,9 +4,12 @@ import argparse
 import itertools
 import json
 import math
+import os
 import re
 import shlex
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -141,8 +144,8 @@ def test_views_are_averaged_after_the_softmax(clips):
             return logits.repeat(len(video) // 2, 1)
 
     records = dataset.read_manifest(clips(), "test")
-    args = ev.parse_args("linear x.pt --batch-size 4 --workers 0 --stride 2 --device cpu".split())
-    args.amp = False
+    args = ev.parse_args("linear x.pt --data toy --batch-size 4 --workers 0 --stride 2".split())
+    args.amp, args.device = False, "cpu"
     found = ev.test_scores(Fixed(), "test", records, args, (2, 1))
     torch.testing.assert_close(found.values, torch.tensor(mean).expand(5, 3))
     found = ev.view_scores(torch.nn.Identity(), logits[None])
@@ -153,6 +156,8 @@ def test_accuracy_by_hand():
     scores = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.3, 0.2], [0.2, 0.3, 0.5]])
     found = ev.accuracy(scores, torch.tensor([1, 2, -1]), ks=(1, 2, 3, 5))
     assert found == pytest.approx({"top-1": 1 / 3, "top-2": 1 / 3, "top-3": 2 / 3, "top-5": 2 / 3})
+    assert ev.chosen_on(19) == "19 clip(s), so few that it is luck"
+    assert ev.chosen_on(20) == "20 clip(s)"
     assert ev.chance_row("model", 4) == {"model": "chance", "top-1": 0.25, "top-5": 1.0}
 
 
@@ -221,7 +226,7 @@ def test_drop_path_grows_with_depth():
 
 
 def finetune_args(flags=""):
-    return ev.parse_args(f"finetune x.pt --recipe k400 {flags}".split())
+    return ev.parse_args(f"finetune x.pt --data a.jsonl --recipe k400 {flags}".split())
 
 
 def test_augmentation_treats_frames_alike():
@@ -459,7 +464,8 @@ def test_linear_leaves_the_backbone_alone(checkpoint, clips, capsys, monkeypatch
     assert chance == {"encoder": "chance", "top-1": 0.25, "top-5": 1.0}
     ((name, chosen),) = found["rates"].items()
     assert chosen["held-out top-1"].keys() == {f"{rate:g}" for rate in ev.RATES}
-    assert f"the best of 6 on 20% of the training clips: {chosen['rate']:g} for {name}" in said
+    assert "the best of 6 on 20% of the training clips (2 clip(s), so few that it is luck)" in said
+    assert f"luck): {chosen['rate']:g} for {name}" in said
 
 
 def test_the_rate_is_chosen_without_test_clips(monkeypatch):
@@ -518,6 +524,7 @@ def test_finetune_resumes_exactly(checkpoint, clips, capsys, monkeypatch):
         log.write('{"step": 5, "loss": 1}\n{"st')  # after the checkpoint
     found, said = run(capsys, f"{command} parts")
     assert "from step 4" in said
+    assert "on 20% of the training clips (2 clip(s), so few that it is luck), never" in said
     whole, parts = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "parts"))
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
     logs = [[json.loads(line) for line in open(f"{name}/log.jsonl")] for name in ("whole", "parts")]
@@ -536,6 +543,64 @@ def test_finetune_resumes_exactly(checkpoint, clips, capsys, monkeypatch):
     assert again["rows"][0]["top-1"] == found["rows"][0]["top-1"]
     assert "of another run (lr 0.1 -> 0.2" in fails(f"{command} parts --lr 0.2")
     assert "of another run (scratch False -> True" in fails(f"{command} parts --scratch")
+
+
+def test_finetune_of_other_weights_or_classes_is_another_run(checkpoint, clips, folder, capsys):
+    """Compared by what they hold, not by their paths."""
+    shutil.copy(checkpoint, "start.pt")
+    data = clips(10, 4)
+    command = f"finetune start.pt --data {data} {SHORT} --out tuned"
+    run(capsys, command)
+    assert not Path("tuned/last.pt.old").exists()
+    run(capsys, f"{command} --workers 1 --views 2x1 --test-split test")  # all that may change
+    os.rename("start.pt", "moved.pt")
+    _, said = run(capsys, command)
+    assert "not compared with the weights that it began with: start.pt" in said
+    _, said = run(capsys, "finetune start.pt --out tuned")  # all is the run's own
+    assert f"Data: {data}" in said
+    saved = torch.load("moved.pt", weights_only=True)
+    saved["model"] = {name: value + 0.1 for name, value in saved["model"].items()}
+    torch.save(saved, "start.pt")
+    assert "of another run (init_weights " in fails(command)
+    os.rename("moved.pt", "start.pt")
+    text = Path(data).read_text()
+    Path(data).write_text(text.replace("class 0", "class 9"))
+    said = fails(command)
+    assert "(classes [" in said and "records " in said
+    Path(data).write_text(text)
+    assert "batch_size x accum 4 -> 2" in fails(f"{command} --batch-size 2")
+    run(capsys, f"{command} --batch-size 2 --accum 2")
+
+
+def test_finetune_saves_before_it_is_validated(checkpoint, clips, capsys, monkeypatch):
+    """One that was stopped in between validates first, so that best.pt is the same."""
+    command = f"finetune {checkpoint} --data {clips(10, 4)} {SHORT} --epochs 2 --holdout 0.2 --out"
+    run(capsys, f"{command} whole")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for step in (2, 4):
+        choose = ev.choose_best
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(
+                ev, "choose_best",
+                lambda state, *rest: interrupt() if state["step"] == step else choose(state, *rest),
+            )  # fmt: skip
+            ev.main(f"{command} parts".split())
+        assert torch.load("parts/last.pt", weights_only=True)["step"] == step
+    run(capsys, f"{command} parts")
+    for name in ("last", "best"):
+        one, other = (
+            torch.load(f"{run}/{name}.pt", weights_only=True) for run in ("whole", "parts")
+        )
+        assert one["step"] == other["step"]
+        assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+    logs = [[json.loads(line) for line in open(f"{name}/log.jsonl")] for name in ("whole", "parts")]
+    assert [line["step"] for line in logs[0]] == [1, 2, 2, 3, 4, 4]
+    assert [line.get("val top-1") for line in logs[0]] == [
+        line.get("val top-1") for line in logs[1]
+    ]
 
 
 def test_finetune_begins_with_the_checkpoint(checkpoint, clips, monkeypatch):
@@ -557,11 +622,12 @@ def test_finetune_begins_with_the_checkpoint(checkpoint, clips, monkeypatch):
 def test_finetune_under_torchrun(checkpoint, clips, folder):
     """Two processes train, and a bad training video's place is taken by another."""
     (folder / "broken.mp4").write_bytes(b"no video")
-    command = f"finetune {checkpoint} --data {clips(9, 3, {2: BROKEN})} {SHORT} --out tuned "
-    command += "--batch-size 2 --val-split test --accum 2 --grad-checkpointing --sampling tsn"
+    changes = {2: BROKEN, 8: {"split": "val"}, 9: {"split": "val"}}
+    command = f"finetune {checkpoint} --data {clips(10, 3, changes)} {SHORT} --out tuned "
+    command += "--batch-size 2 --val-split val --accum 2 --grad-checkpointing --sampling tsn"
     done = torchrun(2, ROOT / "eval.py", *words(command, workers=1), cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "8 videos = 2 x 2 x 2" in done.stdout and "split test" in done.stdout
+    assert "8 videos = 2 x 2 x 2" in done.stdout and "split val (2 clip(s)" in done.stdout
     assert open("tuned/bad_videos.txt").read().startswith("broken.mp4\t")
     log = [json.loads(line) for line in open("tuned/log.jsonl")]
     assert sum(line.get("bad", 0) for line in log) >= 1
@@ -576,7 +642,9 @@ def test_a_head_without_names(clips, capsys):
     ev.main("export bare.pt --out folder".split())
     flags, tops = f"--data {clips(8, 8)} --epochs 0 --views 1x1", []
     for source in ("named.pt", "bare.pt", "folder"):
-        tops.append(run(capsys, f"finetune {source} {flags}")[0]["rows"][0]["top-1"])
+        found, said = run(capsys, f"finetune {source} {flags}")
+        tops.append(found["rows"][0]["top-1"])
+        assert ("does not name its classes: assumed" in said) == (source != "named.pt")
     assert tops[0] == tops[1] == tops[2] > 0
     three = clips(3, 3, name="three.jsonl")
     assert "a head of 4 classes" in fails(f"finetune bare.pt --data {three} --epochs 0")
@@ -585,12 +653,13 @@ def test_a_head_without_names(clips, capsys):
 TRAINED = {"clip": "ViT-B-16", "clip_pretrained": "laion", "text_from": "clip"}
 MAPS = {"clip": "ViT-B-16/laion 012", "clip_pretrained": "openai", "text_from": "maps"}
 CLIPS = [
-    (TRAINED, "", "ViT-B-16", "laion"),
-    (TRAINED, "--clip a", "a", "openai"),
-    (TRAINED, "--clip-pretrained x", "ViT-B-16", "x"),
-    (MAPS, "", "local-dir:data/toy/clip", "openai"),
-    (MAPS, "--clip y --clip-pretrained z", "y", "z"),
-    ({}, "", "local-dir:data/toy/clip", "openai"),
+    (TRAINED, "--data toy", "ViT-B-16", "laion"),
+    (TRAINED, "--data toy --clip a", "a", "openai"),
+    (TRAINED, "--data toy --clip-pretrained x", "ViT-B-16", "x"),
+    (MAPS, "--data toy", "local-dir:data/toy/clip", "openai"),
+    (MAPS, "--data a --clip y --clip-pretrained z", "y", "z"),
+    ({}, "--data toy", "local-dir:data/toy/clip", "openai"),
+    ({}, "--data a", "ViT-B-32-quickgelu", "openai"),
     ({}, "--video x.mp4", "ViT-B-32-quickgelu", "openai"),
 ]
 
@@ -659,6 +728,128 @@ def test_box():
     boxed = ev.mark(frames, 4 + 3, config)  # slice 1, row 1, column 1
     assert (boxed[2:, 4, 4:] == 255).all() and not boxed[:2].any() and not boxed[:, :4].any()
     assert not boxed[2, 5, 5].any()
+
+
+# ---- which clips, which data, which classes -----------------------------------------------------
+
+SHARED = [
+    ("linear small.pt --data none.jsonl", "8 of 8 clips of --test-split test", "--split train"),
+    ("retrieve small.pt --data none.jsonl", "8 of 8 clips of --test-split test", "--split train"),
+    ("finetune small.pt --data none.jsonl", "8 of 8 clips of --test-split test", "--split train"),
+    ("retrieve small.pt --data data.jsonl --test-split train",
+     "4 of 4 clips of --test-split train", "--split train"),
+    ("finetune small.pt --data data.jsonl --val-split train",
+     "4 of 4 clips of --val-split train", "--split train"),
+    ("finetune small.pt --data data.jsonl --val-split test",
+     "4 of 4 clips of --test-split test", "--val-split test"),
+    ("finetune tuned.pt --epochs 0 --test-split train",
+     "4 of 4 clips of --test-split train", "--split train of its training"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command, clips_of, other", SHARED)
+def test_test_clips_are_no_training_clips(command, clips_of, other, checkpoint, clips):
+    clips(4, 4, dict.fromkeys(range(8), {"split": None}), name="none.jsonl")
+    clips(4, 4)
+    save_tuned("tuned.pt", classes=CLASSES, args={"data": "data.jsonl", "split": "train"})
+    said = fails(command)
+    assert re.search(f"{clips_of} are on another side, too, such as /.*, also of {other}[.]", said)
+    assert 'Give each clip one "split"' in said
+
+
+def test_the_data_are_those_of_the_checkpoint(checkpoint, clips, folder, monkeypatch):
+    """Data and recipe, and what follows from them; what is typed comes first."""
+    clips(), clips(name="other.jsonl")
+    small = torch.load(checkpoint, weights_only=True)
+    for name, args in (
+        ("toy", {"data": "toy"}), ("own", {"data": "data.jsonl"}), ("gone", {"data": "gone.jsonl"}),
+        ("tuned", {"data": "data.jsonl", "recipe": "ssv2"}),
+        ("odd", {"data": "data.jsonl", "recipe": "mine"}),
+    ):  # fmt: skip
+        torch.save(small | {"args": args}, f"{name}.pt")
+    (folder / "export").mkdir()
+    torch.save(small | {"args": {"data": "data.jsonl"}}, "export/model.pt")
+    monkeypatch.setattr(torch, "load", Mock(wraps=torch.load))
+    for flags, data, recipe in (
+        ("toy.pt", "toy", "toy"), ("own.pt", "data.jsonl", "other"),
+        ("export", "data.jsonl", "other"), ("tuned.pt", "data.jsonl", "ssv2"),
+        ("odd.pt", "data.jsonl", "other"), ("own.pt --recipe k400", "data.jsonl", "k400"),
+        ("own.pt --data toy", "toy", "toy"),
+        ("toy.pt --data ./data.jsonl", "./data.jsonl", "other"),
+        ("tuned.pt --data ./data.jsonl", "./data.jsonl", "ssv2"),
+        ("tuned.pt --data other.jsonl", "other.jsonl", "other"),
+        ("gone.pt --data toy", "toy", "toy"), ("small.pt --data data.jsonl", "data.jsonl", "other"),
+    ):  # fmt: skip
+        for command in ("linear", "retrieve", "finetune", "features", "show"):
+            args = ev.parse_args(f"{command} {flags}".split())
+            assert (args.data, args.recipe) == (data, recipe), (command, flags)
+            assert args.stride == ev.RECIPES[recipe]["stride"], (command, flags)
+        out = ev.parse_args(f"finetune {flags}".split()).out
+        assert Path(out).name == f"finetune-{Path(data).stem}"
+    assert all(call.kwargs["mmap"] for call in torch.load.call_args_list)  # reads no weights
+
+
+NO_DATA = [
+    ("small.pt", "--data: small.pt does not say what it was trained on; a manifest, or toy"),
+    ("nowhere", "nowhere: neither a checkpoint nor a folder or hub name"),
+    ("junk.pt", "junk.pt: cannot be loaded as a checkpoint"),
+    ("gone.pt", "--data: gone.pt was trained on gone.jsonl, which is not there now"),
+]
+
+
+@pytest.mark.parametrize("command", ["linear", "retrieve", "finetune", "features", "show"])
+@pytest.mark.parametrize("source, reason", NO_DATA)
+def test_a_checkpoint_that_does_not_say(command, source, reason, checkpoint, folder):
+    """No toy world takes the place of its data."""
+    (folder / "junk.pt").write_bytes(b"junk")
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"args": {"data": "gone.jsonl"}}, "gone.pt")
+    assert reason in fails(f"{command} {source}")
+    assert not (folder / "data").exists()
+
+
+def test_given_videos_need_no_data(checkpoint, clips, capsys):
+    video = dataset.read_manifest(clips())[0]["path"]
+    for command in (f"features {checkpoint} {video}", f"show {checkpoint} --video {video}"):
+        found, said = run(capsys, command)
+        assert found["settings"]["data"] is None and "Data: " not in said
+    said = fails(f"features {checkpoint} {video} --data data.jsonl")
+    assert "--data data.jsonl: and videos that are given; one of the two" in said
+
+
+@pytest.mark.parametrize("command", ["linear", "retrieve", "features", "show"])
+def test_the_output_names_its_data(command, checkpoint, clips, capsys):
+    clips(8, 4, dict.fromkeys(range(12), {"captions": None}), name="own.jsonl")
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"args": {"data": "own.jsonl"}}, "own.pt")
+    flags = "--epochs 1" if command == "linear" else ""
+    found, said = run(capsys, f"{command} own.pt {flags}")
+    note = found["notes"][-1]
+    split = "" if command == "features" else ", split test"
+    assert note == f"Data: own.jsonl{split}, recipe other." and f"\n{note}\n" in said
+    assert found["settings"]["data"] == "own.jsonl"
+
+
+def test_class_names_hold(clips, capsys):
+    """Also numbers: an output is the class that the checkpoint says, whatever the test set has."""
+    names, numbers = ["0", "1", "10", "12"], [0, 1, 10, 12]
+    save_tuned("tuned.pt", classes=names)
+    labels = {i: {"label": numbers[i % 4]} for i in range(16)}
+    data = clips(8, 8, labels)
+    videos = [record["path"] for record in dataset.read_manifest(data, "test")]
+    how = "--views 1x1 --stride 4"
+    best = run(capsys, f"predict tuned.pt {' '.join(videos)} {how}")[0]["rows"][::4]
+    right = [row["class"] == str(numbers[i % 4]) for i, row in enumerate(best)]
+    found, said = run(capsys, f"finetune tuned.pt --data {data} --epochs 0 {how}")
+    assert found["rows"][0]["top-1"] == pytest.approx(sum(right) / 8) and "assumed" not in said
+    # Fewer classes, another order, other numbers beside them; no split to train on.
+    for label in (0, 1, 12):
+        of = dict.fromkeys(range(8, 16), {"label": label}) | {8: {"label": 9}}
+        data = clips(0, 8, {i - 8: change for i, change in of.items()}, name=f"{label}.jsonl")
+        right = [row["class"] == str(label) for row in best[1:]]
+        found, said = run(capsys, f"finetune tuned.pt --data {data} --epochs 0 {how}")
+        assert found["rows"][0]["top-1"] == pytest.approx(sum(right) / 8), label
+        assert found["rows"][-1]["top-1"] == 1 / 4 and "such as '9': misses" in said
 
 
 # ---- features and predictions -------------------------------------------------------------------

@@ -11,6 +11,7 @@ import eval as evaluation
 import tgmae
 import toy
 import train
+import weights
 
 PAGE = (ROOT / "docs" / "exercises.md").read_text()
 BLOCKS = dict(re.findall(r"```(\w+)\n(.*?)```", PAGE, re.S))
@@ -20,6 +21,7 @@ COMMANDS = sorted(set(re.findall(r"python (\w+)\.py\b([^`\n]*)", PAGE)))
 @pytest.mark.parametrize("script, flags", COMMANDS)
 def test_command_parses(script, flags, monkeypatch):
     monkeypatch.setitem(tgmae.MASK_RATIOS, "change", 0.75)  # as the page's diff does
+    monkeypatch.setattr(weights, "flags_of", lambda _: {"data": "toy"})
     {"train": train, "toy": toy, "eval": evaluation}[script].parse_args(shlex.split(flags))
 
 

@@ -25,6 +25,7 @@ import eval as evaluation
 import tgmae
 import toy
 import train
+import weights
 
 README, load_clip = (ROOT / "README.md").read_text(), tgmae.load_clip
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "exercises"]
@@ -87,7 +88,8 @@ def test_links_lead_to_their_functions():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_parses(command):
+def test_command_parses(command, monkeypatch):
+    monkeypatch.setattr(weights, "flags_of", lambda _: {"data": "toy"})
     words = shlex.split(command)
     if words[0] in ("#SBATCH", "srun") or "=$(" in words[0]:
         words = words[1:] if words[0] == "srun" else []
@@ -193,8 +195,9 @@ def test_tables_are_those_of_the_logs(name):
         assert line.rsplit(" ", 2)[0] in results, line  # all but the number of seeds
 
 
-def test_headers_parse():
+def test_headers_parse(monkeypatch):
     """The commands in the scripts' own headers, too."""
+    monkeypatch.setattr(weights, "flags_of", lambda _: {"data": "toy"})
     scripts = (
         ("train.py", train),
         ("toy.py", toy),

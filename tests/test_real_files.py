@@ -588,7 +588,11 @@ def test_names_that_are_no_utf8(tmp_path, monkeypatch, capsys):
     listed = (tmp_path / "r/bad_videos.txt").read_bytes().splitlines()
     assert len(listed) == 1 and listed[0].startswith(b"caf\xe9.mp4\t")
     assert "2 times a video could not be read" in capsys.readouterr().out
-    flags = "retrieve r/last.pt --data d.jsonl --test-split train --views 1x1 --workers 0"
+    os.link("good.mp4", "other.mp4")
+    sides = ("good.mp4", "train"), (odd, "train"), (bad, "test"), ("other.mp4", "test")
+    lines = [{"video": name, "label": "a", "split": split} for name, split in sides]
+    write_lines(tmp_path / "e.jsonl", lines)
+    flags = "retrieve r/last.pt --data e.jsonl --views 1x1 --workers 0"
     ev.main(flags.split())
     assert "failed  caf\\udce9.mp4: " in capsys.readouterr().out
     ev.main(["show", "r/last.pt", "--video", odd, "--stride", "1"])

@@ -68,6 +68,7 @@ def test_every_mask_and_loss(mask, losses, workdir, manifest, clip_flags, capsys
     assert sheet.size[0] > 250 and len(sheet.getcolors(2**24)) > 100
     said = capsys.readouterr().out
     assert f"{mask}, highest" in said and "3 negatives" in said and "CLIP online" in said
+    assert "; 24 distinct captions\n" in said
     assert ("VT watched" in said) == (not losses)
 
 
@@ -96,7 +97,10 @@ def test_the_other_flags(workdir, manifest, clip_flags, capsys):
     lines, said = log("first"), capsys.readouterr().out
     assert [line["step"] for line in lines] == [1, 2, 3, 3]
     assert {"val_mae", "val_vt"} <= lines[-1].keys()
-    for part in ("lowest 19 of 64", "2 negatives", "bf16", "temperature 0.1"):
+    # The middle one of each clip's captions, of which some say the same.
+    used = [dataset.read_manifest("some.jsonl", "train")[i]["captions"][1] for i in range(12)]
+    distinct = f"{len(set(used))} distinct captions"
+    for part in ("lowest 19 of 64", "2 negatives", "bf16", "temperature 0.1", distinct):
         assert part in said
     run(flags, "--init first/last.pt --out second --no-resume --no-amp --no-mae --no-compile")
     # Captions, and no --clip: no text.
@@ -234,8 +238,8 @@ def test_repeats_are_no_negatives(workdir, manifest, clip_flags, monkeypatch):
         return info_nce(*args, groups=groups)
 
     monkeypatch.setattr(tgmae, "info_nce", watched)
-    flags = "--vt --repeat 2 --batch-size 8 --val-split train --out run"
-    run("--data", manifest(8), FEW, flags, clip_flags)
+    flags = "--vt --repeat 2 --batch-size 8 --val-split held --out run"
+    run("--data", manifest(8, held=8), FEW, flags, clip_flags)
     *steps, first, second = seen
     for groups in steps:
         assert groups[::2] == groups[1::2] and len(set(groups)) == 4
@@ -603,12 +607,15 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags):
     manifest(8, name="data.jsonl")
     write_lines(workdir / "bare.jsonl", [{"video": "clip.mp4"}])
     data, few, bare = "--data data.jsonl ", f"--data data.jsonl {FEW} ", "--data bare.jsonl "
+    shared = "8 of 8 clips of --val-split dev are on another side, too, such as "
     for flags, reason in (
         ("--data nowhere.jsonl", "nowhere.jsonl: cannot be read"),
         (bare + "--mask tgm", "bare.jsonl: clip.mp4 has no captions"),
         (bare + clip_flags, "has no captions, which --mask tgm, --vt and --clip need"),
         (data + "--split dev --mask-ratio 0", "--mask-ratio 0.0"),
         (data + "--mask-ratio 1", "--mask-ratio 1.0"),
+        (few + "--val-split dev", shared),
+        (few + "--val-split train", shared.replace("dev", "train")),
         (few + "--mask-ratio 0.001", "mask_ratio=0.001 masks 0 of 64"),
         (data + "--no-mae", "--no-mae without --vt"),
         (data + "--batch-size 3 --repeat 2", "--batch-size 3 is not divisible by --repeat 2"),
@@ -681,3 +688,38 @@ def test_real_footage(workdir, footage):
     run("--data asl.jsonl", tgm, "--out maps")
     for out, steps in (("online", 1), ("maps", 4)):
         assert load(out)["config"]["text_dim"] == 512 and len(log(out)) == steps
+
+
+# ---- clips on two sides -------------------------------------------------------------------------
+
+SIDES = [  # a clip to train on, one to test on, and whether they share anything
+    ({"video": "a.mp4"}, {"video": "a.mp4"}, True),
+    ({"video": "a.mp4"}, {"video": "b.mp4"}, False),
+    ({"video": "sub/../a.mp4"}, {"video": "./a.mp4"}, True),
+    ({"video": "a.mp4"}, {"video": "link.mp4"}, True),
+    ({"video": "real/a.mp4"}, {"video": "folder/a.mp4"}, True),
+    ({"video": "gone.mp4"}, {"video": "gone.mp4"}, True),  # whether it is there or not
+    ({"video": "a.mp4", "start": 0, "end": 2}, {"video": "a.mp4", "start": 2, "end": 4}, False),
+    ({"video": "a.mp4", "start": 2}, {"video": "a.mp4", "end": 2}, False),
+    ({"video": "a.mp4", "start": 0, "end": 2.5}, {"video": "link.mp4", "start": 2, "end": 4}, True),
+    ({"video": "a.mp4", "start": 1, "end": 2}, {"video": "a.mp4"}, True),
+    ({"video": "a.mp4", "start": 9}, {"video": "a.mp4", "start": 3}, True),
+    ({"video": "a.mp4", "end": 1}, {"video": "a.mp4", "end": 0.5}, True),
+]
+
+
+@pytest.mark.parametrize("one, other, shared", SIDES)
+def test_a_clip_is_on_one_side(one, other, shared, tmp_path):
+    """Files are compared, not names, and of one video its pieces."""
+    (tmp_path / "real").mkdir(), (tmp_path / "sub").mkdir()
+    (tmp_path / "a.mp4").touch(), (tmp_path / "real/a.mp4").touch()
+    (tmp_path / "link.mp4").symlink_to("a.mp4"), (tmp_path / "folder").symlink_to("real")
+    twice = [one | {"split": "train"}] * 2  # on one side it may stand as often as it likes
+    data = write_lines(tmp_path / "d.jsonl", [*twice, other | {"split": "test"}])
+    train_clips, test_clips = (dataset.read_manifest(data, split) for split in ("train", "test"))
+    for sides in ({"A": train_clips, "B": test_clips}, {"B": test_clips, "A": train_clips}):
+        if shared:
+            with pytest.raises(ValueError, match="d.jsonl: . of . clips of . are on another side"):
+                dataset.refuse_shared_clips(data, sides)
+        else:
+            dataset.refuse_shared_clips(data, sides)
