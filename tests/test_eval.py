@@ -808,12 +808,14 @@ def test_a_checkpoint_that_does_not_say(command, source, reason, checkpoint, fol
     assert not (folder / "data").exists()
 
 
-def test_given_videos_need_no_data(checkpoint, clips, capsys):
+@pytest.mark.parametrize("source", ["small.pt", "own.pt"])
+def test_given_videos_need_no_data(source, checkpoint, clips, capsys):
+    torch.save(torch.load(checkpoint) | {"args": {"data": "data.jsonl"}}, "own.pt")
     video = dataset.read_manifest(clips())[0]["path"]
-    for command in (f"features {checkpoint} {video}", f"show {checkpoint} --video {video}"):
+    for command in (f"features {source} {video}", f"show {source} --video {video}"):
         found, said = run(capsys, command)
         assert found["settings"]["data"] is None and "Data: " not in said
-    said = fails(f"features {checkpoint} {video} --data data.jsonl")
+    said = fails(f"features {source} {video} --data data.jsonl")
     assert "--data data.jsonl: and videos that are given; one of the two" in said
 
 

@@ -100,12 +100,15 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(params=["train", "finetune"])
 def command(request, world, checkpoint, workdir, manifest):
     """A run of 48 steps with a held-out part, but for its --out."""
-    flags = f"--data {manifest(12, held=4)} --val-split held --epochs 8 --warmup-epochs 1"
+    clip = dataset.read_manifest(world / "manifest.jsonl", "train")[24]
+    test = {"video": clip["path"], "label": clip["label"], "split": "test"}
+    data = manifest(12, held=4, extra=[test])
+    flags = f"--data {data} --val-split held --epochs 8 --warmup-epochs 1"
     flags += " --batch-size 2 --workers 1 --save-minutes 1e-9 --no-amp"
     if request.param == "train":
         clip = f"--clip local-dir:{world / 'clip'}"
         return argv(TRAIN, flags, "--mask tgm --vt --preset toy --stride 4 --blr 0.05", clip)
-    views = "--test-split held --stride 2 --recipe other --views 1x1 --repeat 2 --lr 0.1"
+    views = "--stride 2 --recipe other --views 1x1 --repeat 2 --lr 0.1"
     return argv(ROOT / "eval.py", "finetune", checkpoint, flags, views)
 
 
