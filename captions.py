@@ -42,6 +42,7 @@ import tgmae
 import weights
 from dataset import VideoError
 from train import (
+    WORKERS,
     add_flag,
     append,
     batches_of,
@@ -597,7 +598,7 @@ def from_pretrained(kind, model, **more):
     try:
         return getattr(transformers, kind).from_pretrained(model, **more)
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if online else "the hub cannot be reached"
+        reason = weights.first_line(error) if online else "the hub cannot be reached"
         way = "Way out: --model FOLDER, a downloaded one"
         raise ValueError(f"--model {model}: {reason}. {way}") from error
 
@@ -821,7 +822,6 @@ def maps(args):
 # Command line.
 # =================================================================================================
 
-WORKERS = min(8, os.cpu_count() or 1)
 MODELS = {"blip2": "Salesforce/blip2-opt-2.7b", "llm": "Qwen/Qwen2.5-1.5B-Instruct"}
 
 
@@ -861,7 +861,7 @@ def parse_args(argv=None):
     flag("--seed", 0, "llm: of the sampling")
     flag("--append", False, "add to the captions that are there (the paper's BLIP + GPT)")
     flag("--force", False, "replace captions that are there")
-    flag("--workers", WORKERS, "loader processes per process")
+    flag("--workers", None, WORKERS, type=int)
 
     flag = command("maps", "text maps of clips with captions: CLIP once, instead of at every step")
     flag("manifest", None, "JSON lines; rewritten at the end, maps/ beside it", type=Path)
@@ -871,7 +871,7 @@ def parse_args(argv=None):
     flag("--image-size", 224, "the frame's short side in pixels, as the model's")
     flag("--patch-size", 16, "pixels, as the model's patch_size")
     flag("--force", False, "make maps anew that are there")
-    flag("--workers", WORKERS, "loader processes per process")
+    flag("--workers", None, WORKERS, type=int)
 
     parser.set_defaults(device="auto", amp=None)  # which start_processes settles
     args = parser.parse_args(argv)

@@ -49,6 +49,7 @@ from tgmae import MASK_RATIOS
 from train import (
     REAL,
     TOY,
+    WORKERS,
     YES_NO,
     TrainingClips,
     add_flag,
@@ -72,6 +73,7 @@ from train import (
     load_last,
     lock_folder,
     manifest_of,
+    naming,
     one_line_errors,
     parse_like_run,
     progress,
@@ -308,9 +310,9 @@ class Computed(NamedTuple):
 
 
 @torch.no_grad()
-def compute_clips(split, records, args, config, grid, compute, loaders=None):
+def compute_clips(split, records, args, config, grid, compute, loaders=None, *, by=""):
     """Runs compute((b*V,3,T,S,S) -> (b*V,...)) on time x space views of every clip that can be
-    read.
+    read. by: of what model the bar is, if there are several.
 
     Processes share batches that are the same however many share them, so what comes out is the
     same, too."""
@@ -320,7 +322,8 @@ def compute_clips(split, records, args, config, grid, compute, loaders=None):
     loaders = loaders or fit_loaders(args.workers, size * math.prod(grid) * clip_bytes(config))
     views = Views(records, config, args, grid)
     loader = batches_of(views, loaders, batch_sampler=batches, collate_fn=list)
-    bar = {"total": len(batches), "desc": f"{split} clips", "unit": "batch", "disable": rank > 0}
+    label = f"{split} clips, {by}" if by else f"{split} clips"
+    bar = {"total": len(batches), "desc": label, "unit": "batch", "disable": rank > 0}
     done, values, failed = [], [], []
     for batch in progress(loader, **bar):
         failed += [(number, why) for number, video, why, _ in batch if video is None]
@@ -459,8 +462,8 @@ def linear(args):
     rows, chosen, rates = [], {}, []
     for name, model, _ in encoders(args):
         how, features = (args, model.config), functools.partial(pooled, model)
-        seen = compute_clips(args.split, train, *how, args.train_view_grid, features)
-        tested = compute_clips(args.test_split, test, *how, args.view_grid, features)
+        seen = compute_clips(args.split, train, *how, args.train_view_grid, features, by=name)
+        tested = compute_clips(args.test_split, test, *how, args.view_grid, features, by=name)
         if rank_and_world()[0]:
             continue  # the head is small: one process trains it
         x, labels = seen.values.to(args.device), train_target[seen.kept].to(args.device)
@@ -514,8 +517,8 @@ def retrieve(args):
     what = {"retrieval": "clip -> a training clip of its class"}
     for name, model, _ in encoders(args):
         how = (args, model.config, args.view_grid, functools.partial(pooled, model))
-        tested = compute_clips(args.test_split, query, *how)
-        seen = compute_clips(args.split, gallery, *how)
+        tested = compute_clips(args.test_split, query, *how, by=name)
+        seen = compute_clips(args.split, gallery, *how, by=name)
         clips = {args.test_split: tested, args.split: seen}
         sides = [F.normalize(found.values, dim=-1).mean(1) for found in (tested, seen)]
         labels = query_target[tested.kept], gallery_target[seen.kept]
@@ -627,11 +630,11 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def test_scores(model, split, records, args, grid, loaders=None):
+def test_scores(model, split, records, args, grid, loaders=None, *, by=""):
     """-> Computed with values (n,K): softmax of each view, mean over views."""
     model.eval()
     softmax = lambda video: model(video).float().softmax(-1)  # noqa: E731
-    found = compute_clips(split, records, args, model.config, grid, softmax, loaders)
+    found = compute_clips(split, records, args, model.config, grid, softmax, loaders, by=by)
     return found._replace(values=found.values.mean(1))
 
 
@@ -687,16 +690,16 @@ def fit(args, model, classes, train, val):
     say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}")
     floats, bytes = forward * args.repeat, args.batch_size if val else 0  # clips of both loaders
     loaders = fit_loaders(args.workers, (4 * floats + bytes) * clip_bytes(c))
-    net = DistributedDataParallel(model) if world > 1 else model
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     about = {"config": asdict(c), "videos": videos, "classes": classes, "args": settings}
-    last_line = {}
+    logged = {}
     if rank == 0:
         if not goes_on:
             set_aside(out)
-        last_line = cut_log(out / "log.jsonl", start)
-    last_line = gather_objects(last_line)[0]
-    if "val top-1" in last_line:
-        best = max(best, last_line["val top-1"])
+        logged = cut_log(out / "log.jsonl", start)
+    logged = gather_objects(logged)[0]
+    if "val top-1" in logged:
+        best = max(best, logged["val top-1"])
     elif val and start and start % steps_per_epoch == 0:  # it was saved, and not validated
         state = about | {"model": model.state_dict(), "step": start}
         state["epoch"] = start // steps_per_epoch
@@ -715,8 +718,8 @@ def fit(args, model, classes, train, val):
             for micro, batch in enumerate(batches):
                 # Drop path and mixing draw from here, so a run that goes on draws the same.
                 torch.manual_seed(seed_of(args.seed, step, micro, rank, 2))
-                video = batch["video"].to(args.device, non_blocking=True)
-                target = batch["target"].to(args.device, non_blocking=True)
+                video = batch["video"].to(args.device, non_blocking=args.device == "cuda")
+                target = batch["target"].to(args.device, non_blocking=args.device == "cuda")
                 video, target = mix(video, target, len(classes), args)
                 with synchronised(net, last=micro == accum - 1):
                     with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
@@ -829,7 +832,8 @@ def finetune(args):
     target = targets(test, classes, f"{manifest}, split {args.test_split!r}")
     rows = []
     for name, model in models.items():
-        found = test_scores(model.to(args.device), args.test_split, test, args, args.view_grid)
+        model.to(args.device)
+        found = test_scores(model, args.test_split, test, args, args.view_grid, by=name)
         rows.append({"model": name, **accuracy(found.values, target[found.kept])})
     rows.append(chance_row("model", len(classes)))
     note = views_text(args)
@@ -1050,13 +1054,15 @@ def show(args):
     files[0].parent.mkdir(parents=True, exist_ok=True)
     every = -(-len(numbers) // 8)  # the sheet: a row a panel, at most 8 frames of each
     rows = [list(zip([name] + [""] * 7, frames[::every])) for name, frames in panels]
-    draw_page(rows, title).save(files[0])
+    with replacing(files[0]) as file:
+        draw_page(rows, title).save(file, "PNG")
     pages = []  # the animation: a page a frame, at most 5 panels a row
     for i in range(len(numbers)):
         cells = [(name, frames[i]) for name, frames in panels]
         rows = [cells[first : first + 5] for first in range(0, len(cells), 5)]
         pages.append(draw_page(rows, title, side=160))
-    pages[0].save(files[1], save_all=True, append_images=pages[1:], duration=250, loop=0)
+    with replacing(files[1]) as file:
+        pages[0].save(file, "GIF", save_all=True, append_images=pages[1:], duration=250, loop=0)
     rows = [{"row": i, "shows": name} for i, (name, _) in enumerate(panels, 1)]
     note = f"{title}. Written: {files[0]}, {files[1]}."
     report(args, rows, [note], {}, files=list(map(str, files)), frames=numbers)
@@ -1101,11 +1107,13 @@ def export(args):
     if saved.get("classes"):
         net.config.id2label = dict(enumerate(saved["classes"]))
         net.config.label2id = {label: i for i, label in enumerate(saved["classes"])}
-    net.save_pretrained(out)
+    with naming(out):
+        net.save_pretrained(out)
     size = {"shortest_edge": c.image_size}, {"height": c.image_size, "width": c.image_size}
     colours = {"image_mean": list(tgmae.IMAGENET_MEAN), "image_std": list(tgmae.IMAGENET_STD)}
     processor = transformers.VideoMAEImageProcessor(size=size[0], crop_size=size[1], **colours)
-    processor.save_pretrained(out)
+    with naming(out):
+        processor.save_pretrained(out)
     rest = {name: saved[name] for name in ("args", "classes") if saved.get(name)}
     save_checkpoint(out / "model.pt", config=asdict(c), model=model.state_dict(), **rest)
 
@@ -1195,7 +1203,7 @@ def add_flags(parser, command):
         flag("--out", None, f"{outs[command]}; named after CHECKPOINT")
     if command == "export":
         return
-    flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
+    flag("--workers", None, WORKERS, type=int)
     if command in ("features", "predict"):
         more = {"nargs": "+" if command == "predict" else "*", "metavar": "VIDEO"}
         flag("videos", None, "files, or folders of them; features: in place of --data", **more)

@@ -187,7 +187,8 @@ def split_mask(mask, device=None):
             "the same number in each, and neither none nor all"
         )
     ids_keep, ids_mask = (m.nonzero()[:, 1].view(len(mask), -1) for m in (~mask, mask))
-    return ids_keep.to(device, non_blocking=True), ids_mask.to(device, non_blocking=True)
+    to_gpu = "cuda" in str(device)  # elsewhere the source may be gone before it is copied
+    return ids_keep.to(device, non_blocking=to_gpu), ids_mask.to(device, non_blocking=to_gpu)
 
 
 def take(x, ids):
@@ -399,7 +400,7 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
         clip = open_clip.create_model(name, tag, device=device, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"CLIP {name}, weights {pretrained}: {reason}") from error
     if bf16_is_fast(device):  # the weights: autocast would turn off attention's fast path
         clip.visual.to(torch.bfloat16)

@@ -38,7 +38,16 @@ import torch.nn.functional as F
 
 import dataset
 import tgmae
-from train import add_flag, last_line, one_line_errors, progress, replacing
+from train import (
+    add_flag,
+    check_flags,
+    last_line,
+    naming,
+    one_line_errors,
+    progress,
+    replacing,
+    usable_cores,
+)
 
 SIZE, FRAMES, FPS = 64, 24, 12
 # Share of clips whose camera follows the actor, and of clips lit from their shape's corner.
@@ -270,7 +279,7 @@ def _clip_of(out, seed, clips, number):
 def _build(out, clips, seed, clip_steps):
     total = clips + clips // 4
     (out / "clips").mkdir()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and x264 let go of the interpreter
+    with ThreadPoolExecutor(usable_cores()) as pool:  # numpy and x264 let go of the interpreter
         made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total))
         records, extras = zip(*progress(made, desc="toy world", unit="clip", total=total))
     (out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -293,8 +302,9 @@ def build(out="data/toy", clips=800, seed=0, clip_steps=300):
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _build(work, clips, seed, clip_steps)
-        (work / "world.json").write_text(json.dumps({"clips": clips, "seed": seed}))
+        with naming(out):
+            _build(work, clips, seed, clip_steps)
+            (work / "world.json").write_text(json.dumps({"clips": clips, "seed": seed}))
         work.chmod(0o755)
         os.rename(work, out)
     except OSError:
@@ -463,7 +473,7 @@ def call(script, flags, log, *, cwd, env, stopped):
                 process.terminate()
                 process.wait()
     if code := process.returncode:
-        reason = last_line(log.read_text() or "no output")
+        reason = last_line(log.read_text().strip() or "no output")
         raise ValueError(f"{log}: {script} ended with exit code {code}: {reason}")
 
 
@@ -574,14 +584,16 @@ def report(args, name, found):
     table, plot = (curve_table, curve_plot) if name == "figure4" else (share_table, share_plot)
     lines = table(name, log)
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} {platform.machine()} cores"
+    device = torch.cuda.get_device_name() if gpu else f"{usable_cores()} {platform.machine()} cores"
     how = f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, "
     how += f"Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    (folder / f"{name}.md").write_text("\n".join([*lines, "", how, ""]))
+    with naming(folder):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        (folder / f"{name}.md").write_text("\n".join([*lines, "", how, ""]))
     style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}  # words stay words
-    with matplotlib.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style), naming(folder):
         figure = plot(Figure, log)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
     return lines
@@ -596,7 +608,7 @@ def compare(args, name):
     runs = args.runs.absolute() / "-".join(f"{key}{value}" for key, value in of.items())
     for source in {row.captions for row in rows.values()}:
         make_world(args.out, runs, source)
-    gpu, cores = torch.cuda.is_available(), os.cpu_count()
+    gpu, cores = torch.cuda.is_available(), usable_cores()
     jobs = args.jobs or (1 if gpu else cores)
     env = os.environ | ({} if gpu else {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
     found, started, stopped = {}, {}, threading.Event()
@@ -625,9 +637,9 @@ def parse_args(argv=None):
     about += "comparisons on it."
     parser = argparse.ArgumentParser(description=about, formatter_class=formatter)
     commands = "build", "coverage", "table2", "ablate", "figure4"
-    parser.add_argument("command", nargs="?", default="build", choices=commands, help="what to do")
-    parser.add_argument("ablation", nargs="?", choices=ABLATIONS, help="for ablate")
     flag = functools.partial(add_flag, parser)
+    flag("command", "build", "what to do", nargs="?", choices=commands)
+    flag("ablation", None, "for ablate", nargs="?", choices=ABLATIONS)
     flag("--out", Path("data/toy"), "folder of the world", type=Path)
     flag("--clips", 800, "training clips; a quarter as many test clips")
     flag("--seed", 0, "of everything in the world")
@@ -638,6 +650,7 @@ def parse_args(argv=None):
     flag("--jobs", 0, "rows at a time; 0: one a CPU core, with a GPU one")
     flag("--epochs", 0, "of both trainings; 0: train.py's, eval.py's own")
     args = parser.parse_args(argv)
+    check_flags(args, not_negative=("seed", "jobs", "epochs"))
     if args.clips < 16:
         parser.error(f"--clips {args.clips}: at least 16, one a class")
     if args.seeds < 1:
@@ -649,8 +662,8 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
     with one_line_errors("toy.py", "fewer --jobs"):
+        args = parse_args(argv)
         build(args.out, args.clips, args.seed)
         if args.command == "build":
             made = json.loads((args.out / "world.json").read_text())

@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
@@ -78,23 +79,33 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def usable_cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_processes(args, backend=None, timeout=timedelta(minutes=30)):
     """Joins torchrun's process group, if it is torchrun that started us; settles args.device
-    ("auto") and args.amp (None). -> rank, world size. The first process may need `timeout` to build
-    the toy world."""
+    ("auto"), args.amp and args.workers (None). -> rank, world size. The first process may need
+    `timeout` to build the toy world."""
     if args.device == "auto":
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         args.device = next((name for name in there if there[name]), "cpu")
     try:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if args.device == "mps" and not torch.backends.mps.is_available():
+            raise RuntimeError("there is none here")  # torch says it in 7,777 characters
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:  # the latter: torch is built without CUDA
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {args.device}: {weights.first_line(error)}") from error
     if args.amp is None:
         args.amp = tgmae.bf16_is_fast(args.device)
+    if getattr(args, "workers", 0) is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = max(1, min(8, usable_cores() // processes))
     atexit.register(end_loaders)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         backend = backend or ("nccl" if args.device == "cuda" else "gloo")
         dist.init_process_group(backend, timeout=timeout)
     return rank_and_world()
@@ -142,8 +153,7 @@ def load_clip(name, pretrained, device):
     try:
         return tgmae.load_clip(name, pretrained, device)
     except ValueError as error:
-        reason = str(error.__cause__).strip().splitlines()[0]
-        reason = reason if online else "the hub cannot be reached"
+        reason = weights.first_line(error.__cause__) if online else "the hub cannot be reached"
         ways = "--clip-pretrained FILE (weights on disk), --clip local-dir:FOLDER (an open_clip "
         ways += "folder), or a manifest with text maps"
         flags = f"--clip {name} --clip-pretrained {pretrained}"
@@ -182,28 +192,36 @@ def last_line(error):
 @contextlib.contextmanager
 def one_line_errors(script, less):
     """For a script's main: a user's mistake is one line and exit code 1, and so is a lack of
-    memory, with what needs `less`; anything else keeps its traceback. Names that are no UTF-8 can
-    be printed."""
-    sys.stdout.reconfigure(errors="backslashreplace")
+    memory, with what needs `less`, or of a compiler; anything else keeps its traceback. Names that
+    are no UTF-8 can be printed."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except torch.OutOfMemoryError as error:
         sys.exit(f"{script}: {last_line(error)}; what needs less: {less}")
-    except (ValueError, OSError, RuntimeError) as error:
-        # A loader that ended has said why, or the kernel's log does.
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-            raise
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):  # it has said why, or the kernel's log does
+            sys.exit(f"{script}: {last_line(error)}")
+        if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            way = "leave it out, or install what it needs: g++, and triton for a GPU"
+            sys.exit(f"{script}: --compile: {weights.first_line(error)}; {way}")
+        raise
+    except (ValueError, OSError) as error:
         sys.exit(f"{script}: {last_line(error)}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # after an error the other processes may stand in a collective
+        dist.destroy_process_group()
 
 
+WORKERS = "loader processes per process; its share of the CPU cores, at most 8"  # of --workers
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
 def add_flag(parser, name, default, help, **more):
-    """A flag of the type of its default, which is said behind its help."""
+    """A flag of the type of its default, which is said behind its help; where it is None, help has
+    it in words."""
+    if default is None:
+        help += "%(default).0s"  # no character of it, else argparse adds "(default: None)"
     if isinstance(default, bool):
         more["action"] = YES_NO
     elif isinstance(default, int | float):
@@ -214,6 +232,10 @@ def add_flag(parser, name, default, help, **more):
 def check_flags(args, *, positive=(), not_negative=()):
     """ValueError that names the first of these flags, of those that there are, with a value that
     cannot be."""
+    if getattr(args, "seed", 0) >= 2**32:
+        raise ValueError(
+            f"--seed {args.seed}: must be below 2**32: torch would draw as for a smaller one"
+        )
     for name in (*positive, *not_negative):
         value = getattr(args, name, None)
         if value is not None and (value < 0 or value == 0 and name in positive):
@@ -405,12 +427,17 @@ def synchronised(net, last):
 
 @contextlib.contextmanager
 def naming(path):
-    """Within it an OSError, such as a full disk's, names `path`, which by itself it does not."""
+    """Within it what is raised of a full disk, or another one that cannot be written to, is an
+    OSError that names `path`."""
     try:
         yield
-    except OSError as error:
-        reason = f"cannot be written: {error.strerror or error}"
-        raise OSError(error.errno, reason, str(path)) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save puts a RuntimeError, which says nothing of the disk, over the OSError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        reason = getattr(cause, "strerror", None) or cause
+        raise OSError(f"{path}: cannot be written: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -662,7 +689,7 @@ def parse_args(argv=None):
     flag("--clip-grad", 0.0, "largest gradient norm; 0: no limit")
     flag("--stride", 4, "frames from one frame of a clip to the next")
     either("--flip", "mirror half the clips")
-    flag("--workers", min(8, os.cpu_count() or 1), "loader processes per process")
+    flag("--workers", None, WORKERS, type=int)
     flag("--device", "auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     flag("--amp", None, "bf16 autocast; where the hardware has it", action=YES_NO)
     flag("--compile", False, "torch.compile encoder and decoder")
@@ -793,10 +820,11 @@ def collate(samples):
 def prepare(batch, clip, args, config):
     """A batch on the device -> video (B,3,T,S,S) float, mask (B,N) on the CPU, text (B,E) or
     None."""
-    video = tgmae.normalize(batch["video"].to(args.device, non_blocking=True))
+    to_gpu = args.device == "cuda"  # elsewhere the source may be gone before it is copied
+    video = tgmae.normalize(batch["video"].to(args.device, non_blocking=to_gpu))
     text, mask = batch["text"], batch["mask"]
     if text is not None:
-        text = text.to(args.device, torch.float32, non_blocking=True)
+        text = text.to(args.device, torch.float32, non_blocking=to_gpu)
     elif clip:
         text = tgmae.encode_text(*clip, batch["captions"])
     if mask is None:
@@ -1066,7 +1094,8 @@ def draw_samples(path, model, data, clip, args):
             frames = made[name][b].permute(1, 2, 3, 0).mul(255).byte().cpu()
             frames = frames[:: max(1, c.num_frames // 8)]  # at most 8 side by side
             rows.append(list(zip([texts[name]] + [""] * len(frames), frames)))
-    draw_page(rows).save(path)
+    with replacing(path) as file:
+        draw_page(rows).save(file, "PNG")
 
 
 # ==================================================================================================
@@ -1152,7 +1181,7 @@ def finish(out):
         # What was skipped was once a list of names.
         counts = (name in line if name == "skipped" else line.get(name, 0) for line in lines)
         if count := sum(counts):
-            print(f"{name:<8}{count} {what}")
+            print(f"{name:<7} {count} {what}")
     print(f"done    {out}/samples.png, {out}/last.pt")
 
 
@@ -1172,15 +1201,16 @@ def train(args, share, saved, model, clip, data, val):
     batch_bytes = args.batch_size * clip_bytes(c) * (2 if val else 1)  # of both loaders
     loaders = fit_loaders(args.workers, batch_bytes)
     # No device_ids: the mask stays on the CPU.
-    net = DistributedDataParallel(model) if world > 1 else model
-    last_line = {}
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    logged = {}
     if rank == 0:
         if not goes_on:
             set_aside(out)
-        last_line = cut_log(out / "log.jsonl", start)
+        logged = cut_log(out / "log.jsonl", start)
         if start < total:
-            (out / "args.json").write_text(json.dumps(settings(args, data), indent=1))
-    validated = "lr" not in gather_objects(last_line)[0]  # what was saved is validated after that
+            with replacing(out / "args.json", "w") as file:
+                file.write(json.dumps(settings(args, data), indent=1))
+    validated = "lr" not in gather_objects(logged)[0]  # what was saved is validated after that
     if val and start and start % steps_per_epoch == 0 and not validated:
         validate(start, start // steps_per_epoch - 1, net, val, clip, args, loaders)
     zero = torch.zeros((), device=args.device)

@@ -43,6 +43,11 @@ def work_offline_if_no_hub():
     return not constants.HF_HUB_OFFLINE
 
 
+def first_line(error):
+    """What an exception says, in one line; one that says nothing is called by its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 PATCH_EMBED = "encoder.patch_embed.proj.weight"
 QKV = ("query", "key", "value")
 # (ours, transformers'), replaced wherever they stand, in this order. Older files of transformers
@@ -121,7 +126,7 @@ def load_file(path, *, mmap=False):
         with torch.serialization.safe_globals(DATA):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a file of other contents makes torch raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds a {refused[1]}, which is no data" if refused else reason
         raise ValueError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
@@ -182,7 +187,7 @@ def _load_huggingface(source):
         return saved
     except (OSError, errors.HFValidationError) as error:
         kind = "neither a checkpoint nor a folder or hub name of transformers"
-        raise ValueError(f"{source}: {kind}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{source}: {kind}: {first_line(error)}") from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{source}: its config.json or index is none of transformers'") from error
 

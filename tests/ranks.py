@@ -29,7 +29,7 @@ def main(out):
     mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
 
     def shared(model):
-        return DistributedDataParallel(model) if world > 1 else model
+        return DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     results = {}
     for vt in (False, True):
@@ -44,6 +44,8 @@ def main(out):
         if vt:
             results["vt"] = result["vt"].detach()
             results["running"] = model.predictor[1].running_var.clone()
+            theirs = tgmae.gather(results["running"])  # no process is told them by another
+            assert torch.equal(theirs, results["running"].repeat(world))
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results |= {f"{name} {vt}": grad.clone() for name, grad in grads.items()}
     if rank == 0:

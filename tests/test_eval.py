@@ -468,6 +468,13 @@ def test_linear_leaves_the_backbone_alone(checkpoint, clips, capsys, monkeypatch
     assert f"luck): {chosen['rate']:g} for {name}" in said
 
 
+def test_bars_say_whose_they_are(checkpoint, clips, capsys):
+    ev.main(words(f"retrieve {checkpoint} --data {clips(8, 4)} --random"))
+    said = capsys.readouterr().err
+    for whose in (checkpoint, "random weights, same sizes"):
+        assert f"train clips, {whose}: " in said and f"test clips, {whose}: " in said
+
+
 def test_the_rate_is_chosen_without_test_clips(monkeypatch):
     """Of features that a rate of 1 separates and 1e-6 cannot, 1 is chosen, by training clips."""
     head = Mock(wraps=ev.train_head)
@@ -862,8 +869,8 @@ def test_features(checkpoint, clips, capsys, monkeypatch):
     data = clips(changes={10: {"video": "gone.mp4"}})
     compute, computed = ev.compute_clips, {}
 
-    def keeps(split, *more):
-        return computed.setdefault(split, compute(split, *more))
+    def keeps(split, *more, **by):
+        return computed.setdefault(split, compute(split, *more, **by))
 
     monkeypatch.setattr(ev, "compute_clips", keeps)
     flags = f"{checkpoint} --data {data} --views 2x2 --batch-size 8"

@@ -2,7 +2,9 @@
 of disk or memory; and files that would run code."""
 
 import argparse
+import contextlib
 import errno
+import io
 import itertools
 import json
 import math
@@ -10,6 +12,7 @@ import multiprocessing as mp
 import os
 import pickle
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -27,7 +30,9 @@ import captions
 import dataset
 import eval as ev
 import tgmae
+import toy
 import train
+import weights
 
 FAULTY, TRAIN = Path(__file__).with_name("faulty.py"), ROOT / "train.py"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -508,22 +513,76 @@ def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
     assert_finite(load("tuned"))
 
 
-def test_a_full_disk(workdir, manifest, monkeypatch):
-    """While a checkpoint is written, and while the log is: one line that names the file; nothing
-    lost."""
-    flags = f"--data {manifest(4)}"
-    run(flags, "--epochs 2")
-    last, partial = Path("run/last.pt"), Path("run/last.pt.partial")
-    before, state = last.read_bytes(), load("run")
-    partial.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left on device.*run/last.pt"):
-        train.save_checkpoint(last, **state)
-    assert last.read_bytes() == before and not partial.is_symlink()
+def test_a_full_disk(workdir, world, manifest, checkpoint, monkeypatch):
+    """One line that names the file, which stays what it was; nothing else is left."""
+    flags, eval_flags = f"--data {manifest(8)}", f"--data {manifest(8)} --workers 0 --stride 2"
+    tuning = "--test-split train --views 1x1 --holdout 0.25 --batch-size 2 --epochs 1"
+    tuning = f"finetune {checkpoint} {eval_flags} --recipe other {tuning} --warmup-epochs 0"
+    show = f"show {checkpoint} --data {manifest(8)} --test-split train --stride 2 --out show"
+    show += f" --clip local-dir:{world / 'clip'}"
+    features = f"features {checkpoint} {eval_flags} --out features.npz"
+    run(flags)
+    for main, words, name in (
+        (train.main, f"{FEW} {flags} --out new", "new/last.pt"),
+        (train.main, f"{FEW} {flags}", "run/log.jsonl"),
+        (train.main, f"{FEW} {flags} --out new", "new/args.json"),
+        (train.main, f"{FEW} {flags}", "run/samples.png"),
+        (ev.main, f"{tuning} --out tuned", "tuned/best.pt"),
+        (ev.main, features, "features.npz"),
+        (ev.main, f"{features} --json result.json", "result.json"),
+        (ev.main, show, "show.png"),
+        (ev.main, show, "show.gif"),
+        (captions.main, f"caption {manifest(8)} --source label --force", manifest(8)),
+    ):
+        path, partial = Path(name), Path(f"{name}.partial")
+        path.parent.mkdir(exist_ok=True)
+        before = path.exists() and path.read_bytes()
+        partial.symlink_to("/dev/full")
+        with pytest.raises(SystemExit) as stop:
+            main(argv(words))
+        said = stop.value.code
+        assert said.endswith(f".py: {name}: cannot be written: No space left on device"), said
+        assert (path.exists() and path.read_bytes()) == before and not partial.is_symlink()
     monkeypatch.setattr(train, "append_log", lambda path, line: train.append("/dev/full", "1"))
-    said = "train.py: .*cannot be written: No space left on device: '/dev/full'"
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match="train.py: /dev/full: cannot be written: No space left"):
         run(flags, "--no-resume")
-    assert Path("run/last.pt.old").read_bytes() == before
+
+
+def save(folder):
+    train.save_checkpoint(folder / "a.pt", numbers=[torch.ones(9999) for _ in range(99)])
+
+
+def savez(folder):
+    with train.replacing(folder / "a.npz") as file:
+        np.savez(file, numbers=np.random.rand(100_000))
+
+
+@pytest.mark.parametrize("write, name", [
+    (save, "a.pt"),
+    (savez, "a.npz"),
+    (lambda folder: train.append(folder / "log", "1" * 200_000), "log"),
+    (lambda folder: toy.build(folder / "world", clips=16, clip_steps=1), "world"),
+    (lambda folder: ev.main(argv("export", folder / "start.pt", "--out", folder / "out")), "out"),
+])  # fmt: skip
+def test_a_disk_that_fills_up_meanwhile(checkpoint, tmp_path, write, name):
+    """As if from 100,000 bytes on there were no room: torch, safetensors and zip files make errors
+    of their own of it."""
+    (tmp_path / "start.pt").symlink_to(checkpoint)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises((OSError, SystemExit)) as stop:
+            write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(stop.value).removeprefix("eval.py: ")
+    assert said.startswith(f"{tmp_path / name}: cannot be written: ") and "too large" in said
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".world*"))
+
+
+def test_other_errors_while_a_file_is_written_stay(tmp_path):
+    with pytest.raises(RuntimeError, match="^a bug$"), train.replacing(tmp_path / "a"):
+        raise RuntimeError("a bug")
 
 
 def test_out_of_memory_says_what_lowers_it(workdir, manifest, monkeypatch):
@@ -537,6 +596,144 @@ def test_out_of_memory_says_what_lowers_it(workdir, manifest, monkeypatch):
     less = "9 GiB; what needs less: a smaller --batch-size .*--grad-checkpointing"
     with pytest.raises(SystemExit, match=less):
         run("--data", manifest(4))
+
+
+# ---------------------------------------------------------------------- machines, flags, processes
+
+
+def test_in_a_notebook(workdir, manifest):
+    """Its stdout cannot be told what to do with names that are no UTF-8."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run("--data", manifest(4))
+    assert "done    run/samples.png" in said.getvalue()
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler(workdir, manifest, monkeypatch):
+    monkeypatch.setitem(ONE_THREAD, "CXX", "/nonexistent")
+    monkeypatch.setitem(ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR", str(workdir / "cache"))
+    said = ends(start(TRAIN, FEW, "--data", manifest(4), "--compile"), 1)
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("train.py: --compile: InvalidCxxCompiler: No working")
+    assert said.strip().endswith(
+        "; leave it out, or install what it needs: g++, and triton for a GPU"
+    )
+
+
+@pytest.mark.parametrize("main, words", [
+    (train.main, "--data x.jsonl"), (ev.main, "linear x.pt"), (ev.main, "show x.pt"),
+    (captions.main, "caption x.jsonl --source llm"), (toy.main, "build --out x"),
+])  # fmt: skip
+def test_seeds_that_torch_does_not_tell_apart(tmp_path, monkeypatch, main, words):
+    monkeypatch.chdir(tmp_path)
+    for seed in (-1, 2**32, 2**64 - 1):
+        with pytest.raises(SystemExit, match=f"^[a-z]*.py: --seed {seed}: must "):
+            main(argv(words, "--seed", seed))
+    one, other = (torch.Generator().manual_seed(seed) for seed in (7, 2**32 + 7))
+    assert torch.equal(torch.rand(9, generator=one), torch.rand(9, generator=other))
+
+
+@pytest.mark.parametrize("cores, processes, workers", [
+    (64, 1, 8), (64, 8, 8), (6, 2, 3), (6, 1, 6), (1, 1, 1), (4, 8, 1),
+])  # fmt: skip
+def test_as_many_loaders_as_there_are_cores(monkeypatch, cores, processes, workers):
+    """That this process may use, shared with the others of the machine."""
+    args = argparse.Namespace(device="cpu", amp=False, workers=None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    train.start_processes(args)
+    assert args.workers == workers
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert train.usable_cores() == 128
+    args.workers = 0
+    train.start_processes(args)
+    assert args.workers == 0
+
+
+COMMANDS = [f"eval {command}" for command in ev.COMMANDS]
+COMMANDS += ["train", "toy", "captions index", "captions caption", "captions maps"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_defaults_and_never_none(command, capsys, monkeypatch):
+    script, *words = command.split()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    with pytest.raises(SystemExit):
+        {"eval": ev, "train": train, "toy": toy, "captions": captions}[script].main([*words, "-h"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "None" not in said and said.count("(default: ") > 2 * (words != ["export"])
+    if "--workers" in said:
+        assert "its share of the CPU cores, at most 8 --" in f"{said} --"
+
+
+def says_nothing(kind):
+    def fails(*_, **__):
+        raise kind()
+
+    return fails
+
+
+@pytest.mark.parametrize("where, name, call, said", [
+    (torch, "empty", lambda: train.start_processes(argparse.Namespace(device="cpu", amp=False)),
+     "--device cpu: RuntimeError"),
+    ("open_clip", "create_model", lambda: train.load_clip("local-dir:x", None, "cpu"),
+     "--clip local-dir:x --clip-pretrained None: RuntimeError. Ways out"),
+    ("transformers", "AutoTokenizer.from_pretrained",
+     lambda: captions.from_pretrained("AutoTokenizer", "."), "--model .: OSError. Way out"),
+    (weights, "_find", lambda: weights.load_checkpoint("."), ".: neither a checkpoint.*: OSError$"),
+    (torch, "load", lambda: weights.load_file("x.pt"), "x.pt: cannot be loaded.*: OSError$"),
+])  # fmt: skip
+def test_errors_that_say_nothing(monkeypatch, where, name, call, said):
+    """Are called by their class."""
+    target = f"{where if isinstance(where, str) else where.__name__}.{name}"
+    monkeypatch.setattr(target, says_nothing(RuntimeError if "Runtime" in said else OSError))
+    with pytest.raises(ValueError, match=f"^{said}"):
+        call()
+
+
+def test_processes_part_after_a_good_end_alone(monkeypatch):
+    """After an error the others may stand in a collective, for which parting would wait."""
+    left = []
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: left.append(True))
+    for error in (ValueError, RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(BaseException), train.one_line_errors("train.py", "less"):
+            raise error("a fault")
+    assert not left
+    with train.one_line_errors("train.py", "less"):
+        pass
+    assert left
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_fails(workdir, manifest):
+    """While the other waits for it."""
+    began = time.monotonic()
+    flags = argv(FEW, "--data", manifest(12), "--epochs 100")
+    done = torchrun(2, FAULTY, "raise:3", TRAIN, *flags, cwd=workdir)
+    assert done.returncode == 1 and "nobody expects this" in done.stderr
+    assert time.monotonic() - began < 90 and steps("run") == 3
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_buffers_are_not_sent(workdir, manifest, checkpoint, monkeypatch, command):
+    """At each step: every process computes the same, and tables of positions do not change."""
+
+    def wraps(model, **how):
+        raise ValueError(f"wrapped {how}")
+
+    data = manifest(12)
+    for module in (train, ev):
+        monkeypatch.setattr(module, "rank_and_world", lambda: (0, 2))
+        monkeypatch.setattr(module, "gather_objects", lambda mine: [mine, mine])
+        monkeypatch.setattr(module, "DistributedDataParallel", wraps)
+    with pytest.raises(SystemExit, match="wrapped {'broadcast_buffers': False}"):
+        if command == "train":
+            run("--data", data)
+        else:
+            flags = "--recipe other --test-split train --batch-size 2 --workers 0 --out tuned"
+            ev.main(argv("finetune", checkpoint, "--data", data, flags))
 
 
 # -------------------------------------------------------------------------------------------- trust

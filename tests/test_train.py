@@ -600,7 +600,7 @@ def test_motion_fallback_is_counted(workdir, capsys):
     write_lines(workdir / "intra.jsonl", [{"video": f"{i}.mkv"} for i in range(4)])
     run("--data intra.jsonl --mask mgm --out run", FEW)
     assert log("run")[0]["no_motion"] == 4
-    assert "4 times a video had no motion vectors" in capsys.readouterr().out
+    assert "no_motion 4 times a video had no motion vectors" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(workdir, manifest, clip_flags):
@@ -633,7 +633,27 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags):
         assert reason in fails(flags), flags
     for device, there in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         if not there.is_available():
-            assert f"train.py: --device {device}: " in fails(data, "--device", device)
+            said = fails(data, "--device", device)
+            assert said.startswith(f"train.py: --device {device}: ") and len(said) < 200
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda", "cuda:1"])
+def test_copies_wait_but_to_a_gpu(monkeypatch, device):
+    """Elsewhere the source may be gone before it is copied."""
+    copies = []
+
+    def copy(tensor, device=None, *_, non_blocking=False, **__):
+        copies.append((device, non_blocking))
+        return tensor
+
+    batch = {"video": torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8), "text": torch.zeros(1, 16)}
+    batch["mask"] = torch.arange(32)[None] < 16
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    if device != "cuda:1":  # --device has none
+        train.prepare(batch, None, argparse.Namespace(device=device), None)
+    tgmae.split_mask(batch["mask"], torch.device(device))
+    copies = [waits for where, waits in copies if str(where) == device]
+    assert len(copies) >= 2 and set(copies) == {device.startswith("cuda")}
 
 
 def test_another_run_is_not_overwritten(workdir, manifest, clip_flags):
