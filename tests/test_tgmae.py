@@ -215,7 +215,7 @@ def test_published_sizes_are_read(name):
     with torch.device("meta"):
         state = official(TGMAE(SIZES[name]))
     conv = (SIZES[name].embed_dim, 3, 2, 16, 16)
-    assert weights._official_config(state, conv, None) == SIZES[name]
+    assert Config(**weights._official_sizes(state, conv, None)) == SIZES[name]
 
 
 def test_numpy_scalars_are_data(config, tmp_path):
