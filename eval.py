@@ -166,7 +166,8 @@ def load_model(source):
     if fine_tuned and (missing or unexpected):  # VideoMAE's classifiers of the first cube alone
         odd = f"no {missing[0]}" if missing else f"an {unexpected[0]}"
         raise ValueError(f"{source}: fine-tuned, but not on the mean over cubes: it has {odd}")
-    model.random = set(missing)  # decoder, predictor: export leaves them out
+    # Decoder, predictor: export leaves them out.
+    model.random = model.state_dict().keys() - state.keys()
     model.has_decoder = "mask_token" in state
     return model.eval(), saved
 

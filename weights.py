@@ -271,7 +271,7 @@ def _check(source, config, state, theirs):
             raise ValueError(f"{source}: {found}, but by its sizes {name} is {tuple(shape)}")
         if name not in state and part_of(name) in needed:
             of_transformers = any("attention.attention" in own for own in theirs)
-            own = huggingface_name(name) if of_transformers else name
+            own = huggingface_name(name.replace("qkv", "query")) if of_transformers else name
             raise ValueError(f"{source}: not the weights of a video MAE, it has no {own}")
     for name in state:
         if name not in shapes:

@@ -407,8 +407,11 @@ def test_every_form_of_the_same_weights(checkpoint, monkeypatch):
             found, expected = again.encode(video), model.encode(video)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert again.has_decoder == (source != "encoder")
-    ev.main("export encoder --out again1".split())
-    ev.main("export official.pth --out again2".split())
+    for source, parts in (("encoder", {"encoder"}), ("official.pth", {"encoder", "decoder"})):
+        ev.main(f"export {source} --out {source}.again".split())  # no more than was there
+        state = torch.load(f"{source}.again/model.pt", weights_only=True)["model"]
+        assert {name.split(".")[0] for name in state} & {"encoder", "decoder", "predictor"} == parts
+        assert ev.load_model(f"{source}.again/model.pt")[0].has_decoder == ("decoder" in parts)
 
 
 @needs_transformers
@@ -588,7 +591,9 @@ CLIPS = [
     (TRAINED, "", "ViT-B-16", "laion"),
     (TRAINED, "--clip a", "a", "openai"),
     (TRAINED, "--clip-pretrained x", "ViT-B-16", "x"),
-    (MAPS, "", "local-dir:data/toy/clip", "openai"),
+    (MAPS | {"clip": "local-dir:clip 012"}, "", "local-dir:data/toy/clip", "openai"),
+    (MAPS, "", "x.pt: trained with text maps of the CLIP ViT-B-16/laion 012", None),
+    (MAPS, "--video x.mp4", "x.pt: trained with text maps of the CLIP ViT-B-16/laion 012", None),
     (MAPS, "--clip y --clip-pretrained z", "y", "z"),
     ({}, "", "local-dir:data/toy/clip", "openai"),
     ({}, "--video x.mp4", "ViT-B-32-quickgelu", "openai"),
@@ -600,7 +605,11 @@ def test_the_clip_that_a_run_was_trained_with(trained, flags, clip, pretrained, 
     """Its model and its weights; --clip and --clip-pretrained come before them."""
     monkeypatch.setattr(ev, "load_clip", lambda *which: which)
     args = ev.parse_args(f"show x.pt --device cpu {flags}".split())
-    assert ev.clip_of(args, {"args": trained}) == (clip, pretrained, "cpu")
+    if pretrained:
+        assert ev.clip_of(args, {"args": trained}) == (clip, pretrained, "cpu")
+    else:
+        with pytest.raises(ValueError, match=clip):
+            ev.clip_of(args, {"args": trained})
 
 
 def test_show(world, checkpoint, clips, folder, capsys):
@@ -780,6 +789,47 @@ def test_bad_input(command, reason, checkpoint, clips, folder):
     (folder / "junk.pt").write_bytes(b"junk")
     torch.save({"config": TINY, "model": {"a": torch.ones(1)}}, "wrong.pt")
     assert reason in fails(command)
+
+
+@pytest.mark.parametrize("command, named", [
+    ("linear", "train"), ("retrieve", "test"), ("features", "train"), ("show", "test"),
+    ("finetune --epochs 0", "test"), ("predict", "test"),
+    ("export", "bad.pt, encoder.blocks.1.mlp.fc2.weight"),
+])  # fmt: skip
+def test_bad_numbers_are_no_answers(command, named, checkpoint, clips):
+    """NaN in the weights is an error that names the clip: the first of a split."""
+    data = clips()
+    if command in ("finetune --epochs 0", "predict"):
+        save_tuned("small.pt", classes=CLASSES)
+    saved = torch.load("small.pt", weights_only=True)
+    saved["model"]["encoder.blocks.1.mlp.fc2.weight"][0, 0] = math.nan
+    torch.save(saved, "bad.pt")
+    if command != "export":
+        named = dataset.read_manifest(data, named)[0]["path"]
+    more = {"export": "", "predict": named, "show": f"--video {named}"}.get(command)
+    command = command.replace(" ", " bad.pt ", 1) if " " in command else f"{command} bad.pt"
+    assert f"{named}: not finite" in fails(
+        f"{command} {f'--data {data}' if more is None else more}"
+    )
+
+
+def test_bad_numbers_of_one_clip(checkpoint, clips):
+    """Where the weights are fine, the clip is named, in every process's order."""
+    records = dataset.read_manifest(clips(), "test")
+    args = ev.parse_args("linear x.pt --batch-size 2 --workers 0 --device cpu".split())
+    args.amp, calls = False, iter([1.0, math.inf, 1.0])
+
+    def compute(video):
+        return torch.tensor([[1.0], [next(calls)]])[: len(video)]
+
+    with pytest.raises(ValueError, match=f"^{records[3]['video']}: not finite"):
+        ev.compute_clips("test", records, args, tgmae.Config(**TINY), (1, 1), compute)
+    bad = torch.tensor([[1.0, math.nan]])
+    with pytest.raises(ValueError, match="scores: not finite"):
+        ev.accuracy(bad, torch.tensor([1]))
+    for sides in ((bad, bad.nan_to_num()), (bad.nan_to_num(), bad)):
+        with pytest.raises(ValueError, match="not finite"):
+            ev.recall(*sides, torch.tensor([1]), torch.tensor([1]))
 
 
 @pytest.mark.parametrize("command", ["linear", "retrieve", "finetune"])
