@@ -791,26 +791,26 @@ def test_bad_input(command, reason, checkpoint, clips, folder):
     assert reason in fails(command)
 
 
-@pytest.mark.parametrize("command, named", [
-    ("linear", "train"), ("retrieve", "test"), ("features", "train"), ("show", "test"),
-    ("finetune --epochs 0", "test"), ("predict", "test"),
-    ("export", "bad.pt, encoder.blocks.1.mlp.fc2.weight"),
+LAST = "encoder.blocks.1.mlp.fc2.weight"
+
+
+@pytest.mark.parametrize("command, split, weight", [
+    ("linear small.pt", "train", LAST), ("retrieve small.pt", "test", LAST),
+    ("features small.pt", "train", LAST), ("finetune tuned.pt --epochs 0", "test", LAST),
+    ("predict tuned.pt", "test", LAST), ("show small.pt", "test", "decoder.norm.bias"),
+    ("show tuned.pt", "test", LAST), ("export small.pt", None, LAST),
+    ("export small.pt", None, "decoder.norm.bias"),
 ])  # fmt: skip
-def test_bad_numbers_are_no_answers(command, named, checkpoint, clips):
-    """NaN in the weights is an error that names the clip: the first of a split."""
-    data = clips()
-    if command in ("finetune --epochs 0", "predict"):
-        save_tuned("small.pt", classes=CLASSES)
-    saved = torch.load("small.pt", weights_only=True)
-    saved["model"]["encoder.blocks.1.mlp.fc2.weight"][0, 0] = math.nan
-    torch.save(saved, "bad.pt")
-    if command != "export":
-        named = dataset.read_manifest(data, named)[0]["path"]
-    more = {"export": "", "predict": named, "show": f"--video {named}"}.get(command)
-    command = command.replace(" ", " bad.pt ", 1) if " " in command else f"{command} bad.pt"
-    assert f"{named}: not finite" in fails(
-        f"{command} {f'--data {data}' if more is None else more}"
-    )
+def test_bad_numbers_are_no_answers(command, split, weight, checkpoint, clips):
+    """NaN in the weights is an error that names the clip, the first of a split, or the weight."""
+    data, (run, source) = clips(), command.split()[:2]
+    save_tuned("tuned.pt", classes=CLASSES)
+    saved = torch.load(source, weights_only=True)
+    saved["model"][weight].view(-1)[0] = math.nan
+    torch.save(saved, source)
+    named = dataset.read_manifest(data, split)[0]["path"] if split else f"{source}, {weight}"
+    more = {"predict": named, "show": f"--video {named}", "export": ""}.get(run, f"--data {data}")
+    assert f"{named}: not finite" in fails(f"{command} {more}")
 
 
 def test_bad_numbers_of_one_clip(checkpoint, clips):
