@@ -157,24 +157,24 @@ def pooled(model, video):
 
 
 def load_model(source):
-    """-> model in eval mode, what else the checkpoint holds. ValueError if its weights do not make
-    one."""
+    """-> model in eval mode, what else the checkpoint holds. ValueError if it cannot be
+    loaded, or is a classifier of another kind."""
     config, state, saved = weights.load_checkpoint(source)
+    if saved["assumed"]:
+        say(f"note    {source} does not say the size of its clips: {saved['assumed']} assumed")
     fine_tuned = "head.weight" in state
     model = Classifier(config, len(state["head.weight"])) if fine_tuned else tgmae.TGMAE(config)
     if "encoder.norm.weight" not in state:  # transformers' encoder with use_mean_pooling has none
         model.encoder.norm = nn.Identity()
     if "transformers" in saved:  # there these two have torch's own eps, whatever the config says
         (model.fc_norm if fine_tuned else model.decoder.norm).eps = 1e-5
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{source}: {str(error).splitlines()[1].strip()}") from error
-    parts = {name.split(".")[0] for name in missing}
-    if unexpected or parts & {"encoder", "fc_norm", "head"}:
-        odd = f"an unknown {unexpected[0]}" if unexpected else f"no {missing[0]}"
-        raise ValueError(f"{source}: not the weights of a video MAE, it has {odd}")
-    model.has_decoder = not fine_tuned and "decoder" not in parts
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if fine_tuned and (missing or unexpected):  # VideoMAE's classifiers of the first cube alone
+        odd = f"no {missing[0]}" if missing else f"an {unexpected[0]}"
+        raise ValueError(f"{source}: fine-tuned, but not on the mean over cubes: it has {odd}")
+    # Decoder, predictor: export leaves them out.
+    model.random = model.state_dict().keys() - state.keys()
+    model.has_decoder = "mask_token" in state
     return model.eval(), saved
 
 
@@ -301,6 +301,13 @@ class Views(Dataset):
         return number, torch.stack(views), None, stop - first < span
 
 
+def finite(values, name):
+    """-> values, which are of `name`. ValueError if they hold NaN or infinity."""
+    if not values.isfinite().all():
+        raise ValueError(f"{name}: not finite; the weights hold NaN, or bf16 overflows (--no-amp)")
+    return values
+
+
 class Computed(NamedTuple):
     values: torch.Tensor  # (n,V,...) of the n clips that could be read, in the manifest's order
     kept: list[int]  # their numbers
@@ -315,7 +322,7 @@ def compute_clips(split, records, args, config, grid, compute, loaders=None, *, 
     read. by: of what model the bar is, if there are several.
 
     Processes share batches that are the same however many share them, so what comes out is the
-    same, too."""
+    same, too. ValueError that names a clip of which NaN or infinity comes out."""
     rank, world = rank_and_world()
     size = max(1, args.batch_size // math.prod(grid))
     batches = [part.tolist() for part in torch.arange(len(records)).split(size)][rank::world]
@@ -341,6 +348,9 @@ def compute_clips(split, records, args, config, grid, compute, loaders=None, *, 
         count = f"none of the {len(records)} {split} clips"
         raise ValueError(f"{count} can be read: {min(failed)[1]}")
     values = torch.cat(values)[torch.tensor([number for number, _ in done]).argsort()]
+    kept = sorted(number for number, _ in done)
+    for number, value in zip(kept, values):
+        finite(value, records[number]["video"])
     short = sum(short for _, short in done)
     for _, why in sorted(failed):
         say(f"failed  {why}; left out")
@@ -348,7 +358,7 @@ def compute_clips(split, records, args, config, grid, compute, loaders=None, *, 
         say(f"note    {short:,} of the {split} clips are shorter than a view: they repeat frames")
     failed = [(records[number]["video"], why) for number, why in sorted(failed)]
     text = f"{len(done):,} of {len(records):,} clips"
-    return Computed(values, sorted(number for number, _ in done), failed, short, text)
+    return Computed(values, kept, failed, short, text)
 
 
 def in_table(value):
@@ -386,6 +396,7 @@ def views_text(args):
 
 def accuracy(scores, target, ks=(1, 5)):
     """scores (n,K), target (n,), -1 never right -> {"top-1": share, "top-5": share}."""
+    finite(scores, "scores")
     best = scores.topk(min(max(ks), scores.shape[1])).indices
     return {f"top-{k}": (best[:, :k] == target[:, None]).any(1).float().mean().item() for k in ks}
 
@@ -489,6 +500,7 @@ def linear(args):
 def recall(queries, gallery, query_labels, gallery_labels, ks=(1, 5, 10)):
     """queries (Q,D), gallery (G,D), labels (Q,) and (G,) -> {"R@k": share of queries for which one
     of the k nearest of the gallery, by cosine, has the query's label}."""
+    finite(queries, "queries"), finite(gallery, "gallery")
     queries, gallery = F.normalize(queries, dim=-1), F.normalize(gallery, dim=-1)
     hits = []
     for q, label in zip(queries.split(1024), query_labels.split(1024)):  # memory stays bounded
@@ -938,11 +950,16 @@ def heat_map(scores, frames):
 def clip_of(args, saved):
     """-> (clip, tokenizer) of --clip, else what CHECKPOINT was trained with, else train.py's."""
     own = saved.get("args", {})
-    if own.get("text_from") == "maps":  # they call a CLIP by a name of their own
+    made_by = own["clip"] if own.get("text_from") == "maps" else None
+    if made_by:  # maps call a CLIP by a name of their own: see dataset.clip_name
         own = {}
     default = (TOY if args.data == "toy" else REAL)["clip"]
+    name = args.clip or own.get("clip") or default
     tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
-    return load_clip(args.clip or own.get("clip") or default, tag, args.device)
+    if made_by and not args.clip and not made_by.startswith(dataset.clip_name(name, tag) + " "):
+        maps = f"trained with text maps of the CLIP {made_by}"
+        raise ValueError(f"{args.checkpoint}: {maps}: --clip and --clip-pretrained say where it is")
+    return load_clip(name, tag, args.device)
 
 
 def clip_to_show(args, config):
@@ -1036,8 +1053,10 @@ def panels_of(args, model, saved):
         masks[way] = tgmae.topk_mask(score, ratios[way], bottom_k=lowest, generator=generator)
         label = f"{way} mask {ratios[way]:.0%}" + (", lowest" if lowest else "")
         panels.append((label, to_uint8(reconstruct(video, masks[way], None, c)["masked"])))
+    finite(pooled(model, video), name)
     if model.has_decoder:
-        made = reconstruct(video, masks[chosen], model(video, masks[chosen])["pred"].float(), c)
+        pred = finite(model(video, masks[chosen])["pred"].float(), name)
+        made = reconstruct(video, masks[chosen], pred, c)
         panels.append(("reconstruction", to_uint8(made["reconstructed"])))
         if c.norm_pix_loss:  # without the masked cubes' own mean and std
             panels.append(("as predicted", to_uint8(made["predicted"])))
@@ -1103,6 +1122,9 @@ def export(args):
     c, out = model.config, Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is there already, and not an empty folder")
+    state = {name: v for name, v in model.state_dict().items() if name not in model.random}
+    for name, value in state.items():
+        finite(value, f"{args.checkpoint}, {name}")
     net = huggingface_of(model)
     if saved.get("classes"):
         net.config.id2label = dict(enumerate(saved["classes"]))
@@ -1115,7 +1137,7 @@ def export(args):
     with naming(out):
         processor.save_pretrained(out)
     rest = {name: saved[name] for name in ("args", "classes") if saved.get(name)}
-    save_checkpoint(out / "model.pt", config=asdict(c), model=model.state_dict(), **rest)
+    save_checkpoint(out / "model.pt", config=asdict(c), model=state, **rest)
 
     torch.manual_seed(args.seed)
     video = torch.randn(2, c.in_chans, c.num_frames, c.image_size, c.image_size)

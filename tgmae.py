@@ -138,7 +138,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalize(video):
-    """(B,3,T,H,W) uint8 -> float32, standardised by ImageNet's mean and std, as in VideoMAE."""
+    """(B,3,T,H,W) uint8, else TypeError -> float32, standardised by ImageNet's mean and std, as in
+    VideoMAE."""
+    if video.dtype != torch.uint8:
+        raise TypeError(f"video is {video.dtype}: must be uint8")
     mean, std = (
         video.new_tensor(value, dtype=torch.float32).view(3, 1, 1, 1)
         for value in (IMAGENET_MEAN, IMAGENET_STD)
@@ -431,6 +434,8 @@ def patch_embeddings(clip, frames, patch_size, *, chunk=256):
 @torch.no_grad()
 def encode_text(clip, tokenizer, captions):
     """List of B strings -> text (B,E) float32 unit vectors, on CLIP's device: [EOS], projected."""
+    if isinstance(captions, str):
+        raise TypeError(f"captions is the text {captions!r}: must be a list")
     device = next(clip.parameters()).device
     return F.normalize(clip.encode_text(tokenizer(list(captions)).to(device)).float(), dim=-1)
 

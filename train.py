@@ -155,7 +155,7 @@ def load_clip(name, pretrained, device):
     except ValueError as error:
         reason = weights.first_line(error.__cause__) if online else "the hub cannot be reached"
         ways = "--clip-pretrained FILE (weights on disk), --clip local-dir:FOLDER (an open_clip "
-        ways += "folder), or a manifest with text maps"
+        ways += "folder), or, in training, a manifest with text maps"
         flags = f"--clip {name} --clip-pretrained {pretrained}"
         raise ValueError(f"{flags}: {reason}. Ways out: {ways}") from error
 
@@ -920,28 +920,46 @@ def freeze_unused(model, args, text_from):
         model.mask_token.requires_grad_(False)
 
 
-def load_weights(model, args):
-    """Those of --init; its predictor only if it is for a CLIP of the same width."""
-    theirs, state, _ = weights.load_checkpoint(args.init)
-    if theirs.text_dim != model.config.text_dim:
+# What --init may have another value of than the model; and where it has no decoder.
+OTHER = {"num_frames", "image_size", "text_dim", "temperature", "layer_norm_eps", "drop_path"}
+OF_DECODER = {"decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss"}
+
+
+def load_weights(config, args):
+    """-> config with the layer_norm_eps of --init, and its weights: the encoder, the decoder if it
+    has one, the predictor if it has one for a CLIP of the same width. Says what begins anew.
+    ValueError if the sizes are others."""
+    theirs, state, rest = weights.load_checkpoint(args.init)
+    then, now = asdict(theirs), asdict(config)
+    free = OTHER if "mask_token" in state else OTHER | OF_DECODER
+    names = [name for name in now if name not in free and then[name] != now[name]]
+    if names:
+        unfit = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in names)
+        raise ValueError(f"--init {args.init}: does not fit --preset {args.preset}: {unfit}")
+    if theirs.text_dim != config.text_dim:
         state = {name: v for name, v in state.items() if not name.startswith("predictor.")}
-    try:
-        missing = model.load_state_dict(state, strict=False).missing_keys
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        unfit = f"does not fit --preset {args.preset}: {reason}"
-        raise ValueError(f"--init {args.init}: {unfit}") from error
-    if any(name.startswith("encoder.") for name in missing):
-        raise ValueError(f"--init {args.init}: has no {missing[0]}")
-    sizes = [(c.num_frames, c.image_size) for c in (theirs, model.config)]
+    ours = {"encoder", "encoder.norm", "decoder", "predictor"}
+    there = {weights.part_of(name) for name in state}
+    line = f"init    {args.init}: {', '.join(sorted(ours & there))}"
+    if ours - there:
+        line += f"; begin anew: {', '.join(sorted(ours - there))}"
+    if there - ours:
+        line += f"; left out: {', '.join(sorted(there - ours))}"
+    say(line)
+    if rest["assumed"]:
+        say(f"note    {args.init} does not say the size of its clips: {rest['assumed']} assumed")
+    if theirs.layer_norm_eps != config.layer_norm_eps:
+        say(f"init    layer_norm_eps {theirs.layer_norm_eps:g}, as there")
+    sizes = [(c.num_frames, c.image_size) for c in (theirs, config)]
     if sizes[0] != sizes[1]:
         then, now = ("{} frames, {} pixels".format(*size) for size in sizes)
         say(f"init    {args.init}: trained on clips of {then}; positions are computed for {now}")
+    return replace(config, layer_norm_eps=theirs.layer_norm_eps), state
 
 
-def build_model(args, text_from, record, *, init=True):
-    """-> model on the device, with the weights of --init unless init=False, and (clip, tokenizer),
-    or None where there are text maps, or no text."""
+def build_model(args, text_from, record, saved=None):
+    """-> model on the device, with the weights of --init unless the run goes on from `saved`, and
+    (clip, tokenizer), or None where there are text maps, or no text."""
     clip = load_clip(args.clip, args.clip_pretrained, args.device) if text_from == "clip" else None
     sizes = {name: vars(args)[name] for name in ("num_frames", "image_size") if vars(args)[name]}
     config = replace(PRESETS[args.preset], temperature=args.temperature, **sizes)
@@ -949,12 +967,23 @@ def build_model(args, text_from, record, *, init=True):
         maps = None if clip else dataset.read_map(record["map_path"], record["captions"])
         text_dim = (tgmae.encode_text(*clip, ["a"]) if clip else maps.text).shape[1]
         config = replace(config, text_dim=text_dim)
+        c = config
+        if maps and (min(maps.resized), maps.patch_size) != (c.image_size, c.patch_size):
+            say(
+                f"note    text maps of {min(maps.resized)} pixels in patches of {maps.patch_size}; "
+                f"the model sees {c.image_size} in patches of {c.patch_size}: captions.py maps "
+                f"--image-size {c.image_size} --patch-size {c.patch_size} --force makes such maps"
+            )
     # Refuses a ratio that masks none or all.
     tgmae.topk_mask(torch.zeros(1, *config.grid), args.mask_ratio)
+    state = {}
+    if saved:  # it may be that of --init
+        config = replace(config, layer_norm_eps=saved["config"]["layer_norm_eps"])
+    elif args.init:
+        config, state = load_weights(config, args)
     torch.manual_seed(args.seed)
     model = tgmae.TGMAE(config)
-    if args.init and init:
-        load_weights(model, args)
+    model.load_state_dict(state, strict=False)
     model.set_grad_checkpointing(args.grad_checkpointing)
     freeze_unused(model, args, text_from)
     return model.to(args.device), clip
@@ -1306,7 +1335,7 @@ def run(args):
     _, forward, args.accum = share
     args.batch_size = forward * args.repeat
     records, val, text_from = load_data(args)
-    model, clip = build_model(args, text_from, records[0], init=not saved)
+    model, clip = build_model(args, text_from, records[0], saved)
     args.facts = facts_of(args, records, text_from, clip, goes_on=bool(saved))
     data = Clips(records, model.config, args, text_from=text_from)
     val = val and Clips(val, model.config, args, text_from=text_from, replace_bad=False)

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants, errors, hf_hub_download
 
-from tgmae import PRESETS, Config
+from tgmae import PRESETS, TGMAE, Config
 
 
 def work_offline_if_no_hub():
@@ -68,24 +68,47 @@ NAMES = (
 )
 
 
+def our_name(name):
+    """A weight's name in a file of VideoMAE's or transformers' -> ours. The latter's query, key and
+    value, of which we make one matrix, stay three."""
+    name = re.sub(r"^classifier\b", "head", name.removeprefix("videomae."))
+    for ours, theirs in NAMES:
+        name = name.replace(theirs, ours)
+    official_fine_tuned = name.startswith(("patch_embed.", "blocks.", "norm."))
+    return f"encoder.{name}" if official_fine_tuned else name
+
+
+def huggingface_name(name):
+    """Our name of a weight -> that of transformers' models."""
+    name = "videomae." * name.startswith("encoder.") + re.sub(r"^head\b", "classifier", name)
+    for ours, theirs in NAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def own_name(name, state_dict):
+    """What a state dict calls a weight of ours; of a qkv it is the query's name."""
+    ours = name, name.replace(".qkv.", ".query.")
+    return next((own for own in state_dict if our_name(own) in ours), name)
+
+
 def from_videomae(state_dict):
     """The state dict of an official VideoMAE model, or of transformers' VideoMAE, for pre-training
     or fine-tuned -> in our names, without the predictor, which they lack. Fine-tuned ones bring
     fc_norm and head. Raises ValueError for anything else."""
-    new = {}
-    for name, value in state_dict.items():
-        name = re.sub(r"^classifier\b", "head", name.removeprefix("videomae."))
-        for ours, theirs in NAMES:
-            name = name.replace(theirs, ours)
-        if name.startswith(("patch_embed.", "blocks.", "norm.")):  # official, fine-tuned
-            name = f"encoder.{name}"
-        new[name] = value
+    new = {our_name(name): value for name, value in state_dict.items()}
     if PATCH_EMBED not in new:
         raise ValueError(f"not VideoMAE's weights: names like {', '.join(list(state_dict)[:3])}")
+    if new[PATCH_EMBED].ndim != 5:
+        shape = tuple(new[PATCH_EMBED].shape)
+        raise ValueError(f"{own_name(PATCH_EMBED, state_dict)} {shape} is no convolution's")
     # (D,C,frame,row,column) -> (D,P)
     new[PATCH_EMBED] = new[PATCH_EMBED].permute(0, 2, 3, 4, 1).flatten(1)
     for name in [name for name in new if name.endswith(".query.weight")]:
-        parts = [new.pop(name.replace("query", part)) for part in QKV]
+        parts = [new.pop(name.replace("query", part), torch.empty(0)) for part in QKV]
+        if len({part.shape for part in parts}) > 1:
+            own = own_name(name, state_dict)
+            raise ValueError(f"{own} lacks a key and a value of its shape")
         new[name.replace("query", "qkv")] = torch.cat(parts)
     return new
 
@@ -100,9 +123,7 @@ def to_huggingface(model):
         if name == PATCH_EMBED:  # (D,P) -> (D,C,frame,row,column)
             value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans)
             value = value.permute(0, 4, 1, 2, 3).contiguous()
-        name = "videomae." * name.startswith("encoder.") + re.sub(r"^head\b", "classifier", name)
-        for ours, theirs in NAMES:
-            name = name.replace(ours, theirs)
+        name = huggingface_name(name)
         if name.endswith(".qkv.weight"):
             new |= {name.replace("qkv", part): third for part, third in zip(QKV, value.chunk(3))}
         else:
@@ -200,25 +221,39 @@ SIZES = {  # of a Config: in transformers' config.json
     "decoder_num_heads": "decoder_num_attention_heads", "norm_pix_loss": "norm_pix_loss",
     "layer_norm_eps": "layer_norm_eps",
 }  # fmt: skip
+# What else in config.json changes what a model computes, with the only value that we have.
+ONLY = {"hidden_act": "gelu", "qkv_bias": True, "qv_bias": True}
 
 
-def _huggingface_config(state, theirs):
-    """Config of weights in our names and a config.json. What that leaves out is VideoMAEConfig's
-    default."""
+def _huggingface_sizes(state, theirs):
+    """Fields of Config, of weights in our names and a config.json. What that leaves out is
+    VideoMAEConfig's default. ValueError for a model that is none of ours."""
+    for name, value in ONLY.items():
+        if theirs.get(name, value) != value:
+            raise ValueError(f"its config.json says {name}={theirs[name]!r}, not {value!r}")
+    mean_pooling = theirs.get("use_mean_pooling", True)  # without the last norm
+    if mean_pooling == ("encoder.norm.weight" in state):
+        but = "there is a layernorm" if mean_pooling else "there is no layernorm"
+        raise ValueError(f"its config.json says use_mean_pooling={mean_pooling}, but {but}")
     wide, D = state["encoder.blocks.0.mlp.fc1.weight"].shape
     said = {ours: theirs[name] for ours, name in SIZES.items() if name in theirs}
-    return Config(**{"layer_norm_eps": 1e-12, "mlp_ratio": wide / D} | said)
+    return {"layer_norm_eps": 1e-12, "mlp_ratio": wide / D} | said
 
 
-def _official_config(state, conv, flags):
-    """Config of official weights in our names, whose patch embedding had the shape `conv`. Neither
-    the clip's size nor heads are in weights: those are what the file's flags say, and the published
-    model's of that width; ValueError for another width."""
+def _official_sizes(state, conv, flags):
+    """Fields of Config, of official weights in our names, whose patch embedding had the shape
+    `conv`. Neither the clip's size nor heads are in weights: those are what the file's flags say,
+    if it has them, and the published model's of that width; ValueError for another width."""
     D, C, tubelet_size, patch_size, _ = conv
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    flags = flags if isinstance(flags, dict) else {}
     sizes = {"patch_size": patch_size, "tubelet_size": tubelet_size, "in_chans": C}
     sizes["mlp_ratio"] = len(state["encoder.blocks.0.mlp.fc1.weight"]) / D
-    sizes["image_size"] = getattr(flags, "input_size", 224)
-    sizes["num_frames"] = getattr(flags, "num_frames", 16)
+    sizes["norm_pix_loss"] = bool(flags.get("normlize_target", True))  # spelled so
+    if flags.get("input_size"):
+        sizes["image_size"] = int(flags["input_size"])
+    if flags.get("num_frames"):  # fine-tuning takes so many of each segment
+        sizes["num_frames"] = int(flags["num_frames"]) * int(flags.get("num_segments") or 1)
     parts = [("encoder", "", D)]
     if "encoder_to_decoder.weight" in state:
         parts.append(("decoder", "decoder_", len(state["encoder_to_decoder.weight"])))
@@ -232,30 +267,80 @@ def _official_config(state, conv, flags):
         blocks = {name.split(".")[2] for name in state if name.startswith(f"{part}.blocks.")}
         sizes[f"{prefix}embed_dim"], sizes[f"{prefix}depth"] = width, len(blocks)
         sizes[f"{prefix}num_heads"] = heads[width]
-    return Config(**sizes)
+    return sizes
+
+
+def part_of(name):
+    """A weight of ours -> encoder, encoder.norm, decoder, predictor, ...: what is in a file whole,
+    or not at all."""
+    if name.startswith("encoder.norm."):
+        return "encoder.norm"
+    part = name.split(".")[0]
+    return "decoder" if part in ("encoder_to_decoder", "mask_token") else part
+
+
+def _check(source, config, state, theirs):
+    """ValueError unless these weights in our names make a model of these sizes: there is an
+    encoder, perhaps without its last norm; each other part is whole or not there; all is known and
+    of its shape. theirs: the weights in the file's names."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in TGMAE(config).state_dict().items()}
+    if "head.weight" in state:  # fine-tuned: see eval.Classifier
+        D, classes = config.embed_dim, len(state["head.weight"])
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith("encoder.")}
+        shapes |= {"fc_norm.weight": (D,), "fc_norm.bias": (D,)}
+        shapes |= {"head.weight": (classes, D), "head.bias": (classes,)}
+    needed = {part_of(name) for name in state} | {"encoder"}
+    for name, shape in shapes.items():
+        if name in state and state[name].shape != shape:
+            own = own_name(name, theirs)
+            found = f"its {own} has shape {tuple(theirs[own].shape)}"
+            raise ValueError(f"{source}: {found}, but by its sizes {name} is {tuple(shape)}")
+        if name not in state and part_of(name) in needed:
+            of_transformers = any("attention.attention" in own for own in theirs)
+            own = huggingface_name(name.replace("qkv", "query")) if of_transformers else name
+            raise ValueError(f"{source}: not the weights of a video MAE, it has no {own}")
+    for name in state:
+        if name not in shapes:
+            what = f"it has an unknown {own_name(name, theirs)}"
+            raise ValueError(f"{source}: not the weights of a video MAE, {what}")
 
 
 def load_checkpoint(source):
     """-> (Config, state dict in our names, what else was there, a dict) from a checkpoint of
     train.py or eval.py, an official VideoMAE .pth, or a folder or hub name of transformers'
-    VideoMAE. Raises ValueError if it is none of these."""
+    VideoMAE. The weights fit the Config: an encoder, perhaps without its last norm; fc_norm and
+    head if it is fine-tuned, else perhaps decoder and predictor. "assumed" in the dict: what sizes
+    of a clip the file does not say, a text. Raises ValueError if it is none of these."""
     if not Path(source).exists():
         work_offline_if_no_hub()
     saved = load_file(source) if Path(source).is_file() else _load_huggingface(source)
     if not isinstance(saved, dict):
         raise ValueError(f"{source}: holds a {type(saved).__name__}, not a checkpoint's dict")
     state = next((saved.pop(key) for key in ("model", "module") if key in saved), saved)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{source}: its weights are no dict of names and tensors")
     try:
         if "config" in saved:
-            return Config(**saved["config"]), state, saved
-        ours = from_videomae(state)
-        if "transformers" in saved:
-            return _huggingface_config(ours, saved["transformers"]), ours, saved
-        convs = [w for name, w in state.items() if name.endswith("patch_embed.proj.weight")]
-        if not convs:
-            raise ValueError("transformers' weights alone; their config.json is needed")
-        return _official_config(ours, convs[0].shape, saved.get("args")), ours, {}
+            ours, sizes = state, dict(saved["config"])
+        else:
+            ours = from_videomae(state)
+            if "transformers" in saved:
+                sizes = _huggingface_sizes(ours, saved["transformers"])
+            else:
+                convs = [w for name, w in state.items() if name.endswith("patch_embed.proj.weight")]
+                if not convs:
+                    raise ValueError("transformers' weights alone; their config.json is needed")
+                sizes, saved = _official_sizes(ours, convs[0].shape, saved.get("args")), {}
+        config = Config(**sizes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: makes no model: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{source}: makes no model: it has no {error.args[0]}") from error
+    _check(source, config, ours, state)
+    clip = {"num_frames": config.num_frames, "image_size": config.image_size}
+    assumed = [f"{name}={size}" for name, size in clip.items() if name not in sizes]
+    saved["assumed"] = ", ".join(assumed)
+    return config, ours, saved

@@ -412,8 +412,11 @@ def test_every_form_of_the_same_weights(checkpoint, monkeypatch):
             found, expected = again.encode(video), model.encode(video)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert again.has_decoder == (source != "encoder")
-    ev.main("export encoder --out again1".split())
-    ev.main("export official.pth --out again2".split())
+    for source, parts in (("encoder", {"encoder"}), ("official.pth", {"encoder", "decoder"})):
+        ev.main(f"export {source} --out {source}.again".split())  # no more than was there
+        state = torch.load(f"{source}.again/model.pt", weights_only=True)["model"]
+        assert {name.split(".")[0] for name in state} & {"encoder", "decoder", "predictor"} == parts
+        assert ev.load_model(f"{source}.again/model.pt")[0].has_decoder == ("decoder" in parts)
 
 
 @needs_transformers
@@ -663,7 +666,9 @@ CLIPS = [
     (TRAINED, "--data toy", "ViT-B-16", "laion"),
     (TRAINED, "--data toy --clip a", "a", "openai"),
     (TRAINED, "--data toy --clip-pretrained x", "ViT-B-16", "x"),
-    (MAPS, "--data toy", "local-dir:data/toy/clip", "openai"),
+    (MAPS | {"clip": "local-dir:clip 012"}, "--data toy", "local-dir:data/toy/clip", "openai"),
+    (MAPS, "--data toy", "x.pt: trained with text maps of the CLIP ViT-B-16/laion 012", None),
+    (MAPS, "--video x.mp4", "x.pt: trained with text maps of the CLIP ViT-B-16/laion 012", None),
     (MAPS, "--data a --clip y --clip-pretrained z", "y", "z"),
     ({}, "--data toy", "local-dir:data/toy/clip", "openai"),
     ({}, "--data a", "ViT-B-32-quickgelu", "openai"),
@@ -676,7 +681,11 @@ def test_the_clip_that_a_run_was_trained_with(trained, flags, clip, pretrained, 
     """Its model and its weights; --clip and --clip-pretrained come before them."""
     monkeypatch.setattr(ev, "load_clip", lambda *which: which)
     args = ev.parse_args(f"show x.pt --device cpu {flags}".split())
-    assert ev.clip_of(args, {"args": trained}) == (clip, pretrained, "cpu")
+    if pretrained:
+        assert ev.clip_of(args, {"args": trained}) == (clip, pretrained, "cpu")
+    else:
+        with pytest.raises(ValueError, match=clip):
+            ev.clip_of(args, {"args": trained})
 
 
 def test_show(world, checkpoint, clips, folder, capsys):
@@ -980,6 +989,47 @@ def test_bad_input(command, reason, checkpoint, clips, folder):
     (folder / "junk.pt").write_bytes(b"junk")
     torch.save({"config": TINY, "model": {"a": torch.ones(1)}}, "wrong.pt")
     assert reason in fails(command)
+
+
+LAST = "encoder.blocks.1.mlp.fc2.weight"
+
+
+@pytest.mark.parametrize("command, split, weight", [
+    ("linear small.pt", "train", LAST), ("retrieve small.pt", "test", LAST),
+    ("features small.pt", "train", LAST), ("finetune tuned.pt --epochs 0", "test", LAST),
+    ("predict tuned.pt", "test", LAST), ("show small.pt", "test", "decoder.norm.bias"),
+    ("show tuned.pt", "test", LAST), ("export small.pt", None, LAST),
+    ("export small.pt", None, "decoder.norm.bias"),
+])  # fmt: skip
+def test_bad_numbers_are_no_answers(command, split, weight, checkpoint, clips):
+    """NaN in the weights is an error that names the clip, the first of a split, or the weight."""
+    data, (run, source) = clips(), command.split()[:2]
+    save_tuned("tuned.pt", classes=CLASSES)
+    saved = torch.load(source, weights_only=True)
+    saved["model"][weight].view(-1)[0] = math.nan
+    torch.save(saved, source)
+    named = dataset.read_manifest(data, split)[0]["path"] if split else f"{source}, {weight}"
+    more = {"predict": named, "show": f"--video {named}", "export": ""}.get(run, f"--data {data}")
+    assert f"{named}: not finite" in fails(f"{command} {more}")
+
+
+def test_bad_numbers_of_one_clip(checkpoint, clips):
+    """Where the weights are fine, the clip is named, in every process's order."""
+    records = dataset.read_manifest(clips(), "test")
+    args = ev.parse_args("linear x.pt --batch-size 2 --workers 0 --device cpu".split())
+    args.amp, calls = False, iter([1.0, math.inf, 1.0])
+
+    def compute(video):
+        return torch.tensor([[1.0], [next(calls)]])[: len(video)]
+
+    with pytest.raises(ValueError, match=f"^{records[3]['video']}: not finite"):
+        ev.compute_clips("test", records, args, tgmae.Config(**TINY), (1, 1), compute)
+    bad = torch.tensor([[1.0, math.nan]])
+    with pytest.raises(ValueError, match="scores: not finite"):
+        ev.accuracy(bad, torch.tensor([1]))
+    for sides in ((bad, bad.nan_to_num()), (bad.nan_to_num(), bad)):
+        with pytest.raises(ValueError, match="not finite"):
+            ev.recall(*sides, torch.tensor([1]), torch.tensor([1]))
 
 
 @pytest.mark.parametrize("command", ["linear", "retrieve", "finetune"])

@@ -98,7 +98,8 @@ USES = {  # of a section s, that holds
     ),
     "CLIP scores": lambda s, world: (
         (clip := s.load_clip(f"local-dir:{world / 'clip'}"))
-        and s.text_scores(clip[0], VIDEO, s.encode_text(*clip, "ab"), 8, 2).shape == (2, 2, 4, 4)
+        and s.text_scores(clip[0], VIDEO, s.encode_text(*clip, ["a", "b"]), 8, 2).shape
+        == (2, 2, 4, 4)
     ),
     "Losses": lambda s, world: s.ContrastiveHead(8, 8).loss(torch.eye(8), torch.eye(8)) > 0,
     "Model": lambda s, world: s.TGMAE(tgmae.Config(**TINY))(VIDEO, MASK)["mae"] > 0,

@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -14,6 +15,7 @@ from fractions import Fraction
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import assert_equal, needs_transformers
@@ -205,6 +207,83 @@ def test_folders_and_hub_names_of_transformers(config, tmp_path, monkeypatch):
     refused("runs/gone/last.pt", "neither a checkpoint nor a folder or hub name")
 
 
+BLOCK = "videomae.encoder.layer.0."
+WRONG = [  # changes of config.json, of the weights' names, and what is said
+    ({"hidden_act": "relu"}, {}, "hidden_act='relu', not 'gelu'"),
+    ({"hidden_act": "gelu_new"}, {}, "hidden_act='gelu_new'"),
+    ({"qkv_bias": False}, {}, "qkv_bias=False, not True"),
+    ({"qv_bias": False}, {}, "qv_bias=False, not True"),
+    ({"use_mean_pooling": True}, {}, "use_mean_pooling=True, but there is a layernorm"),
+    ({}, {"videomae.layernorm.weight": None, "videomae.layernorm.bias": None},
+     "use_mean_pooling=False, but there is no layernorm"),
+    ({"num_hidden_layers": 1}, {}, "it has an unknown videomae.encoder.layer.1."),
+    ({"num_hidden_layers": 3}, {}, "it has no videomae.encoder.layer.2."),
+    ({"patch_size": 16}, {}, "its videomae.embeddings.patch_embeddings.projection.weight has"),
+    ({}, {"decoder.decoder_layers.0.intermediate.dense.bias": "decoder.norm.bias"},
+     "its decoder.decoder_layers.0.intermediate.dense.bias has shape (96,)"),
+    ({}, {f"{BLOCK}output.dense.weight": "decoder.norm.bias"},
+     f"its {BLOCK}output.dense.weight has shape (96,), but by its sizes encoder.blocks.0.mlp.fc2"),
+    ({}, {f"{BLOCK}intermediate.dense.weight": None}, "it has no encoder.blocks.0.mlp.fc1.weight"),
+    ({}, {f"{BLOCK}output.dense.bias": None}, f"it has no {BLOCK}output.dense.bias"),
+    ({}, {f"{BLOCK}attention.attention.key.weight": None},
+     f"{BLOCK}attention.attention.query.weight lacks a key and a value of its shape"),
+    ({}, {f"{BLOCK}attention.attention.{part}.weight": None for part in ("query", "key", "value")},
+     f"it has no {BLOCK}attention.attention.query.weight"),
+    ({}, {"mask_token": None}, "it has no mask_token"),
+    ({}, {"gamma_1": "mask_token"}, "it has an unknown gamma_1"),
+]  # fmt: skip
+
+
+@needs_transformers
+@pytest.mark.parametrize("settings, names, why", WRONG)
+def test_models_that_are_not_ours(settings, names, why, config, tmp_path):
+    """They are refused, in the words of the file."""
+    net = VideoMAEForPreTraining(hf_config(config))
+    net.save_pretrained(tmp_path)
+    state = net.state_dict()
+    for name, value in names.items():
+        state |= {name: state[value]} if value else {}
+        state = {key: v for key, v in state.items() if value or key != name}
+    state = {name: value.clone() for name, value in state.items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ValueError, match=re.escape(why)):
+        weights.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("flags, sizes, assumed", [
+    ({"num_frames": 4, "input_size": 32}, (4, 32), ""),
+    (argparse.Namespace(num_frames=4, num_segments=2, input_size="32"), (8, 32), ""),
+    (argparse.Namespace(num_frames=4, input_size=None), (4, 224), "image_size=224"),
+    ({"model": {"num_frames": 4}}, (16, 224), "num_frames=16, image_size=224"),
+    (["--num_frames", "4"], (16, 224), "num_frames=16, image_size=224"),
+    (None, (16, 224), "num_frames=16, image_size=224"),
+    ({"num_frames": 4, "input_size": [32, 32]}, None, "some.pt: makes no model: int"),
+    ({"num_frames": 3, "input_size": 32}, None, "num_frames=3 is not divisible by tubelet_size=2"),
+])  # fmt: skip
+def test_flags_of_official_files(flags, sizes, assumed, config, tmp_path, monkeypatch):
+    monkeypatch.setitem(tgmae.PRESETS, "toy", config)
+    path = tmp_path / "some.pt"
+    torch.save({"model": official(TGMAE(config)), "args": flags}, path)
+    if sizes:
+        read, _, rest = weights.load_checkpoint(path)
+        assert (read.num_frames, read.image_size) == sizes and rest["assumed"] == assumed
+        assert read.norm_pix_loss
+        torch.save({"model": official(TGMAE(config)), "args": {"normlize_target": False}}, path)
+        assert not weights.load_checkpoint(path)[0].norm_pix_loss
+    else:
+        with pytest.raises(ValueError, match=assumed):
+            weights.load_checkpoint(path)
+
+
+def test_weights_of_ours_without_sizes(config, tmp_path):
+    torch.save(TGMAE(config).state_dict(), tmp_path / "some.pt")
+    why = r"some.pt: makes no model: encoder.patch_embed.proj.weight \(48, 384\) is no convolution"
+    with pytest.raises(ValueError, match=why):
+        weights.load_checkpoint(tmp_path / "some.pt")
+
+
 GIANT = Config(embed_dim=1408, depth=2, num_heads=16, mlp_ratio=48 / 11)  # VideoMAEv2's, but low
 SIZES = {name: c for name, c in tgmae.PRESETS.items() if name != "toy"} | {"giant": GIANT}
 
@@ -215,7 +294,7 @@ def test_published_sizes_are_read(name):
     with torch.device("meta"):
         state = official(TGMAE(SIZES[name]))
     conv = (SIZES[name].embed_dim, 3, 2, 16, 16)
-    assert weights._official_config(state, conv, None) == SIZES[name]
+    assert Config(**weights._official_sizes(state, conv, None)) == SIZES[name]
 
 
 def test_numpy_scalars_are_data(config, tmp_path):
@@ -384,6 +463,10 @@ def test_scores_are_float32_under_autocast(world):
     with torch.autocast("cpu", torch.bfloat16):
         assert tgmae.text_scores(clip, video, text, 8, 2).dtype == plain.dtype == torch.float32
     assert len(plain.unique()) == plain.numel()
+    with pytest.raises(TypeError, match="'a red circle'"):
+        tgmae.encode_text(clip, tokenizer, "a red circle")
+    with pytest.raises(TypeError, match="video is torch.float32: must be uint8"):
+        tgmae.normalize(torch.rand(1, 3, 2, 16, 16))
     with pytest.raises(ValueError, match="video is torch.uint8: normalize"):
         tgmae.text_scores(clip, video.byte(), text, 8, 2)
 

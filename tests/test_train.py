@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from test_ranks import torchrun
 
 import captions
 import dataset
+import eval as ev
 import tgmae
 import toy
 import train
@@ -126,10 +128,15 @@ def test_init_from_transformers(workdir, manifest, clip_flags, capsys):
     from test_tgmae import hf_config
     from transformers import VideoMAEForPreTraining
 
-    theirs = VideoMAEForPreTraining(hf_config(tgmae.PRESETS["toy"]))
+    theirs = VideoMAEForPreTraining(hf_config(tgmae.PRESETS["toy"], layer_norm_eps=1e-12))
     theirs.save_pretrained("hf")
     flags = f"--data {manifest(4)} {FEW} --blr 0 --min-lr 0 --mask tube"
-    run(flags, "--init hf --out run")
+    for _ in range(2):  # the second goes on
+        run(flags, "--init hf --out run")
+    said = capsys.readouterr().out
+    assert "init    hf: decoder, encoder, encoder.norm; begin anew: predictor\n" in said
+    assert "layer_norm_eps 1e-12, as there" in said and "finished" in said
+    assert load("run")["config"]["layer_norm_eps"] == 1e-12
     expected = weights.from_videomae(theirs.state_dict())
     assert_equal({name: load("run")["model"][name] for name in expected}, expected)
     assert "does not fit --preset small" in fails(flags, "--preset small --init hf --out x")
@@ -144,6 +151,85 @@ def test_init_from_transformers(workdir, manifest, clip_flags, capsys):
     os.remove("other.pt")
     run(flags, "--vt", clip_flags, "--init other.pt --out second")
     assert "finished" in capsys.readouterr().out
+
+
+def built(*flags):
+    """-> the model that a run with these flags and no text begins with."""
+    return train.build_model(args_of("--data x --preset toy --device cpu", *flags), None, None)[0]
+
+
+@pytest.mark.parametrize("change, why", [
+    ({"depth": 5}, "depth 5, not 4"),
+    ({"depth": 3, "num_heads": 2}, "depth 3, not 4, num_heads 2, not 4"),
+    ({"embed_dim": 64}, "embed_dim 64, not 128"),
+    ({"mlp_ratio": 2.0}, "mlp_ratio 2.0, not 4.0"),
+    ({"patch_size": 16}, "patch_size 16, not 8"),
+    ({"tubelet_size": 1}, "tubelet_size 1, not 2"),
+    ({"decoder_depth": 3}, "decoder_depth 3, not 2"),
+    ({"decoder_num_heads": 6}, "decoder_num_heads 6, not 3"),
+    ({"norm_pix_loss": False}, "norm_pix_loss False, not True"),
+    ({"num_frames": 8, "image_size": 32, "temperature": 1.0, "drop_path": 0.1}, None),
+])  # fmt: skip
+def test_init_of_other_sizes(change, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(tgmae.PRESETS["toy"], **change)
+    state = tgmae.TGMAE(config).state_dict()
+    torch.save({"config": asdict(config), "model": state}, "other.pt")
+    if why:
+        with pytest.raises(ValueError, match=f"--init other.pt: does not fit --preset toy: {why}$"):
+            built("--init other.pt")
+    else:
+        assert_equal(dict(built("--init other.pt").state_dict()), dict(state))
+    for name in [name for name in state if weights.part_of(name) == "decoder"]:
+        del state[name]  # no decoder, so its sizes do not matter
+    torch.save({"config": asdict(config), "model": state}, "other.pt")
+    if why and not why.startswith(("decoder", "norm_pix")):
+        with pytest.raises(ValueError, match=why):
+            built("--init other.pt")
+    else:
+        own = built("--init other.pt").state_dict()
+        assert_equal({name: own[name] for name in state}, dict(state))
+
+
+@needs_transformers
+def test_init_with_an_encoder(tmp_path, monkeypatch, capsys):
+    """What finetune leaves, in every form that export and others make of it, and transformers'
+    encoder alone: the encoder is taken, the rest is as without --init, and a line says so."""
+    import transformers
+    from test_tgmae import official
+
+    monkeypatch.chdir(tmp_path)
+    toy = replace(tgmae.PRESETS["toy"], drop_path=0.1)
+    model = ev.Classifier(toy, 5)
+    for value in model.state_dict().values():
+        value.add_(0.1 * torch.randn_like(value))
+    torch.save({"config": asdict(toy), "model": model.state_dict()}, "best.pt")
+    ev.main("export best.pt --out folder".split())
+    transformers.VideoMAEModel.from_pretrained("folder").save_pretrained("encoder")
+    state = {name.removeprefix("encoder."): value for name, value in official(model).items()}
+    torch.save({"module": state, "args": {"num_frames": 4, "input_size": 64}}, "official.pth")
+    bare = built().state_dict()
+    capsys.readouterr()
+    for source in ("best.pt", "folder", "folder/model.pt", "encoder", "official.pth"):
+        own, said = built("--init", source).state_dict(), capsys.readouterr().out
+        for name, value in own.items():
+            there = name.startswith("encoder.") and "encoder.norm" not in name
+            assert_equal(value, (model.state_dict() if there else bare)[name])
+        line = f"init    {source}: encoder; begin anew: decoder, encoder.norm, predictor"
+        line += "" if source == "encoder" else "; left out: fc_norm, head"
+        assert said.splitlines()[0] == line and "assumed" not in said
+    (tmp_path / "folder/config.json").write_text(
+        (tmp_path / "folder/config.json").read_text().replace('"num_frames": 4,', "")
+    )
+    torch.save({"module": state}, "official.pth")
+    for source, sizes in (
+        ("folder", "num_frames=16"), ("official.pth", "num_frames=16, image_size=224"),
+    ):  # fmt: skip
+        note = f"note    {source} does not say the size of its clips: {sizes} assumed"
+        built("--init", source)
+        assert note in capsys.readouterr().out
+        ev.load_model(source)
+        assert note in capsys.readouterr().out
 
 
 def test_other_sizes(workdir, manifest, clip_flags, capsys):
@@ -527,6 +613,17 @@ def test_maps_replace_clip(mapped, capsys, flags):
     assert load("run")["config"]["text_dim"] == 64 and 0 < log("run")[0]["vt"] < 9
     said = capsys.readouterr().out
     assert "1 clips marked" in said and "gone.mp4" in said and "text maps (local-dir:clip " in said
+    assert "note    text maps" not in said
+
+
+@pytest.mark.parametrize("flags", ["--image-size 32", "--preset small --image-size 64"])
+def test_maps_of_another_geometry(mapped, capsys, flags):
+    args = args_of("--data", mapped, "--mask tgm --vt", FEW, "--device cpu", flags)
+    records, _, text = train.load_data(args)
+    c = train.build_model(args, text, records[0])[0].config
+    note = "text maps of 64 pixels in patches of 8; the model sees "
+    note += f"{c.image_size} in patches of {c.patch_size}: captions.py maps"
+    assert note in capsys.readouterr().out
 
 
 def test_without_text_neither_maps_nor_failures_matter(mapped, capsys):
