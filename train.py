@@ -569,7 +569,7 @@ def refuse_another_run(args, saved, now, defaults):
             if BY_CONTENT[name] in then:
                 continue
         if was != value:
-            changed.append(f"{name} {str(was)[:60]} -> {str(value)[:60]}")
+            changed.append(f"{name} {str(was)[:200]} -> {str(value)[:200]}")
     step, was = (of["batch_size"] * of["accum"] for of in (now, then))
     if step != was and now["world"] == then.get("world"):
         changed.append(f"batch_size x accum {was} -> {step}")
@@ -702,9 +702,8 @@ def parse_args(argv=None):
     defaults = TOY if first.data == "toy" else REAL
     words = [Path(first.data).stem, first.mask] + ["no-mae"] * (not first.mae) + ["vt"] * first.vt
     late = {"mask_ratio": MASK_RATIOS[first.mask], "out": f"runs/{'-'.join(words)}"}
-    parser.set_defaults(**defaults | late)
+    parser.set_defaults(**defaults | late, clip_given=False)
     args = parser.parse_args(argv)
-    args.clip_given = False
     args = parse_like_run(parser, lambda: parser.parse_args(argv), args)
     args.clip_given = args.clip_given or "clip" in args.typed
     check_args(args)

@@ -1016,7 +1016,7 @@ def test_bad_numbers_are_no_answers(command, split, weight, checkpoint, clips):
 def test_bad_numbers_of_one_clip(checkpoint, clips):
     """Where the weights are fine, the clip is named, in every process's order."""
     records = dataset.read_manifest(clips(), "test")
-    args = ev.parse_args("linear x.pt --batch-size 2 --workers 0 --device cpu".split())
+    args = ev.parse_args("linear x.pt --data toy --batch-size 2 --workers 0 --device cpu".split())
     args.amp, calls = False, iter([1.0, math.inf, 1.0])
 
     def compute(video):

@@ -516,8 +516,9 @@ def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
 def test_a_full_disk(workdir, world, manifest, checkpoint, monkeypatch):
     """One line that names the file, which stays what it was; nothing else is left."""
     flags, eval_flags = f"--data {manifest(8)}", f"--data {manifest(8)} --workers 0 --stride 2"
-    tuning = "--test-split train --views 1x1 --holdout 0.25 --batch-size 2 --epochs 1"
-    tuning = f"finetune {checkpoint} {eval_flags} --recipe other {tuning} --warmup-epochs 0"
+    sides = manifest(8, held=4, name="sides.jsonl")
+    tuning = "--test-split held --views 1x1 --holdout 0.25 --batch-size 2 --epochs 1"
+    tuning = f"finetune {checkpoint} --data {sides} --workers 0 --stride 2 --recipe other {tuning} --warmup-epochs 0"
     show = f"show {checkpoint} --data {manifest(8)} --test-split train --stride 2 --out show"
     show += f" --clip local-dir:{world / 'clip'}"
     features = f"features {checkpoint} {eval_flags} --out features.npz"
@@ -621,7 +622,8 @@ def test_compile_without_a_compiler(workdir, manifest, monkeypatch):
 
 
 @pytest.mark.parametrize("main, words", [
-    (train.main, "--data x.jsonl"), (ev.main, "linear x.pt"), (ev.main, "show x.pt"),
+    (train.main, "--data x.jsonl"), (ev.main, "linear x.pt --data x"),
+    (ev.main, "show x.pt --data x"),
     (captions.main, "caption x.jsonl --source llm"), (toy.main, "build --out x"),
 ])  # fmt: skip
 def test_seeds_that_torch_does_not_tell_apart(tmp_path, monkeypatch, main, words):
@@ -723,7 +725,7 @@ def test_buffers_are_not_sent(workdir, manifest, checkpoint, monkeypatch, comman
     def wraps(model, **how):
         raise ValueError(f"wrapped {how}")
 
-    data = manifest(12)
+    data = manifest(12, held=4)
     for module in (train, ev):
         monkeypatch.setattr(module, "rank_and_world", lambda: (0, 2))
         monkeypatch.setattr(module, "gather_objects", lambda mine: [mine, mine])
@@ -732,7 +734,7 @@ def test_buffers_are_not_sent(workdir, manifest, checkpoint, monkeypatch, comman
         if command == "train":
             run("--data", data)
         else:
-            flags = "--recipe other --test-split train --batch-size 2 --workers 0 --out tuned"
+            flags = "--recipe other --test-split held --batch-size 2 --workers 0 --out tuned"
             ev.main(argv("finetune", checkpoint, "--data", data, flags))
 
 
