@@ -518,7 +518,8 @@ def test_a_full_disk(workdir, world, manifest, checkpoint, monkeypatch):
     flags, eval_flags = f"--data {manifest(8)}", f"--data {manifest(8)} --workers 0 --stride 2"
     sides = manifest(8, held=4, name="sides.jsonl")
     tuning = "--test-split held --views 1x1 --holdout 0.25 --batch-size 2 --epochs 1"
-    tuning = f"finetune {checkpoint} --data {sides} --workers 0 --stride 2 --recipe other {tuning} --warmup-epochs 0"
+    tuning = f"finetune {checkpoint} --data {sides} --recipe other --stride 2 {tuning}"
+    tuning += " --workers 0 --warmup-epochs 0"
     show = f"show {checkpoint} --data {manifest(8)} --test-split train --stride 2 --out show"
     show += f" --clip local-dir:{world / 'clip'}"
     features = f"features {checkpoint} {eval_flags} --out features.npz"
