@@ -519,7 +519,9 @@ def load_last(args):
 OF_MACHINE = ("workers", "device", "amp", "out", "resume", "json", "world", "torch")
 MAY_CHANGE = (*OF_MACHINE, "compile", "grad_checkpointing", "save_minutes", "val_split",
               "test_split", "views", "view_grid", "batch_size", "accum", "clip_given")  # fmt: skip
-BY_CONTENT = {"data": "records", "init": "init_weights", "checkpoint": "init_weights"}
+# Flags that say where something is: compared by a digest of it, if the checkpoint has one.
+BY_CONTENT = {"data": "records", "init": "init_weights", "checkpoint": "init_weights",
+              "clip": "clip_weights", "clip_pretrained": "clip_weights"}  # fmt: skip
 
 
 def parse_like_run(parser, parse, args):
@@ -564,10 +566,10 @@ def refuse_another_run(args, saved, now, defaults):
     then, changed = defaults | saved["args"] | saved["config"], []
     for name in sorted(then.keys() & now.keys() - set(MAY_CHANGE)):
         was, value = then[name], now[name]
-        if name in BY_CONTENT:  # paths: compared by what is there, if the checkpoint knows
+        if BY_CONTENT.get(name) in then:
+            continue
+        if name in ("data", "init", "checkpoint"):
             was, value = os.path.realpath(str(was)), os.path.realpath(str(value))
-            if BY_CONTENT[name] in then:
-                continue
         if was != value:
             changed.append(f"{name} {str(was)[:200]} -> {str(value)[:200]}")
     step, was = (of["batch_size"] * of["accum"] for of in (now, then))
@@ -1013,7 +1015,8 @@ def settings(args, data):
     flags = vars(args) | args.given
     own = {"clips": len(data), "text_from": data.text_from, "world": rank_and_world()[1]}
     own["torch"] = str(torch.__version__)
-    flags = {name: flags[name] for name in flags.keys() - {"typed", "given", "facts"}}
+    internal = ("typed", "given", "facts")
+    flags = {name: value for name, value in flags.items() if name not in internal}
     return flags | own | args.facts
 
 

@@ -392,9 +392,11 @@ def test_another_run_is_refused(workdir, manifest, clip_flags, capsys, world):
     run("--data", data, "--out run")  # all else is not typed
     run("--data", data, flags, "--save-minutes 3 --grad-checkpointing --no-amp --seed 0")
     run("--data", data, flags, "--batch-size 2 --accum 2")
-    Path("there").mkdir()
-    shutil.copy(data, "there/copy.jsonl")
-    assert capsys.readouterr().out.count("finished, --no-resume starts over") == 3
+    shutil.copytree("clip", "there/clip")
+    run("--data", data, flags, "--clip local-dir:there/clip")
+    shutil.copy(data, data.with_name("copy.jsonl"))
+    run("--data", data.with_name("copy.jsonl"), flags)
+    assert capsys.readouterr().out.count("finished, --no-resume starts over") == 5
     for more, change in (
         ("--num-captions 1", "num_captions 0 -> 1"), ("--stride 2", "stride 4 -> 2"),
         ("--flip", "flip False -> True"), ("--blr 0.1", "blr 0.05 -> 0.1"),
