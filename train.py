@@ -105,6 +105,8 @@ def start_processes(args, backend=None, timeout=timedelta(minutes=30)):
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = max(1, min(8, usable_cores() // processes))
     atexit.register(end_loaders)
+    # What is to replace it in DDP is not in torch 2.11.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     if "RANK" in os.environ and not dist.is_initialized():
         backend = backend or ("nccl" if args.device == "cuda" else "gloo")
         dist.init_process_group(backend, timeout=timeout)

@@ -56,15 +56,19 @@ def dies_at(moment, number):
 
 
 def poisons(name):
-    load = train.TrainingClips.__getitem__
+    load, prepare = train.TrainingClips.__getitem__, train.prepare
 
-    def loads(self, key):
+    def loads(self, key):  # fine-tuning's clips are floats
         sample = load(self, key)
-        if sample["name"] == name:
+        if sample["name"] == name and sample["video"].is_floating_point():
             sample["video"] = sample["video"] * math.nan
         return sample
 
-    train.TrainingClips.__getitem__ = loads
+    def prepares(batch, *more):
+        video, mask, text = prepare(batch, *more)
+        return (video * math.nan if name in batch["names"] else video), mask, text
+
+    train.TrainingClips.__getitem__, train.prepare = loads, prepares
 
 
 def sticks(seconds):
