@@ -818,10 +818,12 @@ def train_classifier(args, manifest, test):
     else:
         val, train = (train[sorted(part.tolist())] for part in hold_out(len(train), args))
     dataset.refuse_shared_clips(manifest, sides | {f"--test-split {args.test_split}": test})
-    last, start = Path(args.out) / "last.pt", args.checkpoint
-    if args.resume and last.exists() and not Path(start).exists():
-        start = last  # gone, or at a hub: the run that goes on has its own weights
-    start, _ = load_model(start)
+    last, source = Path(args.out) / "last.pt", args.checkpoint
+    if args.resume and last.exists() and not Path(source).exists():
+        source = last  # gone, or at a hub: the run that goes on has its own weights
+    start, _ = load_model(source)
+    if isinstance(start, Classifier) and source != last and not args.scratch:
+        say(f"note    {args.checkpoint} is fine-tuned: its encoder is taken, a new head begins")
     torch.manual_seed(args.seed)
     start = tgmae.TGMAE(start.config) if args.scratch else start
     torch.manual_seed(args.seed)  # the same head with --scratch and without

@@ -548,6 +548,8 @@ def test_finetune_resumes_exactly(checkpoint, clips, capsys, monkeypatch):
     # Warm-up from the least rate, then down to it, each times the global batch of 4 videos / 256.
     rates = [line["lr"] for line in logs[0] if "lr" in line]
     assert rates[:2] == pytest.approx([1e-6 * 4 / 256, 0.1 * 4 / 256]) and rates[2] > rates[3]
+    _, said = run(capsys, f"finetune parts/last.pt --data {data} {SHORT} --epochs 1 --out next")
+    assert "parts/last.pt is fine-tuned: its encoder is taken, a new head begins" in said
     # Tested again as it is; another run is not resumed from it.
     again, _ = run(capsys, f"finetune parts/last.pt --data {data} {SHORT} --epochs 0")
     assert again["rows"][0]["top-1"] == found["rows"][0]["top-1"]
