@@ -498,9 +498,11 @@ WITH_RANDOM = ["linear small.pt --epochs 5 --random", "retrieve small.pt --rando
 @pytest.mark.parametrize("command", [*WITH_RANDOM, "finetune tuned.pt --epochs 0"])
 def test_two_processes_are_one(command, checkpoint, clips, folder):
     """Exactly the same numbers, for 11 and 7 clips of which one of each cannot be read."""
-    (folder / "broken.mp4").write_bytes(b"no video")
+    for name in ("train.mp4", "broken.mp4"):
+        (folder / name).write_bytes(b"no video")
     save_tuned("tuned.pt", classes=CLASSES)
-    command += f" --data {clips(11, 7, {3: BROKEN, 13: BROKEN})} --views 2x1 --batch-size 4"
+    data = clips(11, 7, {3: {"video": "train.mp4"}, 13: BROKEN})
+    command += f" --data {data} --views 2x1 --batch-size 4"
     results = []
     for processes in (1, 2):
         flags = words(f"{command} --json {processes}.json")
