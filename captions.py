@@ -233,8 +233,10 @@ def index_list(args, files, find):
     or a folder of .csv, .tsv, .txt; the split is what the file's name says (train otherwise). The
     path is absolute or under ROOT. --classes: the names of integer labels, a line each."""
     names = dict(enumerate(files.lines(args.classes))) if args.classes else None
-    folder = files.folder
-    lists = [folder] if folder.is_file() else sorted(folder.glob("[!.]*.[cCtT][sSxX][vVtT]"))
+    lists = [files.folder]
+    if not files.folder.is_file():
+        shown = sorted(files.folder.glob("[!.]*"))
+        lists = [path for path in shown if path.suffix.lower() in (".csv", ".tsv", ".txt")]
     for path in lists or [files.path("*.csv", "*.txt")]:  # none: says so
         files.where, words = str(path), sorted(split_words(path.stem))
         if len(words) > 1:

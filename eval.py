@@ -172,8 +172,7 @@ def load_model(source):
     if fine_tuned and (missing or unexpected):  # VideoMAE's classifiers of the first cube alone
         odd = f"no {missing[0]}" if missing else f"an {unexpected[0]}"
         raise ValueError(f"{source}: fine-tuned, but not on the mean over cubes: it has {odd}")
-    # Decoder, predictor: export leaves them out.
-    model.random = model.state_dict().keys() - state.keys()
+    model.not_in_file = model.state_dict().keys() - state.keys()  # export leaves these out
     model.has_decoder = "mask_token" in state
     return model.eval(), saved
 
@@ -500,7 +499,8 @@ def linear(args):
 def recall(queries, gallery, query_labels, gallery_labels, ks=(1, 5, 10)):
     """queries (Q,D), gallery (G,D), labels (Q,) and (G,) -> {"R@k": share of queries for which one
     of the k nearest of the gallery, by cosine, has the query's label}."""
-    finite(queries, "queries"), finite(gallery, "gallery")
+    finite(queries, "queries")
+    finite(gallery, "gallery")
     queries, gallery = F.normalize(queries, dim=-1), F.normalize(gallery, dim=-1)
     hits = []
     for q, label in zip(queries.split(1024), query_labels.split(1024)):  # memory stays bounded
@@ -1124,7 +1124,7 @@ def export(args):
     c, out = model.config, Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is there already, and not an empty folder")
-    state = {name: v for name, v in model.state_dict().items() if name not in model.random}
+    state = {name: v for name, v in model.state_dict().items() if name not in model.not_in_file}
     for name, value in state.items():
         finite(value, f"{args.checkpoint}, {name}")
     net = huggingface_of(model)

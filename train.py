@@ -517,9 +517,9 @@ def load_last(args):
     return saved
 
 
-# What the machine decides; and all that a run may change when it goes on.
-OF_MACHINE = ("workers", "device", "amp", "out", "resume", "json", "world", "torch")
-MAY_CHANGE = (*OF_MACHINE, "compile", "grad_checkpointing", "save_minutes", "val_split",
+# What the machine decides, anew each time; and all that a run may change when it goes on.
+OF_MACHINE = ("workers", "device", "out", "resume", "json", "world", "torch")
+MAY_CHANGE = (*OF_MACHINE, "amp", "compile", "grad_checkpointing", "save_minutes", "val_split",
               "test_split", "views", "view_grid", "batch_size", "accum", "clip_given")  # fmt: skip
 # Flags that say where something is: compared by a digest of it, if the checkpoint has one.
 BY_CONTENT = {"data": "records", "init": "init_weights", "checkpoint": "init_weights",

@@ -388,6 +388,9 @@ def test_another_run_is_refused(workdir, manifest, clip_flags, capsys, world):
     flags = f"--mask tgm --vt --clip local-dir:clip {FEW} --init start.pt --out run"
     run("--data", data, flags)
     before, weight = Path("run/args.json").read_bytes(), load("run")["model"]["mask_token"]
+    saved = json.loads(before)
+    for typed, amp in (("", saved["amp"]), ("--amp", True), ("--no-amp", False)):
+        assert train.parse_args(argv("--data", data, "--out run", typed)).amp == amp
     capsys.readouterr()
     run("--data", data, "--out run")  # all else is not typed
     run("--data", data, flags, "--save-minutes 3 --grad-checkpointing --no-amp --seed 0")
