@@ -48,7 +48,6 @@ from train import (
     batches_of,
     check_flags,
     gather_objects,
-    load_clip,
     one_line_errors,
     progress,
     rank_and_world,
@@ -611,7 +610,7 @@ def captions_or_error(texts, who):
 
 
 def load_model(kind, args):
-    dtype = torch.bfloat16 if tgmae.bf16_is_fast(args.device) else torch.float32
+    dtype = torch.bfloat16 if weights.bf16_is_fast(args.device) else torch.float32
     return from_pretrained(kind, args.model, dtype=dtype).eval().to(args.device)
 
 
@@ -805,7 +804,7 @@ def maps(args):
     if not clips:
         raise ValueError(f"{args.manifest}: no clip has captions; captions.py caption makes them")
     paths = {key: path_of_map(args.manifest, key, clips[key]["video"]) for key in clips}
-    clip = load_clip(args.clip, args.clip_pretrained, args.device)
+    clip = weights.load_clip(args.clip, args.clip_pretrained, args.device)
     made_by = clip_id(args, clip[0])
     names = "command every image_size patch_size force"
     settings = {name: getattr(args, name) for name in names.split()} | {"clip": made_by}

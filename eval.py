@@ -22,7 +22,7 @@ import os
 import re
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from matplotlib import colormaps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 import dataset
@@ -57,6 +58,8 @@ from train import (
     asked_to_stop,
     batches_of,
     check_flags,
+    check_mask_ratio,
+    checkpoint_blocks,
     clip_bytes,
     cut_log,
     digest_of_records,
@@ -69,7 +72,6 @@ from train import (
     left_out,
     list_bad,
     listen,
-    load_clip,
     load_last,
     lock_folder,
     manifest_of,
@@ -151,6 +153,20 @@ class Classifier(nn.Module):
         return self.head(self.features(video))
 
 
+def add_drop_path(encoder, rate):
+    """Stochastic depth, as in VideoMAE: in training a block's attention, or its MLP, is left out of
+    a clip with a probability that grows with depth, from 0 to `rate`."""
+    depth = len(encoder.blocks)
+    for number, block in enumerate(encoder.blocks):
+        p = number * rate / max(1, depth - 1)
+
+        def drop(part, inputs, output, p=p):
+            return stochastic_depth(output, p, "row", training=part.training)
+
+        block.attn.register_forward_hook(drop)
+        block.mlp.register_forward_hook(drop)
+
+
 def pooled(model, video):
     """(B,3,T,S,S) -> (B,D): the mean over all cubes, none masked, of the encoder's output."""
     return model.features(video) if isinstance(model, Classifier) else model.encode(video).mean(1)
@@ -173,6 +189,7 @@ def load_model(source):
         odd = f"no {missing[0]}" if missing else f"an {unexpected[0]}"
         raise ValueError(f"{source}: fine-tuned, but not on the mean over cubes: it has {odd}")
     model.not_in_file = model.state_dict().keys() - state.keys()  # export leaves these out
+    model.norm_pix_loss = saved["norm_pix_loss"]
     model.has_decoder = "mask_token" in state
     return model.eval(), saved
 
@@ -827,10 +844,12 @@ def train_classifier(args, manifest, test):
     torch.manual_seed(args.seed)
     start = tgmae.TGMAE(start.config) if args.scratch else start
     torch.manual_seed(args.seed)  # the same head with --scratch and without
-    model = Classifier(replace(start.config, drop_path=args.drop_path), len(classes))
+    model = Classifier(start.config, len(classes))
     model.encoder.load_state_dict(start.encoder.state_dict(), strict=False)  # no final norm
     model.to(args.device)
-    model.encoder.grad_checkpointing = args.grad_checkpointing
+    add_drop_path(model.encoder, args.drop_path)
+    if args.grad_checkpointing:
+        checkpoint_blocks(model)
     with lock_folder(Path(args.out)):
         fit(args, model, classes, train, val)
     kept = [Path(args.out) / name for name in ("last.pt", "best.pt") if val or name == "last.pt"]
@@ -961,7 +980,7 @@ def clip_of(args, saved):
     if made_by and not args.clip and not made_by.startswith(dataset.clip_name(name, tag) + " "):
         maps = f"trained with text maps of the CLIP {made_by}"
         raise ValueError(f"{args.checkpoint}: {maps}: --clip and --clip-pretrained say where it is")
-    return load_clip(name, tag, args.device)
+    return weights.load_clip(name, tag, args.device)
 
 
 def clip_to_show(args, config):
@@ -1035,7 +1054,7 @@ def panels_of(args, model, saved):
     title, panels = f"{name}, frames {numbers[0]} to {numbers[-1]}", [("clip", frames)]
     generator = torch.Generator().manual_seed(args.seed)
     scores = {"tube": tgmae.tube_scores(1, c.grid, generator=generator)}
-    scores["mgm"] = tgmae.motion_scores(motion[None], c.grid)
+    scores["mgm"] = tgmae.motion_scores(motion[None], c.grid, generator=generator)
     if caption:
         title = f'"{caption}"   {title}'
         clip, tokenizer = clip_of(args, saved)
@@ -1050,18 +1069,23 @@ def panels_of(args, model, saved):
     own, masks = trained if trained.get("mask") == chosen else {}, {}
     ratio = own.get("mask_ratio", MASK_RATIOS[chosen])
     ratios = MASK_RATIOS | {chosen: ratio if args.mask_ratio is None else args.mask_ratio}
+    check_mask_ratio(ratios[chosen], c.grid)
     for way, score in scores.items():
         lowest = way == chosen and own.get("bottom_k", False)
-        masks[way] = tgmae.topk_mask(score, ratios[way], bottom_k=lowest, generator=generator)
+        masks[way] = tgmae.topk_mask(score, ratios[way], bottom_k=lowest)
         label = f"{way} mask {ratios[way]:.0%}" + (", lowest" if lowest else "")
         panels.append((label, to_uint8(reconstruct(video, masks[way], None, c)["masked"])))
     finite(pooled(model, video), name)
-    if model.has_decoder:
+    if model.has_decoder and not model.norm_pix_loss:
+        say(
+            f"note    {args.checkpoint}: its decoder predicts cubes that are not normalised: no "
+            "reconstruction"
+        )
+    elif model.has_decoder:
         pred = finite(model(video, masks[chosen])["pred"].float(), name)
         made = reconstruct(video, masks[chosen], pred, c)
         panels.append(("reconstruction", to_uint8(made["reconstructed"])))
-        if c.norm_pix_loss:  # without the masked cubes' own mean and std
-            panels.append(("as predicted", to_uint8(made["predicted"])))
+        panels.append(("as predicted", to_uint8(made["predicted"])))
     else:
         say(f"note    {args.checkpoint} has no decoder: no reconstruction")
     return title, [*panels, *attention_panels(args, model, video, frames)], numbers
@@ -1105,6 +1129,7 @@ def huggingface_of(model):
         **sizes,
         intermediate_size=int(c.embed_dim * c.mlp_ratio),
         decoder_intermediate_size=int(c.decoder_embed_dim * c.mlp_ratio),
+        norm_pix_loss=model.norm_pix_loss,
         use_mean_pooling=isinstance(model.encoder.norm, nn.Identity),
     )
     if isinstance(model, Classifier):
@@ -1139,10 +1164,11 @@ def export(args):
     with naming(out):
         processor.save_pretrained(out)
     rest = {name: saved[name] for name in ("args", "classes") if saved.get(name)}
-    save_checkpoint(out / "model.pt", config=asdict(c), model=state, **rest)
+    config = asdict(c) | {"norm_pix_loss": model.norm_pix_loss}
+    save_checkpoint(out / "model.pt", config=config, model=state, **rest)
 
     torch.manual_seed(args.seed)
-    video = torch.randn(2, c.in_chans, c.num_frames, c.image_size, c.image_size)
+    video = torch.randn(2, 3, c.num_frames, c.image_size, c.image_size)
     with torch.no_grad():
         ours = model.encoder(tgmae.patchify(video, c.patch_size, c.tubelet_size))
         theirs = type(net).from_pretrained(out).base_model(video.transpose(1, 2)).last_hidden_state

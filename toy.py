@@ -39,6 +39,7 @@ import torch.nn.functional as F
 import dataset
 import tgmae
 from train import (
+    check_mask_ratio,
     add_flag,
     check_flags,
     last_line,
@@ -338,6 +339,7 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
     of the caption's similarity for cubes of the actor against cubes of the distractor and of the
     background."""
     config, folder = tgmae.PRESETS["toy"], Path(folder)
+    check_mask_ratio(mask_ratio, config.grid)
     size = config.patch_size, config.tubelet_size
     records = dataset.read_manifest(folder / "manifest.jsonl", "test")[:clips]
     truth, numbers = read_truth(folder), [i * stride for i in range(config.num_frames)]
@@ -361,12 +363,12 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
         "text, the distractor's words": other_words,
         "text, bottom-k": words,
         "tube": tgmae.tube_scores(len(records), config.grid, generator=generator),
-        "motion": tgmae.motion_scores(motion, config.grid),
+        "motion": tgmae.motion_scores(motion, config.grid, generator=generator),
     }
     table, objects = {}, (actor, distractor)
     for name, scores in maskers.items():
-        how = {"bottom_k": name.endswith("bottom-k"), "generator": generator}
-        mask = tgmae.topk_mask(scores, mask_ratio, **how).view_as(scores)
+        mask = tgmae.topk_mask(scores, mask_ratio, bottom_k=name.endswith("bottom-k"))
+        mask = mask.view_as(scores)
         table[name] = tuple(((mask * part).sum() / part.sum()).item() for part in objects)
     others = (actor == 0) & (distractor > 0.25), (actor == 0) & (distractor == 0)
     return table, tuple(auc(words[actor > 0.5], words[part]) for part in others)

@@ -46,6 +46,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
@@ -100,7 +101,7 @@ def start_processes(args, backend=None, timeout=timedelta(minutes=30)):
     except (RuntimeError, AssertionError) as error:  # the latter: torch is built without CUDA
         raise ValueError(f"--device {args.device}: {weights.first_line(error)}") from error
     if args.amp is None:
-        args.amp = tgmae.bf16_is_fast(args.device)
+        args.amp = weights.bf16_is_fast(args.device)
     if getattr(args, "workers", 0) is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = max(1, min(8, usable_cores() // processes))
@@ -145,21 +146,6 @@ def manifest_of(data):
         toy.build("data/toy")
     gather_objects("a barrier: it is there")
     return Path("data/toy/manifest.jsonl")
-
-
-def load_clip(name, pretrained, device):
-    """tgmae.load_clip, for --clip and --clip-pretrained: without a hub it says so in seconds, and
-    errors name the flags and the ways out."""
-    on_disk = name.startswith("local-dir:") or Path(str(pretrained)).is_file()
-    online = on_disk or weights.work_offline_if_no_hub()
-    try:
-        return tgmae.load_clip(name, pretrained, device)
-    except ValueError as error:
-        reason = weights.first_line(error.__cause__) if online else "the hub cannot be reached"
-        ways = "--clip-pretrained FILE (weights on disk), --clip local-dir:FOLDER (an open_clip "
-        ways += "folder), or, in training, a manifest with text maps"
-        flags = f"--clip {name} --clip-pretrained {pretrained}"
-        raise ValueError(f"{flags}: {reason}. Ways out: {ways}") from error
 
 
 def progress(*args, **more):
@@ -373,7 +359,7 @@ def batches_of(data, loaders, **more):
 
 
 def clip_bytes(config):
-    return config.in_chans * config.num_frames * config.image_size**2
+    return 3 * config.num_frames * config.image_size**2
 
 
 def share_step(forward, accum, videos=None):
@@ -644,6 +630,11 @@ def check_args(args):
     )  # fmt: skip
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
+    preset = PRESETS[args.preset]
+    if (args.image_size or 0) % preset.patch_size:
+        raise ValueError(f"--image-size {args.image_size}: must divide by {preset.patch_size}")
+    if (args.num_frames or 0) % preset.tubelet_size:
+        raise ValueError(f"--num-frames {args.num_frames}: must divide by {preset.tubelet_size}")
     if not (args.mae or args.vt):
         raise ValueError("--no-mae without --vt leaves nothing to optimise")
     if args.batch_size % args.repeat:
@@ -775,15 +766,14 @@ class Clips(TrainingClips):
                 scores = tgmae.tube_scores(1, c.grid, generator=generator)
             elif args.mask == "mgm":
                 cropped = dataset.crop_motion(motion, crop, c.grid)
-                scores = tgmae.motion_scores(cropped[None], c.grid)
+                scores = tgmae.motion_scores(cropped[None], c.grid, generator=generator)
             elif args.mask != "tgm":
                 raise RuntimeError(f"--mask {args.mask}: Clips.load computes no scores for it")
             elif text_map:
                 scores = dataset.map_scores(text_map, number, firsts, crop, size, c.grid)[None]
             else:
                 continue  # in `prepare`, on the device, where CLIP is
-            how = {"bottom_k": args.bottom_k, "generator": generator}
-            masks.append(tgmae.topk_mask(scores, args.mask_ratio, **how))
+            masks.append(tgmae.topk_mask(scores, args.mask_ratio, bottom_k=args.bottom_k))
         return {
             "video": torch.stack(videos),  # (repeat,3,T,S,S) uint8
             "mask": torch.cat(masks) if masks else None,  # (repeat,N)
@@ -791,7 +781,6 @@ class Clips(TrainingClips):
             "text": text_map.text[chosen] if text_map else None,  # (repeat,E)
             "name": record["video"],
             "group": place,
-            "seed": seed,
             "no_motion": no_motion,
         }
 
@@ -814,7 +803,6 @@ def collate(samples):
         "text": joined("text"),
         "names": [sample["name"] for sample in samples],
         "groups": torch.tensor([sample["group"] for sample in samples]).repeat_interleave(repeat),
-        "seeds": [sample["seed"] + i for sample in samples for i in range(repeat)],
         "bad": sum((sample["bad"] for sample in samples), []),
         "no_motion": sum(sample["no_motion"] for sample in samples),
     }
@@ -831,12 +819,8 @@ def prepare(batch, clip, args, config):
     elif clip:
         text = tgmae.encode_text(*clip, batch["captions"])
     if mask is None:
-        c, masks = config, []
-        scores = tgmae.text_scores(clip[0], video, text, c.patch_size, c.tubelet_size).cpu()
-        for score, seed in zip(scores, batch["seeds"]):
-            how = {"bottom_k": args.bottom_k, "generator": torch.Generator().manual_seed(seed)}
-            masks.append(tgmae.topk_mask(score[None], args.mask_ratio, **how))
-        mask = torch.cat(masks)
+        scores = tgmae.text_scores(clip[0], video, text, config.patch_size, config.tubelet_size)
+        mask = tgmae.topk_mask(scores.cpu(), args.mask_ratio, bottom_k=args.bottom_k)
     return video, mask, text
 
 
@@ -913,6 +897,21 @@ def load_data(args):
 # ==================================================================================================
 
 
+def check_mask_ratio(mask_ratio, grid):
+    """ValueError for a ratio that masks no cube of a time slice, or every cube."""
+    _, h, w = grid
+    k = int(mask_ratio * h * w)
+    if not 0 < k < h * w:
+        raise ValueError(f"--mask-ratio {mask_ratio}: masks {k} of {h * w} cubes of a time slice")
+
+
+def checkpoint_blocks(model):
+    """Recomputes each block in the backward pass: less memory, a third more time."""
+    for block in model.modules():
+        if isinstance(block, tgmae.Block):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def freeze_unused(model, args, text_from):
     """What gets no gradient is frozen: DDP would wait for it, and stop at the second step."""
     if not text_from:
@@ -924,8 +923,8 @@ def freeze_unused(model, args, text_from):
 
 
 # What --init may have another value of than the model; and where it has no decoder.
-OTHER = {"num_frames", "image_size", "text_dim", "temperature", "layer_norm_eps", "drop_path"}
-OF_DECODER = {"decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss"}
+OTHER = {"num_frames", "image_size", "text_dim", "temperature", "layer_norm_eps"}
+OF_DECODER = {"decoder_embed_dim", "decoder_depth", "decoder_num_heads"}
 
 
 def load_weights(config, args):
@@ -939,6 +938,10 @@ def load_weights(config, args):
     if names:
         unfit = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in names)
         raise ValueError(f"--init {args.init}: does not fit --preset {args.preset}: {unfit}")
+    if not rest["norm_pix_loss"]:
+        if args.mae and "mask_token" in state:
+            raise ValueError(f"--init {args.init}: its decoder's targets are not normalised")
+        state = {name: v for name, v in state.items() if weights.part_of(name) != "decoder"}
     if theirs.text_dim != config.text_dim:
         state = {name: v for name, v in state.items() if not name.startswith("predictor.")}
     ours = {"encoder", "encoder.norm", "decoder", "predictor"}
@@ -963,7 +966,9 @@ def load_weights(config, args):
 def build_model(args, text_from, record, saved=None):
     """-> model on the device, with the weights of --init unless the run goes on from `saved`, and
     (clip, tokenizer), or None where there are text maps, or no text."""
-    clip = load_clip(args.clip, args.clip_pretrained, args.device) if text_from == "clip" else None
+    clip = None
+    if text_from == "clip":
+        clip = weights.load_clip(args.clip, args.clip_pretrained, args.device)
     sizes = {name: vars(args)[name] for name in ("num_frames", "image_size") if vars(args)[name]}
     config = replace(PRESETS[args.preset], temperature=args.temperature, **sizes)
     if text_from:
@@ -977,8 +982,7 @@ def build_model(args, text_from, record, saved=None):
                 f"the model sees {c.image_size} in patches of {c.patch_size}: captions.py maps "
                 f"--image-size {c.image_size} --patch-size {c.patch_size} --force makes such maps"
             )
-    # Refuses a ratio that masks none or all.
-    tgmae.topk_mask(torch.zeros(1, *config.grid), args.mask_ratio)
+    check_mask_ratio(args.mask_ratio, config.grid)
     state = {}
     if saved:  # it may be that of --init
         config = replace(config, layer_norm_eps=saved["config"]["layer_norm_eps"])
@@ -987,7 +991,8 @@ def build_model(args, text_from, record, saved=None):
     torch.manual_seed(args.seed)
     model = tgmae.TGMAE(config)
     model.load_state_dict(state, strict=False)
-    model.set_grad_checkpointing(args.grad_checkpointing)
+    if args.grad_checkpointing:
+        checkpoint_blocks(model)
     freeze_unused(model, args, text_from)
     return model.to(args.device), clip
 
@@ -1060,11 +1065,9 @@ def reconstruct(video, mask, pred, config):
     """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), pred (B,Nm,P) of TGMAE.forward, or None ->
     dict of videos (B,3,T,H,W) in [0,1]: `clip`, `masked` (in grey), and with pred `reconstructed`,
     in which masked cubes have their true mean and std put back, and `predicted`, in which they have
-    not: 0.5 + pred/6 (4.7). Without norm_pix_loss these two are the same."""
+    not: 0.5 + pred/6 (4.7)."""
     c, sizes = config, (config.patch_size, config.tubelet_size)
-    statistics = video.new_tensor((tgmae.IMAGENET_STD, tgmae.IMAGENET_MEAN))
-    std, mean = statistics.view(2, 3, 1, 1, 1)
-    cubes = tgmae.patchify(video * std + mean, *sizes)  # (B,N,P), pixels in [0,1]
+    cubes = tgmae.patchify(tgmae.denormalize(video), *sizes)  # (B,N,P), pixels in [0,1]
     _, ids_mask = tgmae.split_mask(mask, video.device)
     ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)  # (B,Nm,P)
     volumes = {"clip": cubes, "masked": cubes.scatter(1, ids_mask, 0.5)}
@@ -1072,8 +1075,7 @@ def reconstruct(video, mask, pred, config):
         _, mean, std = tgmae.reconstruction_target(video, mask, c)
         pixels = (pred.unflatten(-1, (-1, 3)) * std + mean).flatten(2)  # (B,Nm,P)
         volumes["reconstructed"] = cubes.scatter(1, ids_mask, pixels)
-        bare = 0.5 + pred / 6 if c.norm_pix_loss else pixels
-        volumes["predicted"] = cubes.scatter(1, ids_mask, bare)
+        volumes["predicted"] = cubes.scatter(1, ids_mask, 0.5 + pred / 6)
     back = {name: tgmae.unpatchify(cubes, c.grid, *sizes) for name, cubes in volumes.items()}
     return {name: video.clamp(0, 1) for name, video in back.items()}
 

@@ -1,5 +1,5 @@
 """Weights in and out: official VideoMAE files, transformers' folders and hub names, and our own
-checkpoints, all in the names of tgmae.py.
+checkpoints, all in the names of tgmae.py; CLIP, with the ways out where it is missing.
 
     config, state, rest = load_checkpoint("MCG-NJU/videomae-base")
     model = tgmae.TGMAE(config)
@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
 import re
 import urllib.error
 import urllib.request
@@ -23,6 +24,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants, errors, hf_hub_download
 
+import tgmae
 from tgmae import PRESETS, TGMAE, Config
 
 
@@ -46,6 +48,34 @@ def work_offline_if_no_hub():
 def first_line(error):
     """What an exception says, in one line; one that says nothing is called by its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def bf16_is_fast(device) -> bool:
+    """Whether bf16 pays here: on GPUs since Ampere, and on CPUs with bf16 matrix units."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+def load_clip(name, pretrained, device):
+    """tgmae.load_clip for --clip and --clip-pretrained, its image tower in bf16 where that is fast.
+    Without a hub it says so in seconds. ValueError that names the flags and the ways out."""
+    on_disk = name.startswith("local-dir:") or Path(str(pretrained)).is_file()
+    online = on_disk or work_offline_if_no_hub()
+    try:
+        clip, tokenizer = tgmae.load_clip(name, pretrained, device)
+    except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = first_line(error) if online else "the hub cannot be reached"
+        raise ValueError(
+            f"--clip {name} --clip-pretrained {pretrained}: {reason}. Ways out: --clip-pretrained "
+            "FILE (weights on disk), --clip local-dir:FOLDER (an open_clip folder), or, in "
+            "training, a manifest with text maps"
+        ) from error
+    if bf16_is_fast(device):  # the weights: autocast would turn off attention's fast path
+        clip.visual.to(torch.bfloat16)
+    return clip, tokenizer
 
 
 PATCH_EMBED = "encoder.patch_embed.proj.weight"
@@ -121,7 +151,7 @@ def to_huggingface(model):
         if name.startswith("predictor."):
             continue
         if name == PATCH_EMBED:  # (D,P) -> (D,C,frame,row,column)
-            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, c.in_chans)
+            value = value.view(-1, c.tubelet_size, c.patch_size, c.patch_size, 3)
             value = value.permute(0, 4, 1, 2, 3).contiguous()
         name = huggingface_name(name)
         if name.endswith(".qkv.weight"):
@@ -215,14 +245,13 @@ def _load_huggingface(source):
 
 SIZES = {  # of a Config: in transformers' config.json
     "image_size": "image_size", "patch_size": "patch_size", "num_frames": "num_frames",
-    "tubelet_size": "tubelet_size", "in_chans": "num_channels", "embed_dim": "hidden_size",
+    "tubelet_size": "tubelet_size", "embed_dim": "hidden_size",
     "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
     "decoder_embed_dim": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
-    "decoder_num_heads": "decoder_num_attention_heads", "norm_pix_loss": "norm_pix_loss",
-    "layer_norm_eps": "layer_norm_eps",
+    "decoder_num_heads": "decoder_num_attention_heads", "layer_norm_eps": "layer_norm_eps",
 }  # fmt: skip
 # What else in config.json changes what a model computes, with the only value that we have.
-ONLY = {"hidden_act": "gelu", "qkv_bias": True, "qv_bias": True}
+ONLY = {"hidden_act": "gelu", "qkv_bias": True, "qv_bias": True, "num_channels": 3}
 
 
 def _huggingface_sizes(state, theirs):
@@ -237,6 +266,7 @@ def _huggingface_sizes(state, theirs):
         raise ValueError(f"its config.json says use_mean_pooling={mean_pooling}, but {but}")
     wide, D = state["encoder.blocks.0.mlp.fc1.weight"].shape
     said = {ours: theirs[name] for ours, name in SIZES.items() if name in theirs}
+    said["norm_pix_loss"] = theirs.get("norm_pix_loss", True)
     return {"layer_norm_eps": 1e-12, "mlp_ratio": wide / D} | said
 
 
@@ -244,10 +274,10 @@ def _official_sizes(state, conv, flags):
     """Fields of Config, of official weights in our names, whose patch embedding had the shape
     `conv`. Neither the clip's size nor heads are in weights: those are what the file's flags say,
     if it has them, and the published model's of that width; ValueError for another width."""
-    D, C, tubelet_size, patch_size, _ = conv
+    D, _, tubelet_size, patch_size, _ = conv
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     flags = flags if isinstance(flags, dict) else {}
-    sizes = {"patch_size": patch_size, "tubelet_size": tubelet_size, "in_chans": C}
+    sizes = {"patch_size": patch_size, "tubelet_size": tubelet_size}
     sizes["mlp_ratio"] = len(state["encoder.blocks.0.mlp.fc1.weight"]) / D
     sizes["norm_pix_loss"] = bool(flags.get("normlize_target", True))  # spelled so
     if flags.get("input_size"):
@@ -310,8 +340,9 @@ def load_checkpoint(source):
     """-> (Config, state dict in our names, what else was there, a dict) from a checkpoint of
     train.py or eval.py, an official VideoMAE .pth, or a folder or hub name of transformers'
     VideoMAE. The weights fit the Config: an encoder, perhaps without its last norm; fc_norm and
-    head if it is fine-tuned, else perhaps decoder and predictor. "assumed" in the dict: what sizes
-    of a clip the file does not say, a text. Raises ValueError if it is none of these."""
+    head if it is fine-tuned, else perhaps decoder and predictor. In the dict: "assumed", a text,
+    what sizes of a clip the file does not say; "norm_pix_loss", whether its decoder predicts
+    normalised cubes, as ours do. Raises ValueError if it is none of these."""
     if not Path(source).exists():
         work_offline_if_no_hub()
     saved = load_file(source) if Path(source).is_file() else _load_huggingface(source)
@@ -334,8 +365,11 @@ def load_checkpoint(source):
                 if not convs:
                     raise ValueError("transformers' weights alone; their config.json is needed")
                 sizes, saved = _official_sizes(ours, convs[0].shape, saved.get("args")), {}
-        config = Config(**sizes)
-    except (TypeError, ValueError) as error:
+        # What older checkpoints and other models have besides. Other channels do not fit below.
+        saved["norm_pix_loss"] = sizes.pop("norm_pix_loss", True)
+        own = {name: size for name, size in sizes.items() if name not in ("in_chans", "drop_path")}
+        config = Config(**own)
+    except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise ValueError(f"{source}: makes no model: {error}") from error
     except KeyError as error:
         raise ValueError(f"{source}: makes no model: it has no {error.args[0]}") from error
