@@ -7,7 +7,7 @@ and the one crop that all of these share.
     motion = crop_motion(motion, crop, (8, 14, 14))  # (T,14,14), for tgmae.motion_scores
 
 train.py does this for every sample, captions.py writes manifests and text maps. Each section can be
-copied: its banner says what it needs. Shapes as in tgmae.py.
+copied: README says what it needs. Shapes as in tgmae.py.
 """
 
 import array
@@ -35,13 +35,8 @@ import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torchvision.transforms.v2 import functional as TF
 
-# ==================================================================================================
-# Reading: video file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)], one decode for both. A
-# frame's number is its rank in order of presentation.
-# Needs: av, VideoReformatter, contextlib, errno, gc, itertools, math, operator, os,
-# stat, warnings, NamedTuple, numpy as np, torch, torch.nn.functional as F.
-# Motion: Fan et al., MGM (ICCV 2023).
-# ==================================================================================================
+# ==== Reading: file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)] ==============================
+# A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
 
 MOTION_CELL = 8  # pixels: the codec's smallest block
 MAX_PIXELS = 8192 * 4320  # of a frame; a broken header may claim anything
@@ -518,13 +513,7 @@ def read_clip(path, frames, *, motion=False):
     return clip, change[[unique.index(number) for number in frames]]
 
 
-# ==================================================================================================
-# Manifest: what is known of the clips: records, and text maps, which captions.py makes.
-# Needs: array, functools, io, json, math, os, zipfile, Sequence, NamedTuple, Path, numpy as np,
-# torch.
-# ==================================================================================================
-
-
+# ==== Manifest: records of clips; text maps, which captions.py makes ==============================
 def clip_name(name, pretrained):
     """How a text map calls a CLIP: the model and its weights, of a path the last part."""
     if name.startswith("local-dir:"):
@@ -679,13 +668,8 @@ def refuse_shared_clips(manifest, sides):
             earlier.setdefault(file, []).append(piece)
 
 
-# ==================================================================================================
-# Crop: one box and flip for frames, motion and text maps alike.
-# Needs: NamedTuple, torch, torch.nn.functional as F, torchvision.transforms.v2.functional as TF.
-# Paper: 4.2 and Table 8; the box is VideoMAE's GroupMultiScaleCrop.
-# ==================================================================================================
-
-
+# ==== Crop: one box and flip for frames, motion and text maps (4.2, Table 8) ======================
+# The box is VideoMAE's GroupMultiScaleCrop.
 class Crop(NamedTuple):
     """A box in pixels of the source, and whether it is mirrored."""
 

@@ -491,8 +491,8 @@ class TGMAE(nn.Module):
 
     def forward(self, video, mask, text=None, *, mae=True, watch=False, groups=None):
         """video (B,3,T,H,W) of normalize; mask (B,N), True = masked, best on the CPU (see
-        split_mask); text (B,E) or None -> dict: `pred` (B,Nm,P) and the scalar `mae`, unless mae=False (no
-        decoder runs); with text the scalar `vt`. The caller adds them up (3.5).
+        split_mask); text (B,E) or None -> dict: `pred` (B,Nm,P) and the scalar `mae`, unless
+        mae=False (no decoder runs); with text the scalar `vt`. The caller adds them up (3.5).
 
         watch: `vt` trains the predictor, not the encoder (our reading of Figure 4). groups: see
         info_nce."""

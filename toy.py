@@ -39,9 +39,9 @@ import torch.nn.functional as F
 import dataset
 import tgmae
 from train import (
-    check_mask_ratio,
     add_flag,
     check_flags,
+    check_mask_ratio,
     last_line,
     naming,
     one_line_errors,

@@ -630,11 +630,11 @@ def check_args(args):
     )  # fmt: skip
     if not 0 < args.mask_ratio < 1:
         raise ValueError(f"--mask-ratio {args.mask_ratio}: must lie between 0 and 1")
-    preset = PRESETS[args.preset]
-    if (args.image_size or 0) % preset.patch_size:
-        raise ValueError(f"--image-size {args.image_size}: must divide by {preset.patch_size}")
-    if (args.num_frames or 0) % preset.tubelet_size:
-        raise ValueError(f"--num-frames {args.num_frames}: must divide by {preset.tubelet_size}")
+    side, time = PRESETS[args.preset].patch_size, PRESETS[args.preset].tubelet_size
+    if (args.image_size or 0) % side:
+        raise ValueError(f"--image-size {args.image_size}: must be a multiple of {side}")
+    if (args.num_frames or 0) % time:
+        raise ValueError(f"--num-frames {args.num_frames}: must be a multiple of {time}")
     if not (args.mae or args.vt):
         raise ValueError("--no-mae without --vt leaves nothing to optimise")
     if args.batch_size % args.repeat:

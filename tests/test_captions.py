@@ -25,6 +25,7 @@ import dataset
 import tgmae
 import toy
 import train
+import weights
 
 KILLS = int(os.environ.get("KILLS", 5))  # of each command; more of them when asked
 
@@ -415,7 +416,7 @@ def test_keyframes(clip_file):
 def test_blip2(language_model, bare, tmp_path, capsys, monkeypatch):
     """Each frame gets what the model says of it alone, whatever the batch; what cannot be read goes
     without."""
-    monkeypatch.setattr(tgmae, "bf16_is_fast", lambda device: False)
+    monkeypatch.setattr(weights, "bf16_is_fast", lambda device: False)
     folder = tiny_blip2(tmp_path / "blip2", language_model)
     data = bare(4, [{"video": "seen.mp4", "captions": ["mine"]}, {"video": "gone.mp4"}])
     flags = "caption some.jsonl --source blip2 --batch-size 2 --workers 2 --model", folder
@@ -538,7 +539,7 @@ def map_command(world, manifest="some.jsonl", every=4):
 
 def test_map_equals_online_scores(world, manifest, monkeypatch):
     """For crops that fall on whole patches a map holds what text_scores computes on the crop."""
-    monkeypatch.setattr(tgmae, "bf16_is_fast", lambda device: False)
+    monkeypatch.setattr(weights, "bf16_is_fast", lambda device: False)
     data = manifest(3)
     run(*map_command(world))
     clip = tgmae.load_clip(f"local-dir:{world / 'clip'}")

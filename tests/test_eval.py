@@ -25,6 +25,7 @@ import dataset
 import eval as ev
 import tgmae
 import train
+import weights
 
 
 def words(command, workers=0):
@@ -216,10 +217,21 @@ def test_fresh_head_and_norm():
 
 
 def test_drop_path_grows_with_depth():
-    with torch.device("meta"):
-        model = ev.Classifier(replace(tgmae.PRESETS["base"], drop_path=0.1), 10)
-    rates = [block.drop_path.p for block in model.encoder.blocks]
-    assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
+    """Of 2000 clips, a block's attention and MLP are each left out as often as they should, and
+    what is kept is scaled so that the mean stays; names of weights stay, too."""
+    config = replace(tgmae.PRESETS["toy"], depth=3, embed_dim=8, num_heads=1)
+    encoder = tgmae.Encoder(config)
+    names = encoder.state_dict().keys()
+    ev.add_drop_path(encoder, 0.5)
+    assert encoder.state_dict().keys() == names
+    x = torch.randn(1, 4, 8).expand(2000, -1, -1)
+    for part, rate in ((part, rate) for rate, block in zip((0, 0.25, 0.5), encoder.blocks)
+                       for part in (block.attn, block.mlp)):  # fmt: skip
+        whole = part.eval()(x)
+        dropped = part.train()(x)
+        gone = (dropped == 0).all((1, 2))
+        assert gone.float().mean().item() == pytest.approx(rate, abs=0.05)
+        torch.testing.assert_close(dropped[~gone], whole[~gone] / (1 - rate))
 
 
 # ---- augmentation -------------------------------------------------------------------------------
@@ -683,7 +695,7 @@ CLIPS = [
 @pytest.mark.parametrize("trained, flags, clip, pretrained", CLIPS)
 def test_the_clip_that_a_run_was_trained_with(trained, flags, clip, pretrained, monkeypatch):
     """Its model and its weights; --clip and --clip-pretrained come before them."""
-    monkeypatch.setattr(ev, "load_clip", lambda *which: which)
+    monkeypatch.setattr(weights, "load_clip", lambda *which: which)
     args = ev.parse_args(f"show x.pt --device cpu {flags}".split())
     if pretrained:
         assert ev.clip_of(args, {"args": trained}) == (clip, pretrained, "cpu")

@@ -680,7 +680,7 @@ def says_nothing(kind):
 @pytest.mark.parametrize("where, name, call, said", [
     (torch, "empty", lambda: train.start_processes(argparse.Namespace(device="cpu", amp=False)),
      "--device cpu: RuntimeError"),
-    ("open_clip", "create_model", lambda: train.load_clip("local-dir:x", None, "cpu"),
+    ("open_clip", "create_model", lambda: weights.load_clip("local-dir:x", None, "cpu"),
      "--clip local-dir:x --clip-pretrained None: RuntimeError. Ways out"),
     ("transformers", "AutoTokenizer.from_pretrained",
      lambda: captions.from_pretrained("AutoTokenizer", "."), "--model .: OSError. Way out"),

@@ -31,7 +31,7 @@ from tgmae import TGMAE, Config
 
 
 def hf_config(c, **more):
-    same = "image_size patch_size num_frames tubelet_size layer_norm_eps norm_pix_loss".split()
+    same = "image_size patch_size num_frames tubelet_size layer_norm_eps".split()
     return VideoMAEConfig(
         hidden_size=c.embed_dim,
         num_hidden_layers=c.depth,
@@ -55,7 +55,7 @@ CONFIGS = [
     dict(image_size=32, patch_size=8, num_frames=8, embed_dim=48, depth=3, num_heads=4,
          decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2),
     dict(image_size=64, num_frames=4, embed_dim=96, depth=2, num_heads=3, decoder_embed_dim=48,
-         decoder_depth=3, decoder_num_heads=4, norm_pix_loss=False),
+         decoder_depth=3, decoder_num_heads=4),
     dict(image_size=48, num_frames=6, tubelet_size=3, embed_dim=32, depth=1, num_heads=2,
          decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1, mlp_ratio=2.0),
 ]  # fmt: skip
@@ -260,7 +260,7 @@ def test_models_that_are_not_ours(settings, names, why, config, tmp_path):
     (["--num_frames", "4"], (16, 224), "num_frames=16, image_size=224"),
     (None, (16, 224), "num_frames=16, image_size=224"),
     ({"num_frames": 4, "input_size": [32, 32]}, None, "some.pt: makes no model: int"),
-    ({"num_frames": 3, "input_size": 32}, None, "num_frames=3 is not divisible by tubelet_size=2"),
+    ({"num_frames": 3, "input_size": 32}, None, "some.pt: makes no model: num_frames, tubel.*=3"),
 ])  # fmt: skip
 def test_flags_of_official_files(flags, sizes, assumed, config, tmp_path, monkeypatch):
     monkeypatch.setitem(tgmae.PRESETS, "toy", config)
@@ -269,9 +269,9 @@ def test_flags_of_official_files(flags, sizes, assumed, config, tmp_path, monkey
     if sizes:
         read, _, rest = weights.load_checkpoint(path)
         assert (read.num_frames, read.image_size) == sizes and rest["assumed"] == assumed
-        assert read.norm_pix_loss
+        assert rest["norm_pix_loss"]
         torch.save({"model": official(TGMAE(config)), "args": {"normlize_target": False}}, path)
-        assert not weights.load_checkpoint(path)[0].norm_pix_loss
+        assert not weights.load_checkpoint(path)[2]["norm_pix_loss"]
     else:
         with pytest.raises(ValueError, match=assumed):
             weights.load_checkpoint(path)
@@ -294,7 +294,8 @@ def test_published_sizes_are_read(name):
     with torch.device("meta"):
         state = official(TGMAE(SIZES[name]))
     conv = (SIZES[name].embed_dim, 3, 2, 16, 16)
-    assert Config(**weights._official_sizes(state, conv, None)) == SIZES[name]
+    sizes = weights._official_sizes(state, conv, None)
+    assert sizes.pop("norm_pix_loss") and Config(**sizes) == SIZES[name]
 
 
 def test_numpy_scalars_are_data(config, tmp_path):
@@ -335,9 +336,9 @@ def test_patchify_written_out():
         for j, (f, y, x, c) in enumerate(np.ndindex(2, 3, 3, 3)):  # (frame, row, column, channel)
             assert torch.equal(cubes[:, i, j], video[:, c, 2 * t + f, 3 * h + y, 3 * w + x])
     assert torch.equal(tgmae.unpatchify(cubes, (2, 2, 3), 3, 2), video)
-    with pytest.raises(ValueError, match="4x6x9"):
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
         tgmae.patchify(video, 4, 2)
-    with pytest.raises(ValueError, match="3x2x3"):
+    with pytest.raises(AssertionError, match="3x2x3"):
         tgmae.unpatchify(cubes, (3, 2, 3), 3, 2)
 
 
@@ -363,17 +364,10 @@ def test_topk_mask():
         assert flat[b, t][rows[b, t]].min() > flat[b, t][~rows[b, t]].max()
     bottom = tgmae.topk_mask(scores, 0.4, bottom_k=True)
     assert torch.equal(bottom, ~mask)  # the lowest 14 are what the highest 21 leave
-    # Ties: each cube as often as any other, the same from the same generator.
-    ties = torch.zeros(4000, 1, 2, 2)
-    assert ((tgmae.topk_mask(ties, 0.5).float().mean(0) - 0.5).abs() < 0.05).all()
-    one, other = (torch.Generator().manual_seed(7) for _ in range(2))
-    assert_equal(*(tgmae.topk_mask(ties, 0.5, generator=g) for g in (one, other)))
-    for ratio in (0, 1, 0.02):
-        with pytest.raises(ValueError, match=f"mask_ratio={ratio}"):
-            tgmae.topk_mask(scores, ratio)
-    for wrong in (scores[0], scores.flatten(1), scores.masked_fill(scores > 0.9, math.nan)):
-        with pytest.raises(ValueError, match="must be .B,t,h,w., without NaN"):
-            tgmae.topk_mask(wrong, 0.6)
+    ties = torch.zeros(2, 3, 4, 5)  # equal scores: as many are masked
+    assert (tgmae.topk_mask(ties, 0.5).view(2, 3, 20).sum(-1) == 10).all()
+    with pytest.raises(AssertionError, match="NaN"):
+        tgmae.topk_mask(scores.masked_fill(scores > 0.9, math.nan), 0.6)
 
 
 def test_tube_scores_share_time():
@@ -383,18 +377,26 @@ def test_tube_scores_share_time():
 
 
 def test_motion_scores_by_loops():
-    """The mean over a cube's frames and over the cells that it touches."""
+    """The mean over a cube's frames and over the cells that it touches, but for the noise."""
     motion = torch.rand(2, 4, 7, 5)
     scores = tgmae.motion_scores(motion, (2, 3, 4))
     for b, t, y, x in np.ndindex(2, 2, 3, 4):
         rows = slice(7 * y // 3, -(-7 * (y + 1) // 3))
         cols = slice(5 * x // 4, -(-5 * (x + 1) // 4))
         expected = motion[b, 2 * t : 2 * t + 2, rows, cols].mean()
-        torch.testing.assert_close(scores[b, t, y, x], expected)
-    cut = torch.rand(1, 4, 3, 4)  # as crop_motion gives it, a cell a cube: only frames are averaged
-    assert torch.equal(tgmae.motion_scores(cut, (2, 3, 4))[0], (cut[0, ::2] + cut[0, 1::2]) / 2)
-    with pytest.raises(ValueError, match="motion of 4 frames does not divide into 3 time slices"):
+        assert 0 <= (scores[b, t, y, x] - expected).item() < 1.001e-4
+    with pytest.raises(AssertionError, match="4 frames in 3 time slices"):
         tgmae.motion_scores(motion, (3, 3, 4))
+    # Where nothing moves each cube is masked as often as any other; the same from one seed.
+    still = torch.zeros(4000, 2, 2, 2)
+    share = tgmae.topk_mask(tgmae.motion_scores(still, (1, 2, 2)), 0.5).float().mean(0)
+    assert ((share - 0.5).abs() < 0.05).all()
+    one, other = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+    again = tgmae.motion_scores(still, (1, 2, 2), generator=other)
+    assert torch.equal(tgmae.motion_scores(still, (1, 2, 2), generator=one), again)
+    # What moves least is still above all that does not: a block moves by a quarter of a pixel.
+    still[:, 0, 0, 0] = 0.25
+    assert tgmae.topk_mask(tgmae.motion_scores(still, (1, 2, 2)), 0.25)[:, 0].all()
 
 
 def test_crop_motion_by_area():
@@ -423,10 +425,8 @@ def test_multi_scale_crop():
         assert_equal(dataset.crop_frames(frames, dataset.Crop(10, 20, 32, 32, flip), 32), cut)
 
 
-def test_text_scores_patch_by_patch(world, monkeypatch):
-    """One patch at a time through torchvision and CLIP itself, in float32; also in uneven
-    chunks."""
-    monkeypatch.setattr(tgmae, "bf16_is_fast", lambda device: False)
+def test_text_scores_patch_by_patch(world):
+    """One patch at a time through torchvision and CLIP itself; also in uneven chunks."""
     clip, tokenizer = tgmae.load_clip(f"local-dir:{world / 'clip'}")
     record = dataset.read_manifest(world / "manifest.jsonl", "test")[0]
     frames = dataset.read_clip(record["path"], [0, 4, 8, 12])
@@ -450,10 +450,13 @@ def test_text_scores_patch_by_patch(world, monkeypatch):
 ])  # fmt: skip
 def test_a_clip_that_is_not_there_is_named(name, weights_):
     with pytest.raises(ValueError) as error:
-        tgmae.load_clip(name, weights_)
+        weights.load_clip(name, weights_, "cpu")
     said = str(error.value)
     assert (weights_ if name == "ViT-B-32" else name.removeprefix("local-dir:")) in said
-    assert "\n" not in said and "--" not in said  # flags are the scripts' affair
+    assert "\n" not in said and said.startswith(f"--clip {name} --clip-pretrained {weights_}: ")
+    assert "Ways out: --clip-pretrained FILE" in said
+    with pytest.raises((RuntimeError, OSError, ValueError)):  # nor are there random weights
+        tgmae.load_clip(name, weights_)
 
 
 def test_scores_are_float32_under_autocast(world):
@@ -467,7 +470,7 @@ def test_scores_are_float32_under_autocast(world):
         tgmae.encode_text(clip, tokenizer, "a red circle")
     with pytest.raises(TypeError, match="video is torch.float32: must be uint8"):
         tgmae.normalize(torch.rand(1, 3, 2, 16, 16))
-    with pytest.raises(ValueError, match="video is torch.uint8: normalize"):
+    with pytest.raises(AssertionError, match="video is torch.uint8: normalize"):
         tgmae.text_scores(clip, video.byte(), text, 8, 2)
 
 
@@ -515,9 +518,7 @@ def test_vt_is_of_the_visible_tokens_mean(config):
     torch.testing.assert_close(model(video, mask, text, watch=True, mae=False)["vt"], expected)
 
 
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_reconstruction_of_the_target_is_the_clip(config, norm_pix_loss):
-    config = replace(config, norm_pix_loss=norm_pix_loss)
+def test_reconstruction_of_the_target_is_the_clip(config):
     pixels = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
     video, mask = tgmae.normalize(pixels), random_inputs(config)[1]
     target, _, _ = tgmae.reconstruction_target(video, mask, config)
@@ -527,8 +528,7 @@ def test_reconstruction_of_the_target_is_the_clip(config, norm_pix_loss):
     cubes, hidden = (tgmae.patchify(made[name], 8, 2) for name in ("clip", "masked"))
     assert (hidden[mask] == 0.5).all() and torch.equal(hidden[~mask], cubes[~mask])
     predicted = tgmae.patchify(made["predicted"], 8, 2)[mask].view(2, -1, config.patch_dim)
-    bare = (0.5 + target / 6).clamp(0, 1) if norm_pix_loss else target
-    torch.testing.assert_close(predicted, bare)
+    torch.testing.assert_close(predicted, (0.5 + target / 6).clamp(0, 1))
     assert train.reconstruct(video, mask, None, config).keys() == {"clip", "masked"}
 
 
@@ -572,16 +572,17 @@ def test_gradients(config, mae, watch):
 
 def test_grad_checkpointing_changes_nothing(config, monkeypatch):
     """But how often a block runs: each of 2 + 1 goes through torch's checkpoint."""
-    calls, checkpoint, grads = [], tgmae.checkpoint, []
+    calls, checkpoint, grads = [], train.checkpoint, []
 
     def counted(block, *args, **more):
         calls.append(block)
         return checkpoint(block, *args, **more)
 
-    monkeypatch.setattr(tgmae, "checkpoint", counted)
+    monkeypatch.setattr(train, "checkpoint", counted)
     model, (video, mask) = TGMAE(config), random_inputs(config)
     for on in (False, True):
-        model.set_grad_checkpointing(on)
+        if on:
+            train.checkpoint_blocks(model)
         model.zero_grad()
         model(video, mask)["mae"].backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
@@ -594,22 +595,48 @@ def test_bad_shapes_say_which(config):
     uneven = mask.clone()
     uneven[0] = True
     for clip, which, reason in (
-        (video[:, :, :, :16], mask, r"video has shape \(2, 3, 4, 16, 32\)"),
-        (video, mask[:, 1:], r"mask has shape \(2, 31\)"),
-        (video, uneven, r"masks \[32, \d+\] cubes"), (video, mask.float(), "must be bool"),
+        (video[:, :, :, :16], mask, r"video \(2, 3, 4, 16, 32\): the model takes \(2, 3, 4, 32"),
+        (video[:, :1], mask, r"video \(2, 1, 4, 32, 32\)"),
+        (video, mask[:, 1:], r"mask \(2, 31\)"), (video, mask[:1], r"mask \(1, 32\)"),
+        (video, uneven, r"masks \[32, \d+\] of 32 cubes"), (video, mask.float(), "must be bool"),
+        (video, torch.zeros_like(mask), r"masks \[0, 0\]"),
+        (video, torch.ones_like(mask), r"masks \[32, 32\]"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(AssertionError, match=reason):
             model(clip, which)
 
 
 @pytest.mark.parametrize("bad", [
     dict(image_size=30), dict(num_frames=3), dict(num_heads=5), dict(decoder_num_heads=7),
-    dict(depth=0), dict(drop_path=1.0), dict(temperature=-1),
 ])  # fmt: skip
 def test_bad_config_prints_the_value(bad):
     ((name, value),) = bad.items()
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(AssertionError, match=f"[( ]{name}={value}"):
         Config(**bad)
+
+
+def saved_with(config, path, **more):
+    torch.save({"model": TGMAE(config).state_dict(), "config": asdict(config) | more}, path)
+    return weights.load_checkpoint(path)
+
+
+def test_configs_of_older_checkpoints(config, tmp_path):
+    """They say more than ours: channels, drop path, whether targets are normalised."""
+    path = tmp_path / "old.pt"
+    old = {"in_chans": 3, "norm_pix_loss": True, "drop_path": 0.1}
+    assert saved_with(config, path, **old)[0] == config
+    assert not saved_with(config, path, norm_pix_loss=False)[2]["norm_pix_loss"]
+    for more, why in (
+        ({"image_size": 30}, "makes no model: image_size, patch_size: .*image_size=30"),
+        ({"num_heads": 0}, "makes no model: "), ({"depht": 2}, "makes no model: .*depht"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"old.pt: {why}"):
+            saved_with(config, path, **more)
+    state = TGMAE(config).state_dict()
+    state["encoder.patch_embed.proj.weight"] = torch.zeros(48, 128)
+    torch.save({"model": state, "config": asdict(config) | {"in_chans": 1}}, path)
+    with pytest.raises(ValueError, match=r"encoder.patch_embed.proj.weight has shape \(48, 128\)"):
+        weights.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("name, millions", [("base", 86.2), ("small", 21.9)])
@@ -620,11 +647,8 @@ def test_presets_are_videomae(name, millions):
     assert tgmae.PRESETS[name].grid == (8, 14, 14) and tgmae.PRESETS[name].patch_dim == 1536
 
 
-def test_drop_path_and_bf16_run(config):
-    config = replace(config, drop_path=0.5)
+def test_bf16_runs(config):
     model, (video, mask) = TGMAE(config), random_inputs(config)
-    assert not torch.equal(model.encode(video), model.encode(video))
-    assert torch.equal(model.eval().encode(video), model.encode(video))
     with torch.autocast("cpu", torch.bfloat16):
         out = model.train()(video, mask, torch.randn(2, 16))
     assert out["mae"].dtype == out["vt"].dtype == torch.float32
