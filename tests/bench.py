@@ -98,7 +98,8 @@ def training_step(model, loss_of, args):
 def our_step(args, *, checkpointing=False, compiled=False):
     model = tgmae.TGMAE(tgmae.PRESETS[args.preset])
     model.predictor.requires_grad_(False)
-    model.set_grad_checkpointing(checkpointing)
+    if checkpointing:
+        train.checkpoint_blocks(model)
     if compiled:
         model.encoder.compile()
         model.decoder.compile()
@@ -136,7 +137,7 @@ def bench_step(folder, args):
     for mask_ratio in sorted(set(tgmae.MASK_RATIOS.values()), reverse=True):
         for amp in (False, True):
             compare_steps("", steps, args.batch, mask_ratio, amp, args)
-    fast = 0.9, tgmae.bf16_is_fast(args.device), args
+    fast = 0.9, weights.bf16_is_fast(args.device), args
     steps = {"ours": ours, "checkpointing": our_step(args, checkpointing=True)}
     compare_steps("", steps, args.batch, *fast)
     if args.compile:
@@ -323,7 +324,7 @@ def bench_maps(folder, args):
 
     name, file = "ViT-B-32-quickgelu", folder / "clip.pt"
     torch.save(open_clip.create_model(name).state_dict(), file)
-    clip = tgmae.load_clip(name, str(file), args.device)
+    clip = weights.load_clip(name, str(file), args.device)
     report("maps: patches/s", ours=patches_per_second(clip, args))
 
     flags = "--clip", name, "--clip-pretrained", str(file)

@@ -35,7 +35,7 @@ ALL = "\n".join(
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```", ALL, re.S | re.M)
 BLOCKS = [text for language, text in dict.fromkeys(FENCED) if not language]
 SNIPPETS = [text for language, text in FENCED if language == "python"]
-LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", README)
 (DIFF,) = [text for language, text in FENCED if language == "diff"]
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&")]
 COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", ALL)
@@ -79,9 +79,8 @@ def test_every_command_has_its_test():
 
 
 def test_links_lead_to_their_functions():
-    for name, file, line in LINKS:
-        found = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf"(def|class) {name}\b", found), (name, found)
+    for name, file in LINKS:
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), re.M), name
     assert len(LINKS) >= 9
     for path in re.findall(r"\((docs/[\w.-]+)\)", README):
         assert (ROOT / path).exists(), path

@@ -1,4 +1,4 @@
-"""Every section of tgmae.py and dataset.py lifts out: run alone, with what its banner names and
+"""Every section of tgmae.py and dataset.py lifts out: run alone, with what README names and
 nothing else, and used. The method's ten lines run, and each file reads from top to bottom."""
 
 import ast
@@ -14,36 +14,30 @@ import dataset
 import tgmae
 
 MODULES = {"tgmae": tgmae, "dataset": dataset}
-ROOMS = {}  # module -> {section: (banner, body)}
+README = (ROOT / "README.md").read_text()
+ROOMS = {}  # module -> {section: body}
 for name in MODULES:
-    _, *parts = re.split(r"^# =+\n(?=# \w)", (ROOT / f"{name}.py").read_text(), flags=re.M)
-    split = (re.split(r"^# =+\n", part, maxsplit=1, flags=re.M) for part in parts)
-    ROOMS[name] = {banner[2:].split(":")[0]: (banner, body) for banner, body in split}
+    _, *parts = re.split(r"^# ==== (?=\w)", (ROOT / f"{name}.py").read_text(), flags=re.M)
+    ROOMS[name] = {part.split(":")[0]: part.partition("\n")[2] for part in parts}
 PLACES = [(room, title) for room, sections in ROOMS.items() for title in sections]
 
 
 def imports_of(room):
-    """{as a banner writes it: statement}."""
+    """{name that it binds: statement}."""
     found = {}
     for node in ast.parse((ROOT / f"{room}.py").read_text()).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
-                long = f"{alias.name} as {alias.asname}" if alias.asname else alias.name
-                found[long] = ast.unparse(type(node)(**vars(node) | {"names": [alias]}))
-    found["torchvision.transforms.v2.functional as TF"] = found.get("functional as TF")
+                one = type(node)(**vars(node) | {"names": [alias]})
+                found[alias.asname or alias.name] = ast.unparse(one)
     return found
 
 
-def promised(room, banner):
-    """What a banner names -> (imports, {section: names}): `Needs: a, b; name, name (Section).`, and
-    for a part of the section `Part also needs: ...`."""
-    imports, names = set(), {}
-    for sentence in re.split(r"\.\s", banner.replace("\n# ", " ").strip(" #\n") + " "):
-        match = re.match(r"(?:Needs|[^:]+ also needs): (.*)", sentence.strip())
-        for part in match.group(1).split("; ") if match else ():
-            listed, section = re.fullmatch(r"(.*?)(?: \(([\w ]+)\))?", part).groups()
-            (names.setdefault(section, set()) if section else imports).update(listed.split(", "))
-    return imports, names
+def promised(title):
+    """README's row of a section -> names of imports, names from other sections."""
+    (row,) = re.findall(rf"^\| {title}(?:, of `\w+\.py`)? \|(.*)\|$", README, re.M)
+    _, imports, others = row.split("|")
+    return re.findall(r"`(\w+)`", imports), re.findall(r"`(\w+)`", others)
 
 
 def defined(body):
@@ -66,21 +60,20 @@ def globals_of(code):
 
 def lift(room, title):
     """A section in a namespace of its own."""
-    banner, body = ROOMS[room][title]
-    imports, named = promised(room, banner)
-    space, statements = {"__name__": "lifted"}, imports_of(room)
+    body, space, statements = ROOMS[room][title], {"__name__": "lifted"}, imports_of(room)
+    imports, others = promised(title)
     for name in imports:
         exec(statements[name], space)
-    for section, names in named.items():
-        assert names <= defined(ROOMS[room][section][1]), f"{title}: {names}, of {section}"
-        space |= {name: getattr(MODULES[room], name) for name in names}
+    for name in others:
+        assert name not in defined(body)
+        space[name] = getattr(MODULES[room], name)
     given = space.keys() - {"__name__", "__builtins__"}
     code = compile(body, title, "exec", dont_inherit=True)
     builtins = __builtins__ if isinstance(__builtins__, dict) else vars(__builtins__)
     known = {"__module__", "__qualname__", "__annotations__", "__conditional_annotations__"}
     asked = globals_of(code) - defined(body) - builtins.keys() - known
     lacks, extra = asked - given, given - asked
-    assert not lacks and not extra, f"{title}: its banner lacks {lacks}, names {extra} for nothing"
+    assert not lacks and not extra, f"{title}: README lacks {lacks}, names {extra} for nothing"
     exec(code, space)
     return space
 
@@ -90,16 +83,17 @@ MASK = torch.arange(32).expand(2, -1) % 2 == 0
 USES = {  # of a section s, that holds
     "Config": lambda s, world: s.Config(**TINY).num_patches == 32,
     "Cubes": lambda s, world: s.unpatchify(s.patchify(VIDEO, 8, 2), (2, 4, 4), 8, 2).equal(VIDEO),
-    "Transformer": lambda s, world: (
-        s.Encoder(tgmae.Config(**TINY))(tgmae.patchify(VIDEO, 8, 2)).shape == (2, 32, 48)
-    ),
-    "Maskers": lambda s, world: (
-        s.topk_mask(s.motion_scores(torch.rand(1, 4, 8, 8), (2, 4, 4)), 0.5).sum() == 16
-    ),
     "CLIP scores": lambda s, world: (
         (clip := s.load_clip(f"local-dir:{world / 'clip'}"))
         and s.text_scores(clip[0], VIDEO, s.encode_text(*clip, ["a", "b"]), 8, 2).shape
         == (2, 2, 4, 4)
+    ),
+    "Top k": lambda s, world: s.topk_mask(torch.rand(1, 2, 4, 4), 0.5).sum() == 16,
+    "Noise and motion": lambda s, world: (
+        s.motion_scores(torch.rand(1, 4, 8, 8), (2, 4, 4)) + s.tube_scores(1, (2, 4, 4)) > 0
+    ).all(),
+    "Transformer": lambda s, world: (
+        s.Encoder(tgmae.Config(**TINY))(tgmae.patchify(VIDEO, 8, 2)).shape == (2, 32, 48)
     ),
     "Losses": lambda s, world: s.ContrastiveHead(8, 8).loss(torch.eye(8), torch.eye(8)) > 0,
     "Model": lambda s, world: s.TGMAE(tgmae.Config(**TINY))(VIDEO, MASK)["mae"] > 0,
@@ -113,9 +107,12 @@ USES = {  # of a section s, that holds
 
 def test_all_sections_are_used():
     assert list(USES) == [title for _, title in PLACES]
-    order = re.search(r"^ +Config \(.*?\n\n", tgmae.__doc__, re.S | re.M).group()
-    named = re.findall(r"(?:^|->) +([\w ]+) \(", order.replace("\n", " "))
-    assert named == list(ROOMS["tgmae"])
+    table = re.search(r"where the paper stands:\n\n(.*?)\n\n", tgmae.__doc__, re.S).group(1)
+    rows = [re.fullmatch(r" {4}(\w[\w ]*?)  +(.*)", row).groups() for row in table.splitlines()]
+    assert [title for title, _ in rows] == list(ROOMS["tgmae"])
+    for title, text in rows:  # what a row names stands in its section
+        names = set(re.findall(r"\b\w+_\w+|[A-Z]\w*[a-z]\w*\b", text)) - {"MSE"}
+        assert names <= defined(ROOMS["tgmae"][title]), title
 
 
 @pytest.mark.parametrize("room, title", PLACES)
@@ -150,7 +147,7 @@ def test_equations_stand_where_they_are_computed():
     lines = (ROOT / "tgmae.py").read_text().splitlines()
     for label, code in (
         ("equation (1)", "self.proj(cubes)"),
-        ("the mask of (2)", "scatter_("), ("(2) applied", "take("),
+        ("the mask of (2)", "scatter("), ("(2) applied", "take("),
         ("the encoder of (3)", "self.encode("), ("the decoder of (3)", "self.decode("),
         ("the MSE of 3.1", "F.mse_loss("), ("(4), both ways", "F.cross_entropy("),
     ):  # fmt: skip
@@ -159,15 +156,15 @@ def test_equations_stand_where_they_are_computed():
 
 
 def test_the_module_is_the_method():
-    """No files, processes, signals or command line; the first nn.Module is soon there."""
+    """No files, processes, signals or command line; the central line is soon there."""
     text = (ROOT / "tgmae.py").read_text()
-    allowed = {"math", "pickle", "dataclasses", "torch", "torchvision", "open_clip"}
+    allowed = {"math", "collections", "dataclasses", "torch", "open_clip"}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom):
             assert node.module.split(".")[0] in allowed
-    assert text[: text.index("(nn.Module)")].count("\n") < 250
+    assert text[: text.index("def topk_mask")].count("\n") < 220
 
 
 SCRIPTS = "tgmae dataset weights train captions eval toy".split()
