@@ -63,9 +63,7 @@ import torch.nn.functional as F
 
 # ==== Config: sizes. 4.2: ViT-B, 16 frames. The temperature is ours, the rest is VideoMAE's. ======
 @dataclass(frozen=True)
-class Config:
-    """Sizes of the model, all positive."""
-
+class Config:  # all positive
     image_size: int = 224
     patch_size: int = 16
     num_frames: int = 16
@@ -129,7 +127,7 @@ def normalize(video):
 def denormalize(video):
     """What `normalize` made -> pixels in [0,1]."""
     assert video.is_floating_point(), f"video is {video.dtype}: normalize makes it what is needed"
-    mean, std = video.new_tensor(IMAGENET_MEAN), video.new_tensor(IMAGENET_STD)
+    mean, std = video.new_tensor(IMAGENET_MEAN), video.new_tensor(IMAGENET_STD)  # (3,)
     return video * std.view(3, 1, 1, 1) + mean.view(3, 1, 1, 1)
 
 
@@ -158,8 +156,8 @@ def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
     The model "ViT-B-32" would run OpenAI's weights with the wrong activation."""
     import open_clip  # here: it takes seconds, and a run without CLIP does not need it
 
-    tag = None if name.startswith(("local-dir:", "hf-hub:")) else str(pretrained)
     # Without require_pretrained a missing file means random weights and a mere warning.
+    tag = None if name.startswith(("local-dir:", "hf-hub:")) else str(pretrained)
     clip = open_clip.create_model(name, tag, device=device, require_pretrained=True)
     return clip.eval().requires_grad_(False), open_clip.get_tokenizer(name)
 
@@ -272,9 +270,8 @@ class Attention(nn.Module):
         B, L, D = x.shape
         # k has no bias: it would add the same to all scores of a query, and the softmax drops that.
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # (3D,)
-        qkv = F.linear(x, self.qkv.weight, bias)  # (B,L,3D)
-        qkv = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (3,B,heads,L,D/heads)
-        q, k, v = qkv
+        qkv = F.linear(x, self.qkv.weight, bias).view(B, L, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,L,D/heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B,heads,L,D/heads)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))  # (B,L,D)
 
@@ -316,9 +313,8 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """Cubes (B,N,P), ids_keep (B,Nv) -> (B,Nv,D), after the final norm; ids_keep None: (B,N,D)."""
 
-    def __init__(self, config):
+    def __init__(self, c: Config):
         super().__init__()
-        c = config
         self.patch_embed = PatchEmbed(c.patch_dim, c.embed_dim)
         self.register_buffer("pos_embed", sinusoid(c.num_patches, c.embed_dim), persistent=False)
         sizes = c.embed_dim, c.num_heads, c.mlp_ratio, c.layer_norm_eps
@@ -337,9 +333,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Tokens (B,N,Dd), positions added, the masked ones last -> predicted masked cubes (B,Nm,P)."""
 
-    def __init__(self, config):
+    def __init__(self, c: Config):
         super().__init__()
-        c = config
         sizes = c.decoder_embed_dim, c.decoder_num_heads, c.mlp_ratio, c.layer_norm_eps
         self.blocks = nn.Sequential(*[Block(*sizes) for _ in range(c.decoder_depth)])
         self.norm = nn.LayerNorm(c.decoder_embed_dim, eps=c.layer_norm_eps)
@@ -381,9 +376,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Every rank computes the same loss over the rows of all ranks. The sum over ranks of the
-        # gradient of this rank's rows is thus `world` times the true one; DDP divides by `world`
-        # when it averages the gradients of the weights over the ranks.
+        # Every rank computes the whole loss, so the sum over ranks of the gradient of this rank's
+        # rows is `world` times the true one. DDP's mean over ranks divides it by `world`.
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may share this tensor
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]  # (B,...)
