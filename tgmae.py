@@ -313,7 +313,7 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """Cubes (B,N,P), ids_keep (B,Nv) -> (B,Nv,D), after the final norm; ids_keep None: (B,N,D)."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c):  # c: Config
         super().__init__()
         self.patch_embed = PatchEmbed(c.patch_dim, c.embed_dim)
         self.register_buffer("pos_embed", sinusoid(c.num_patches, c.embed_dim), persistent=False)
@@ -333,7 +333,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Tokens (B,N,Dd), positions added, the masked ones last -> predicted masked cubes (B,Nm,P)."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c):  # c: Config
         super().__init__()
         sizes = c.decoder_embed_dim, c.decoder_num_heads, c.mlp_ratio, c.layer_norm_eps
         self.blocks = nn.Sequential(*[Block(*sizes) for _ in range(c.decoder_depth)])
