@@ -13,42 +13,46 @@ align the mean of the visible cubes with the caption by a contrastive loss. In t
     mask = topk_mask(scores, MASK_RATIOS["tgm"])  # (B,N)
     model = TGMAE(config)
     out = model(video, mask, text)
-    loss = out["mae"] + 1.0 * out["vt"]  # 3.5; vt: video-text, 3.4. Pure MAE: out["mae"]
+    loss = out["mae"] + out["vt"]  # 3.5; vt: video-text, 3.4. Pure MAE: no text, out["mae"]
     loss.backward()
 
 `torchrun train.py --mask tgm --vt` does the same on a toy world with a toy CLIP, in under 5 minutes
-on 2 CPU cores; `mae` ends near 0.8 (all zeros: about 1). The sections, and where the paper stands:
+on 2 CPU cores; `mae` ends near 0.8, where predicting zeros gives about 1. The sections:
 
-    Config            sizes (4.2)
-    Cubes             patchify: a video as cubes (3.1)
-    CLIP scores       text_scores: similarity of cubes and caption (3.3)
-    Top k             topk_mask: the mask (3.3); split_mask: what (2) selects, and the rest
-    Noise and motion  tube_scores, motion_scores: the other two maskers (3.1)
-    Transformer       PatchEmbed: (1); Encoder and Decoder: the two functions of (3)
-    Losses            reconstruction_loss: MSE (3.1); info_nce: (4); ContrastiveHead: its head (3.4)
-    Model             TGMAE: (3), and both losses, which the ten lines add up (3.5)
+    Config -> Cubes -> CLIP scores -> Top k -> Noise and motion -> Transformer -> Losses -> Model
 
-Shapes: B batch; T,H,W frames, height, width; C = 3; D embed_dim; Dd decoder_embed_dim; E text_dim,
-the size of CLIP's embeddings; t,h,w the grid: t = T/tubelet_size slices of h*w cubes (in the paper
-t,h,w is a cube's size); N = t*h*w cubes, Nv visible, Nm masked; P values in a cube. A mask is (B,N)
-bool and True means MASKED, everywhere: what (2) selects, the visible, is ~mask.
+    3.1 (1)  PatchEmbed.forward                       MSE  reconstruction_loss
+    3.1 (2)  topk_mask, applied in Encoder.forward    3.4  ContrastiveHead, on TGMAE.forward's mean
+    3.1 (3)  TGMAE.encode, TGMAE.decode               (4)  info_nce
+    3.3      text_scores, topk_mask                   3.5  the sum in the ten lines
+    3.2, making captions, is in captions.py; the evaluations of 3.5 are in eval.py
+
+Shapes: B batch; T,H,W frames, height, width; C = 3; t,h,w = T/tubelet_size, H/patch_size,
+W/patch_size, the grid of cubes (in the paper t,h,w is the size of a cube); N = t*h*w cubes, Nv of
+them visible, Nm masked; P = tubelet_size*patch_size**2*C values in a cube; D embed_dim;
+Dd decoder_embed_dim; E text_dim, the size of CLIP's embeddings. A mask is (B,N) bool and True means
+MASKED, everywhere: what (2) selects, the visible, is ~mask.
 
 Where we depart from section 3, or it is silent (positions, norms, layers are VideoMAE's):
   - 3.1 embeds all cubes, then masks. Here masked cubes are dropped before: the same result.
   - 3.1 reconstructs the video. Here, as in VideoMAE, masked cubes are predicted, and the target is
     each cube normalised, per channel, by its own mean and standard deviation.
-  - 3.1 names motion-guided masking (MGM), which we know from this paper alone: to mask the cubes of
-    largest mean motion is our reading.
+  - 3.1 names three maskers. Random: scores are torch.rand(B,t,h,w). Tube is VideoMAE's. MGM we know
+    from this paper alone: masking the cubes of largest mean motion is our reading.
   - 3.3 scores and masks frames: here a cube's first frame scores it, and k cubes of each time slice
-    are masked, k rounded down. torch.topk decides between equal scores (black borders), not chance.
-  - 3.3 resizes patches: here by CLIP's own interpolation (bicubic), clamped to [0,1]. It takes the
-    [CLS] and [EOS] states: here they are projected, as CLIP compares them.
-  - 3.3 scores the clip, as text_scores does. Text maps (train.py on real data) hold scores of the
-    uncropped frame, of every 8th frame, in float16: 7 to 19% of the masked cubes differ.
-  - 3.4 pools "all patches": here the visible ones, all that the encoder sees. The text is CLIP's
-    embedding of the caption, frozen. The two directions of (4) are averaged.
-  - 3.4 gives no temperature (here 0.07) and no layers of the head (here on the video side only).
-  - 3.4: all other captions and videos are negatives. With `groups`, not those of the same video.
+    are masked, k rounded down. Which of equal scores (black borders) are, torch.topk decides.
+  - 3.3 resizes patches of a size it does not say: here the cubes' own, by CLIP's own interpolation
+    (bicubic), clamped to [0,1]. It takes CLIP's [CLS] and [EOS] states: here they are projected, as
+    CLIP compares them.
+  - 3.3 scores the frames of the clip, as text_scores does. On real data train.py may read scores
+    that captions.py made beforehand, of every 8th frame, uncropped: this is the largest departure,
+    7 to 19% of the masked cubes are others.
+  - 3.4 pools "all patches": here the visible ones, all that the encoder sees, after its final norm.
+    The text is CLIP's embedding of the caption, frozen. The two directions of (4) are averaged.
+  - 3.4 gives no temperature (here 0.07) and no layers of the head: here Linear, BatchNorm, ReLU,
+    Linear, on the video side only.
+  - 3.4: all other captions and videos are negatives. With the argument `groups`, not those of the
+    same video.
 """
 
 import math
@@ -61,9 +65,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ==== Config: sizes. 4.2: ViT-B, 16 frames. The temperature is ours, the rest is VideoMAE's. ======
+# ==== Config: sizes (4.2): VideoMAE's, but for CLIP's text_dim and our temperature ================
 @dataclass(frozen=True)
-class Config:  # all positive
+class Config:  # all are positive
     image_size: int = 224
     patch_size: int = 16
     num_frames: int = 16
@@ -99,7 +103,7 @@ class Config:  # all positive
         return self.tubelet_size * self.patch_size**2 * 3
 
 
-PRESETS = {  # but for toy: VideoMAE's (Tong et al. 2022)
+PRESETS = {  # all but toy: VideoMAE's (Tong et al. 2022)
     "toy": Config(image_size=64, patch_size=8, num_frames=4, embed_dim=128, depth=4, num_heads=4,
                   decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=3, text_dim=64),
     "small": Config(embed_dim=384, num_heads=6, decoder_embed_dim=192, decoder_num_heads=3),
@@ -111,12 +115,11 @@ PRESETS = {  # but for toy: VideoMAE's (Tong et al. 2022)
 }  # fmt: skip
 
 # ==== Cubes: uint8 video -> normalised video <-> cubes (3.1) ======================================
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalize(video):
-    """(B,3,T,H,W) uint8, else TypeError -> float32, by ImageNet's mean and std, as in VideoMAE."""
+    """(B,3,T,H,W) uint8 (or a TypeError) -> float32, by ImageNet's mean and std, as in VideoMAE."""
     if video.dtype != torch.uint8:
         raise TypeError(f"video is {video.dtype}: must be uint8")
     mean = torch.tensor(IMAGENET_MEAN, device=video.device).view(3, 1, 1, 1)
@@ -125,8 +128,8 @@ def normalize(video):
 
 
 def denormalize(video):
-    """What `normalize` made -> pixels in [0,1]."""
-    assert video.is_floating_point(), f"video is {video.dtype}: normalize makes it what is needed"
+    """(B,3,T,H,W) as normalize makes it -> pixels in [0,1]."""
+    assert video.is_floating_point(), f"video is {video.dtype}: normalize makes a float"
     mean, std = video.new_tensor(IMAGENET_MEAN), video.new_tensor(IMAGENET_STD)  # (3,)
     return video * std.view(3, 1, 1, 1) + mean.view(3, 1, 1, 1)
 
@@ -173,28 +176,30 @@ def encode_text(clip, tokenizer, captions):
 
 @torch.no_grad()
 def patch_embeddings(clip, frames, patch_size, *, chunk=256):
-    """frames (F,3,H,W) in [0,1] -> (F,h,w,E) float32 unit vectors: each patch is resized to CLIP's
+    """frames (n,3,H,W) in [0,1] -> (n,h,w,E) float32 unit vectors: each patch is resized to CLIP's
     input and embedded by itself ([CLS], projected), `chunk` at a time, to bound the memory."""
-    count, C, H, W = frames.shape
+    n, C, H, W = frames.shape
     h, w = H // patch_size, W // patch_size
-    patches = frames.reshape(count, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
-    patches = patches.reshape(-1, C, patch_size, patch_size)  # (F*h*w,3,patch_size,patch_size)
+    patches = frames.reshape(n, C, h, patch_size, w, patch_size).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(-1, C, patch_size, patch_size)  # (n*h*w,3,patch_size,patch_size)
     cfg, size = clip.visual.preprocess_cfg, clip.visual.image_size
     mean = frames.new_tensor(cfg["mean"]).view(3, 1, 1)
     std = frames.new_tensor(cfg["std"]).view(3, 1, 1)
-    dtype = next(p for p in clip.visual.parameters() if p.ndim == 4).dtype  # the convolution's
+    dtype = next(p for p in clip.visual.parameters() if p.ndim == 4).dtype  # bf16, perhaps
     embeddings = []
     for part in patches.split(chunk):
         part = F.interpolate(part, size, mode=cfg["interpolation"], align_corners=False).clamp(0, 1)
         embedding = clip.encode_image(((part - mean) / std).to(dtype))  # (chunk,E)
         embeddings.append(F.normalize(embedding.float(), dim=-1))
-    return torch.cat(embeddings).view(count, h, w, -1)  # (F,h,w,E)
+    return torch.cat(embeddings).view(n, h, w, -1)  # (n,h,w,E)
 
 
 def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
     """Cosine similarity of the caption and every patch of each tubelet's first frame (3.3).
-    video (B,3,T,H,W): of `normalize`, other scales give other scores, unnoticed; text (B,E): of
-    encode_text -> (B,t,h,w) float32. chunk: patches that CLIP sees at a time."""
+    video (B,3,T,H,W): of normalize; one in [0,1] is not detected. text (B,E): of encode_text ->
+    (B,t,h,w) float32. chunk: patches in CLIP at a time."""
+    assert len(text) == len(video), f"{len(text)} texts of {len(video)} videos"
+    assert video.shape[2] % tubelet_size == 0, f"{video.shape[2]} frames in tubelets {tubelet_size}"
     firsts = denormalize(video[:, :, ::tubelet_size])  # (B,3,t,H,W)
     frames = firsts.transpose(1, 2).flatten(0, 1).clamp(0, 1)  # (B*t,3,H,W)
     visual = patch_embeddings(clip, frames, patch_size, chunk=chunk)  # (B*t,h,w,E)
@@ -203,32 +208,30 @@ def text_scores(clip, video, text, patch_size, tubelet_size, *, chunk=256):
 
 
 # ==== Top k: scores (B,t,h,w) -> mask (B,N) -> which cubes are visible, which masked (3.3) ========
-
-MASK_RATIOS = {"tube": 0.9, "mgm": 0.75, "tgm": 0.6}  # VideoMAE, MGM, Figure 3(a): see 4.6
+MASK_RATIOS = {"tube": 0.9, "mgm": 0.75, "tgm": 0.6}  # 4.6: best for VideoMAE, MGM, TGM
 
 
 def topk_mask(scores, mask_ratio, *, bottom_k=False):
     """scores (B,t,h,w), no NaN -> mask (B,N) in order t,h,w, True = masked: of each time slice the
-    k = int(mask_ratio*h*w) highest (bottom_k: the lowest, Figure 3(b)). Every masker is this top k:
-    of similarity to the caption (tgm), of noise (tube), of motion (mgm)."""
+    k = int(mask_ratio*h*w) highest (bottom_k: the lowest, Figure 3(b)), whatever the masker."""
     assert not scores.isnan().any(), "there is NaN in the scores"
     scores = scores.flatten(2)  # (B,t,h*w)
     k = int(mask_ratio * scores.shape[-1])
     top_k = scores.topk(k, largest=not bottom_k).indices  # (B,t,k)
-    mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top_k, True)  # the mask of (2)
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top_k, True)  # (2) selects ~mask
     return mask.flatten(1)  # (B,N)
 
 
 def split_mask(mask, device=None):
     """mask (B,N) bool, True = masked -> ids_keep (B,Nv), ids_mask (B,Nm), ascending, on `device`.
-    Their lengths are shapes, which the CPU must know: for a mask on the GPU it has to wait."""
+    Keep masks on the CPU: tolist and nonzero would wait for a GPU."""
     assert mask.dtype == torch.bool, f"mask is {mask.dtype}: must be bool"
     counts = mask.sum(1).tolist()
-    wrong = f"masks {counts} of {mask.shape[1]} cubes: must be the same number, not none, not all"
+    wrong = f"masks {counts} of {mask.shape[1]} cubes: must be equal, and neither none nor all"
     assert len(set(counts)) == 1 and 0 < counts[0] < mask.shape[1], wrong
     ids_keep = (~mask).nonzero()[:, 1].view(len(mask), -1)
     ids_mask = mask.nonzero()[:, 1].view(len(mask), -1)
-    to_gpu = "cuda" in str(device)  # elsewhere the source may be gone before it is copied
+    to_gpu = "cuda" in str(device)  # without waiting; a copy to the CPU has to be waited for
     return ids_keep.to(device, non_blocking=to_gpu), ids_mask.to(device, non_blocking=to_gpu)
 
 
@@ -239,36 +242,47 @@ def take(x, ids):
 
 # ==== Noise and motion: scores of the other two maskers (3.1: random tubes, motion-guided) ========
 def tube_scores(batch, grid, *, generator=None):
-    """-> (B,t,h,w): noise shared over time, so that a place is masked in all slices or in none."""
+    """-> (B,t,h,w): noise shared over time, so that a place is masked in all slices or in none.
+    generator: of the CPU."""
     t, h, w = grid
     return torch.rand(batch, 1, h, w, generator=generator).expand(batch, t, h, w)
 
 
 def motion_scores(motion, grid, *, generator=None):
     """motion (B,T,h',w'), lengths of motion vectors in pixels; grid (t,h,w), t divides T ->
-    (B,t,h,w): the mean over each cube's frames and cells. Chance decides where nothing moves: its
-    noise, at most 1e-4 pixels, is far below a vector's precision."""
+    (B,t,h,w): the mean over a cube's frames and the cells that it touches. Chance decides where
+    nothing moves, by noise of at most 1e-4 pixels (generator: of the CPU)."""
     assert motion.shape[1] % grid[0] == 0, f"{motion.shape[1]} frames in {grid[0]} time slices"
     scores = F.adaptive_avg_pool3d(motion.float(), grid)
     return scores + 1e-4 * torch.rand(scores.shape, generator=generator).to(scores.device)
 
 
 # ==== Transformer: cubes -> Encoder (B,Nv,D); tokens -> Decoder (B,Nm,P) (3.1) ====================
-# Names and order of weights are those of VideoMAE's modeling_finetune.py and modeling_pretrain.py.
+# Names of weights are those of VideoMAE's modeling_pretrain.py; weights.py translates its files.
+class PatchEmbed(nn.Module):
+    """Cubes (B,Nv,P) -> embeddings (B,Nv,D): VideoMAE's Conv3d, as the matrix product it is."""
+
+    def __init__(self, patch_dim, embed_dim):
+        super().__init__()
+        self.proj = nn.Linear(patch_dim, embed_dim)
+
+    def forward(self, cubes):
+        return self.proj(cubes)  # equation (1)
+
+
 class Attention(nn.Module):
     """Self-attention over all tokens, of space and time: (B,L,D) -> (B,L,D), L = Nv or N."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)  # VideoMAE's names: one matrix, two biases
-        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)  # its biases: the next two; k has none, as
+        self.q_bias = nn.Parameter(torch.zeros(dim))  # in VideoMAE: the softmax would drop it
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         B, L, D = x.shape
-        # k has no bias: it would add the same to all scores of a query, and the softmax drops that.
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # (3D,)
         qkv = F.linear(x, self.qkv.weight, bias).view(B, L, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,L,D/heads)
@@ -299,17 +313,6 @@ def sinusoid(count, dim):
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-class PatchEmbed(nn.Module):
-    """Cubes (B,Nv,P) -> embeddings (B,Nv,D): VideoMAE's Conv3d, as the matrix product it is."""
-
-    def __init__(self, patch_dim, embed_dim):
-        super().__init__()
-        self.proj = nn.Linear(patch_dim, embed_dim)
-
-    def forward(self, cubes):
-        return self.proj(cubes)  # equation (1)
-
-
 class Encoder(nn.Module):
     """Cubes (B,N,P), ids_keep (B,Nv) -> (B,Nv,D), after the final norm; ids_keep None: (B,N,D)."""
 
@@ -325,13 +328,14 @@ class Encoder(nn.Module):
         pos = self.pos_embed  # (N,D)
         if ids_keep is not None:
             cubes, pos = take(cubes, ids_keep), pos[ids_keep]  # (2) applied: (B,Nv,P), (B,Nv,D)
-        x = self.patch_embed(cubes)  # (B,Nv,D)
-        x = x + pos.to(x.dtype)  # under autocast x and all residual sums are 16-bit, as in VideoMAE
+        x = self.patch_embed(cubes)  # (B,Nv,D), or (B,N,D)
+        # In x's dtype: under autocast all residual sums are 16-bit, as in VideoMAE.
+        x = x + pos.to(x.dtype)
         return self.norm(self.blocks(x))
 
 
 class Decoder(nn.Module):
-    """Tokens (B,N,Dd), positions added, the masked ones last -> predicted masked cubes (B,Nm,P)."""
+    """Tokens (B,N,Dd) with positions, the num_masked masked ones last -> masked cubes (B,Nm,P)."""
 
     def __init__(self, c):  # c: Config
         super().__init__()
@@ -345,11 +349,11 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))  # (B,Nm,P)
 
 
-# ==== Losses: MSE of the masked cubes (3.1); InfoNCE of videos and captions, over all ranks (3.4) =
+# ==== Losses: MSE of the masked cubes (3.1), InfoNCE over all ranks (3.4) =========================
 def reconstruction_target(video, mask, config):
-    """video (B,3,T,H,W) of normalize, mask (B,N) -> target (B,Nm,P); mean, std (B,Nm,1,3), back to
-    pixels: target.unflatten(-1, (-1, 3)) * std + mean. As in VideoMAE's engine_for_pretraining.py,
-    a cube's pixels in [0,1] are normalised per channel (unbiased variance, std + 1e-6)."""
+    """video (B,3,T,H,W) of normalize, mask (B,N) -> target (B,Nm,P), and mean, std (B,Nm,1,3). The
+    pixels of a cube, in [0,1], are normalised per channel (unbiased variance, std + 1e-6), as in
+    VideoMAE's engine_for_pretraining.py. target.unflatten(-1, (-1, 3)) * std + mean inverts it."""
     _, ids_mask = split_mask(mask, video.device)
     cubes = patchify(denormalize(video), config.patch_size, config.tubelet_size)  # (B,N,P)
     pixels = take(cubes, ids_mask).unflatten(-1, (-1, 3))  # (B,Nm,P/3,3)
@@ -361,8 +365,7 @@ def reconstruction_target(video, mask, config):
 def reconstruction_loss(pred, video, mask, config):
     """pred (B,Nm,P), in ascending order of cube; video (B,3,T,H,W) of normalize; mask (B,N), True =
     masked -> scalar, of the video's dtype: mean squared error of the masked cubes (3.1)."""
-    with torch.no_grad():
-        target, _, _ = reconstruction_target(video, mask, config)
+    target, _, _ = reconstruction_target(video, mask, config)
     return F.mse_loss(pred.to(target.dtype), target)  # the MSE of 3.1
 
 
@@ -376,25 +379,25 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Every rank computes the whole loss, so the sum over ranks of the gradient of this rank's
-        # rows is `world` times the true one. DDP's mean over ranks divides it by `world`.
+        # All ranks compute the whole loss: the sum over ranks is `world` times the gradient of this
+        # rank's rows. DDP's mean over ranks divides by `world` again.
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may share this tensor
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]  # (B,...)
 
 
 def gather(x):
-    """x (B,...) on each rank, B the same on all -> (world*B,...): the rows of all ranks, in order,
-    with a gradient that DDP's mean makes right. On a single process: x itself."""
+    """x (B,...) on each rank, B the same on all -> (world*B,...): all ranks' rows, in order. Its
+    gradient is right once DDP has averaged (see _Gather). On a single process: x itself."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return _Gather.apply(x)
     return x
 
 
 def info_nce(video_emb, text_emb, temperature, *, groups=None):
-    """InfoNCE (3.4), -log(exp(q.k+/tau) / sum over all k of exp(q.k/tau)), of the rows given: the
-    mean of video -> text and text -> video. video_emb, text_emb (B,E), a pair per row, normalised
-    here; groups (B,) ints or None: rows of one group (a video) are not negatives -> scalar."""
+    """InfoNCE, (4): -log(exp(q.k+/tau) / sum over all k of exp(q.k/tau)), the mean of videos as q,
+    texts as k, and the reverse. video_emb, text_emb (B,E): a pair per row, normalised here, not
+    gathered. groups (B,) ints or None: rows of one group (a video) are not negatives -> scalar."""
     with torch.autocast(video_emb.device.type, enabled=False):
         dtype = torch.promote_types(video_emb.dtype, torch.float32)
         video_emb = F.normalize(video_emb.to(dtype), dim=-1)
@@ -406,17 +409,13 @@ def info_nce(video_emb, text_emb, temperature, *, groups=None):
             logits = logits.masked_fill(same, float("-inf"))
         target = torch.arange(len(logits), device=logits.device)  # the pairs are on the diagonal
         both = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)  # (4), both ways
-        return both / 2
+    return both / 2
 
 
 class ContrastiveHead(nn.Sequential):
     """The prediction head of 3.4, with "global batch norm" (its layers: ours, after SimCLR's), and
-    InfoNCE over all ranks. head(pooled): (B,D) -> (B,E), what is compared with text.
-
-        head = ContrastiveHead(768, 512)  # TGMAE._init_weights makes its weights Xavier
-        loss = head.loss(latent.mean(1), text)  # (B,D) and (B,E) of this rank -> scalar
-
-    All ranks must call `loss`, with the same B, in the forward of the model that DDP wraps."""
+    InfoNCE over all ranks. head(pooled): (B,D) -> (B,E), what is compared with text. TGMAE gives
+    its weights Xavier initialisation; by itself they have torch's."""
 
     def __init__(self, embed_dim, text_dim, temperature=0.07):
         super().__init__(
@@ -429,7 +428,8 @@ class ContrastiveHead(nn.Sequential):
 
     def loss(self, pooled, text, groups=None):
         """pooled (B,D), text (B,E), groups (B,) or None, of this rank -> InfoNCE of the whole batch
-        (world*B > 1 clips), the same scalar on every rank."""
+        (world*B > 1 clips), the same scalar on every rank. All ranks must call it, with the same B,
+        in the forward of the model that DDP wraps."""
         # Gathered before the head: its BatchNorm sees all ranks, and SyncBatchNorm is not needed.
         video_emb = self(gather(pooled))  # (world*B,E)
         groups = None if groups is None else gather(groups)
@@ -438,8 +438,9 @@ class ContrastiveHead(nn.Sequential):
 
 # ==== Model: video (B,3,T,H,W), mask (B,N), text (B,E) -> the two losses of 3.5 (Figure 2) ========
 class TGMAE(nn.Module):
-    """Video MAE with an optional video-text contrastive loss. In DDP, freeze what gets no gradient:
-    without text the predictor. torch.export takes `model.encoder`, with (cubes, ids_keep)."""
+    """Video MAE with an optional video-text contrastive loss. Under DDP freeze what gets no
+    gradient: without text the predictor; with mae=False decoder, encoder_to_decoder, mask_token.
+    torch.export takes `model.encoder`, with (cubes, ids_keep)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -471,8 +472,7 @@ class TGMAE(nn.Module):
         if mask is None:
             return self.encoder(cubes)
         assert mask.shape == cubes.shape[:2], f"mask {tuple(mask.shape)}: cubes {cubes.shape[:2]}"
-        ids_keep, _ = split_mask(mask, video.device)
-        return self.encoder(cubes, ids_keep)
+        return self.encoder(cubes, split_mask(mask, video.device)[0])
 
     def decode(self, latent, mask):
         """latent (B,Nv,D) of the visible cubes, mask (B,N) -> predicted masked cubes (B,Nm,P)."""
@@ -484,10 +484,9 @@ class TGMAE(nn.Module):
         return self.decoder(x, ids_mask.shape[1])
 
     def forward(self, video, mask, text=None, *, mae=True, watch=False, groups=None):
-        """video (B,3,T,H,W) of normalize; mask (B,N), True = masked, best on the CPU (see
-        split_mask); text (B,E) or None -> dict: `pred` (B,Nm,P) and the scalar `mae`, unless
-        mae=False (no decoder runs); with text the scalar `vt`. The caller adds them up (3.5).
-
+        """video (B,3,T,H,W) of normalize; mask (B,N), True = masked, on the CPU (see split_mask);
+        text (B,E) or None -> dict: `pred` (B,Nm,P) and the scalar `mae`, unless mae=False (no
+        decoder runs); with text the scalar `vt`, of more than one clip. The caller adds them (3.5).
         watch: `vt` trains the predictor, not the encoder (our reading of Figure 4). groups: see
         info_nce."""
         latent = self.encode(video, mask)  # (B,Nv,D): the encoder of (3)
