@@ -373,7 +373,10 @@ def load_checkpoint(source):
         raise ValueError(f"{source}: makes no model: {error}") from error
     except KeyError as error:
         raise ValueError(f"{source}: makes no model: it has no {error.args[0]}") from error
-    _check(source, config, ours, state)
+    try:
+        _check(source, config, ours, state)
+    except (TypeError, RuntimeError) as error:  # such as a depth that is a text
+        raise ValueError(f"{source}: makes no model: {first_line(error)}") from error
     clip = {"num_frames": config.num_frames, "image_size": config.image_size}
     assumed = [f"{name}={size}" for name, size in clip.items() if name not in sizes]
     saved["assumed"] = ", ".join(assumed)
