@@ -1077,10 +1077,7 @@ def panels_of(args, model, saved):
         panels.append((label, to_uint8(reconstruct(video, masks[way], None, c)["masked"])))
     finite(pooled(model, video), name)
     if model.has_decoder and not model.norm_pix_loss:
-        say(
-            f"note    {args.checkpoint}: its decoder predicts cubes that are not normalised: no "
-            "reconstruction"
-        )
+        say(f"note    {args.checkpoint}: its targets are not normalised: no reconstruction")
     elif model.has_decoder:
         pred = finite(model(video, masks[chosen])["pred"].float(), name)
         made = reconstruct(video, masks[chosen], pred, c)

@@ -45,8 +45,8 @@ Where we depart from section 3, or it is silent (positions, norms, layers are Vi
     (bicubic), clamped to [0,1]. It takes CLIP's [CLS] and [EOS] states: here they are projected, as
     CLIP compares them.
   - 3.3 scores the frames of the clip, as text_scores does. On real data train.py may read scores
-    that captions.py made beforehand, of every 8th frame, uncropped: this is the largest departure,
-    7 to 19% of the masked cubes are others.
+    that captions.py made beforehand, of every 8th frame, uncropped. This is the largest departure:
+    in the toy world it changes whether a cube is masked for 19% of the cubes.
   - 3.4 pools "all patches": here the visible ones, all that the encoder sees, after its final norm.
     The text is CLIP's embedding of the caption, frozen. The two directions of (4) are averaged.
   - 3.4 gives no temperature (here 0.07) and no layers of the head: here Linear, BatchNorm, ReLU,
@@ -67,7 +67,9 @@ import torch.nn.functional as F
 
 # ==== Config: sizes (4.2): VideoMAE's, but for CLIP's text_dim and our temperature ================
 @dataclass(frozen=True)
-class Config:  # all are positive
+class Config:
+    """Sizes of the model. That they are positive is not checked."""
+
     image_size: int = 224
     patch_size: int = 16
     num_frames: int = 16
@@ -143,11 +145,11 @@ def patchify(video, patch_size, tubelet_size):
     return x.reshape(B, t * h * w, tubelet_size * patch_size**2 * C)  # (B,N,P)
 
 
-def unpatchify(cubes, grid, patch_size, tubelet_size):
+def unpatchify(patches, grid, patch_size, tubelet_size):
     """(B,N,P) -> (B,C,T,H,W): the exact inverse of patchify."""
     t, h, w = grid
-    assert cubes.shape[1] == t * h * w, f"cubes {tuple(cubes.shape)} of a grid {t}x{h}x{w}"
-    x = cubes.reshape(len(cubes), t, h, w, tubelet_size, patch_size, patch_size, -1)
+    assert patches.shape[1] == t * h * w, f"patches {tuple(patches.shape)} of a grid {t}x{h}x{w}"
+    x = patches.reshape(len(patches), t, h, w, tubelet_size, patch_size, patch_size, -1)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B,C, t,frame, h,row, w,column)
     return x.reshape(len(x), -1, t * tubelet_size, h * patch_size, w * patch_size)
 
@@ -227,8 +229,9 @@ def split_mask(mask, device=None):
     Keep masks on the CPU: tolist and nonzero would wait for a GPU."""
     assert mask.dtype == torch.bool, f"mask is {mask.dtype}: must be bool"
     counts = mask.sum(1).tolist()
-    wrong = f"masks {counts} of {mask.shape[1]} cubes: must be equal, and neither none nor all"
-    assert len(set(counts)) == 1 and 0 < counts[0] < mask.shape[1], wrong
+    assert len(set(counts)) == 1 and 0 < counts[0] < mask.shape[1], (
+        f"masks {counts} of {mask.shape[1]} cubes: must be equal, and neither none nor all"
+    )
     ids_keep = (~mask).nonzero()[:, 1].view(len(mask), -1)
     ids_mask = mask.nonzero()[:, 1].view(len(mask), -1)
     to_gpu = "cuda" in str(device)  # without waiting; a copy to the CPU has to be waited for
@@ -240,7 +243,7 @@ def take(x, ids):
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
-# ==== Noise and motion: scores of the other two maskers (3.1: random tubes, motion-guided) ========
+# ==== Noise and motion: scores of tube and motion-guided masking (3.1) ============================
 def tube_scores(batch, grid, *, generator=None):
     """-> (B,t,h,w): noise shared over time, so that a place is masked in all slices or in none.
     generator: of the CPU."""
@@ -276,8 +279,9 @@ class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)  # its biases: the next two; k has none, as
-        self.q_bias = nn.Parameter(torch.zeros(dim))  # in VideoMAE: the softmax would drop it
+        # As in VideoMAE, one matrix, and biases for q and v: softmax cancels what k's would add.
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 

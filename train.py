@@ -1045,7 +1045,9 @@ def facts_of(args, records, text_from, clip, goes_on):
 def go_on(saved, model, optimizer, args, data, total):
     """Loads a checkpoint of the same run; another one's is refused. -> its step, of `total`."""
     defaults = vars(parse_args(["--data", args.data, "--no-resume"]))
-    refuse_another_run(args, saved, settings(args, data) | asdict(model.config), defaults)
+    older = {"in_chans": 3, "norm_pix_loss": True}  # what older checkpoints could have otherwise
+    now = settings(args, data) | asdict(model.config) | older
+    refuse_another_run(args, saved, now, defaults)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     step = saved["step"]

@@ -25,7 +25,6 @@ import torch
 from huggingface_hub import constants, errors, hf_hub_download
 
 import tgmae
-from tgmae import PRESETS, TGMAE, Config
 
 
 def work_offline_if_no_hub():
@@ -255,8 +254,8 @@ ONLY = {"hidden_act": "gelu", "qkv_bias": True, "qv_bias": True, "num_channels":
 
 
 def _huggingface_sizes(state, theirs):
-    """Fields of Config, of weights in our names and a config.json. What that leaves out is
-    VideoMAEConfig's default. ValueError for a model that is none of ours."""
+    """Fields of Config and norm_pix_loss, of weights in our names and a config.json. What that
+    leaves out is VideoMAEConfig's default. ValueError for a model that is none of ours."""
     for name, value in ONLY.items():
         if theirs.get(name, value) != value:
             raise ValueError(f"its config.json says {name}={theirs[name]!r}, not {value!r}")
@@ -271,9 +270,10 @@ def _huggingface_sizes(state, theirs):
 
 
 def _official_sizes(state, conv, flags):
-    """Fields of Config, of official weights in our names, whose patch embedding had the shape
-    `conv`. Neither the clip's size nor heads are in weights: those are what the file's flags say,
-    if it has them, and the published model's of that width; ValueError for another width."""
+    """Fields of Config and norm_pix_loss, of official weights in our names, whose patch embedding
+    had the shape `conv`. Neither the clip's size nor heads are in weights: those are what the
+    file's flags say, if it has them, and the published model's of that width; ValueError for
+    another width."""
     D, _, tubelet_size, patch_size, _ = conv
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     flags = flags if isinstance(flags, dict) else {}
@@ -288,7 +288,7 @@ def _official_sizes(state, conv, flags):
     if "encoder_to_decoder.weight" in state:
         parts.append(("decoder", "decoder_", len(state["encoder_to_decoder.weight"])))
     for part, prefix, width in parts:
-        presets = [vars(preset) for preset in PRESETS.values()]
+        presets = [vars(preset) for preset in tgmae.PRESETS.values()]
         heads = {p[f"{prefix}embed_dim"]: p[f"{prefix}num_heads"] for p in presets}
         heads[1408] = 16  # VideoMAEv2's giant
         if width not in heads:
@@ -309,14 +309,13 @@ def part_of(name):
     return "decoder" if part in ("encoder_to_decoder", "mask_token") else part
 
 
-def _check(source, config, state, theirs):
-    """ValueError unless these weights in our names make a model of these sizes: there is an
-    encoder, perhaps without its last norm; each other part is whole or not there; all is known and
-    of its shape. theirs: the weights in the file's names."""
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in TGMAE(config).state_dict().items()}
+def _check(source, model, state, theirs):
+    """ValueError unless these weights in our names make this model: there is an encoder, perhaps
+    without its last norm; each other part is whole or not there; all is known and of its shape.
+    theirs: the weights in the file's names."""
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
     if "head.weight" in state:  # fine-tuned: see eval.Classifier
-        D, classes = config.embed_dim, len(state["head.weight"])
+        D, classes = model.config.embed_dim, len(state["head.weight"])
         shapes = {name: shape for name, shape in shapes.items() if name.startswith("encoder.")}
         shapes |= {"fc_norm.weight": (D,), "fc_norm.bias": (D,)}
         shapes |= {"head.weight": (classes, D), "head.bias": (classes,)}
@@ -368,15 +367,14 @@ def load_checkpoint(source):
         # What older checkpoints and other models have besides. Other channels do not fit below.
         saved["norm_pix_loss"] = sizes.pop("norm_pix_loss", True)
         own = {name: size for name, size in sizes.items() if name not in ("in_chans", "drop_path")}
-        config = Config(**own)
-    except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
-        raise ValueError(f"{source}: makes no model: {error}") from error
+        config = tgmae.Config(**own)
+        with torch.device("meta"):
+            model = tgmae.TGMAE(config)
+    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{source}: makes no model: {first_line(error)}") from error
     except KeyError as error:
         raise ValueError(f"{source}: makes no model: it has no {error.args[0]}") from error
-    try:
-        _check(source, config, ours, state)
-    except (TypeError, RuntimeError) as error:  # such as a depth that is a text
-        raise ValueError(f"{source}: makes no model: {first_line(error)}") from error
+    _check(source, model, ours, state)
     clip = {"num_frames": config.num_frames, "image_size": config.image_size}
     assumed = [f"{name}={size}" for name, size in clip.items() if name not in sizes]
     saved["assumed"] = ", ".join(assumed)

@@ -225,13 +225,29 @@ def test_drop_path_grows_with_depth():
     ev.add_drop_path(encoder, 0.5)
     assert encoder.state_dict().keys() == names
     x = torch.randn(1, 4, 8).expand(2000, -1, -1)
-    for part, rate in ((part, rate) for rate, block in zip((0, 0.25, 0.5), encoder.blocks)
-                       for part in (block.attn, block.mlp)):  # fmt: skip
-        whole = part.eval()(x)
-        dropped = part.train()(x)
-        gone = (dropped == 0).all((1, 2))
-        assert gone.float().mean().item() == pytest.approx(rate, abs=0.05)
-        torch.testing.assert_close(dropped[~gone], whole[~gone] / (1 - rate))
+    for rate, block in zip((0, 0.25, 0.5), encoder.blocks):
+        for part in (block.attn, block.mlp):
+            whole = part.eval()(x)
+            dropped = part.train()(x)
+            gone = (dropped == 0).all((1, 2))
+            assert gone.float().mean().item() == pytest.approx(rate, abs=0.05)
+            torch.testing.assert_close(dropped[~gone], whole[~gone] / (1 - rate))
+
+
+def test_a_decoder_of_other_targets(checkpoint, clips, capsys):
+    """Its reconstruction is not drawn, as ours are, and what is exported says it on."""
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["config"]["norm_pix_loss"] = False
+    torch.save(saved, "odd.pt")
+    data = clips(2, 2, {2: {"captions": None}})  # no text mask: no CLIP
+    ev.main(words("export odd.pt --out folder"))
+    for source in ("odd.pt", "folder/model.pt", "folder"):
+        capsys.readouterr()
+        ev.main(words(f"show {source} --data {data} --out seen"))
+        said = capsys.readouterr().out
+        assert f"note    {source}: its targets are not normalised: no reconstruction" in said
+    with pytest.raises(SystemExit, match="--mask-ratio 0.001: masks 0 of"):
+        ev.main(words(f"show odd.pt --data {data} --mask-ratio 0.001 --out seen"))
 
 
 # ---- augmentation -------------------------------------------------------------------------------

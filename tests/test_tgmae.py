@@ -470,8 +470,12 @@ def test_scores_are_float32_under_autocast(world):
         tgmae.encode_text(clip, tokenizer, "a red circle")
     with pytest.raises(TypeError, match="video is torch.float32: must be uint8"):
         tgmae.normalize(torch.rand(1, 3, 2, 16, 16))
-    with pytest.raises(AssertionError, match="video is torch.uint8: normalize"):
-        tgmae.text_scores(clip, video.byte(), text, 8, 2)
+    for clips, texts, why in (
+        (video.byte(), text, "video is torch.uint8: normalize"),
+        (video, text[:1], "1 texts of 2 videos"), (video[:, :, :1], text, "1 frames in tubelets 2"),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match=why):
+            tgmae.text_scores(clip, clips, texts, 8, 2)
 
 
 def test_info_nce_by_loops():
