@@ -123,12 +123,23 @@ def their_step(args, attention, *, compiled=False):
     return training_step(model, lambda video, mask: model(video.transpose(1, 2), mask).loss, args)
 
 
+def memory_of(step):
+    """GiB that a step takes beyond weights and moments, at its peak: activations and gradients."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
 def compare_steps(what, steps, size, mask_ratio, amp, args):
     c = tgmae.PRESETS[args.preset]
     video = torch.randn(size, 3, c.num_frames, c.image_size, c.image_size, device=args.device)
     mask = tgmae.topk_mask(tgmae.tube_scores(size, c.grid), mask_ratio)
     ways = {name: (lambda step=step: step(video, mask, amp)) for name, step in steps.items()}
-    compare(f"step {mask_ratio} {'bf16' if amp else 'fp32'}{what}", ways, size, args)
+    what = f"step {mask_ratio} {'bf16' if amp else 'fp32'}{what}"
+    compare(what, ways, size, args)
+    if args.device == "cuda":
+        report(f"{what}: GiB", **{name: memory_of(way) for name, way in ways.items()})
 
 
 def bench_step(folder, args):
