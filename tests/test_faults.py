@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, argv, assert_same_run, log, write_lines
+from conftest import ROOT, TINY, argv, assert_same_run, log, needs_transformers, write_lines
 from test_ranks import torchrun
 
 import captions
@@ -564,7 +564,10 @@ def savez(folder):
     (savez, "a.npz"),
     (lambda folder: train.append(folder / "log", "1" * 200_000), "log"),
     (lambda folder: toy.build(folder / "world", clips=16, clip_steps=1), "world"),
-    (lambda folder: ev.main(argv("export", folder / "start.pt", "--out", folder / "out")), "out"),
+    pytest.param(
+        lambda folder: ev.main(argv("export", folder / "start.pt", "--out", folder / "out")), "out",
+        marks=needs_transformers,
+    ),
 ])  # fmt: skip
 def test_a_disk_that_fills_up_meanwhile(checkpoint, tmp_path, write, name):
     """As if from 100,000 bytes on there were no room: torch, safetensors and zip files make errors

@@ -45,7 +45,7 @@ def args_of(*flags):
 
 
 def load(folder):
-    return torch.load(f"{folder}/last.pt", weights_only=True)
+    return torch.load(f"{folder}/last.pt", map_location="cpu", weights_only=True)
 
 
 FEW = "--epochs 1 --warmup-epochs 0.5 --batch-size 4 --preset toy --stride 4 --blr 0.05 --no-flip"
@@ -115,7 +115,8 @@ def test_another_way_to_start_processes(workdir, manifest):
     start = "import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n"
     (workdir / "sitecustomize.py").write_text(start)
     flags = argv(ROOT / "train.py", "--data", manifest(8), FEW, "--out run --workers 2")
-    env, command = os.environ | {"PYTHONPATH": str(workdir)}, [sys.executable, *flags]
+    path = os.pathsep.join([str(workdir), os.environ.get("PYTHONPATH", "")])
+    env, command = os.environ | {"PYTHONPATH": path}, [sys.executable, *flags]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(log("run")) == 2
