@@ -41,18 +41,15 @@ Where we depart from section 3, or it is silent (positions, norms, layers are Vi
     from this paper alone: masking the cubes of largest mean motion is our reading.
   - 3.3 scores and masks frames: here a cube's first frame scores it, and k cubes of each time slice
     are masked, k rounded down. Which of equal scores (black borders) are, torch.topk decides.
-  - 3.3 resizes patches of a size it does not say: here the cubes' own, by CLIP's own interpolation
-    (bicubic), clamped to [0,1]. It takes CLIP's [CLS] and [EOS] states: here they are projected, as
-    CLIP compares them.
+  - 3.3 resizes patches, we do not know of which size nor how: here the cubes' own, by bicubic
+    interpolation as CLIP's, clamped to [0,1]. [CLS] and [EOS] are projected, as CLIP compares them.
   - 3.3 scores the frames of the clip, as text_scores does. On real data train.py may read scores
-    that captions.py made beforehand, of every 8th frame, uncropped. This is the largest departure:
-    in the toy world it changes whether a cube is masked for 19% of the cubes.
+    that captions.py made of every 8th frame, uncropped. This is the largest departure: in the toy
+    world it changes for 19% of the cubes whether they are masked.
   - 3.4 pools "all patches": here the visible ones, all that the encoder sees, after its final norm.
-    The text is CLIP's embedding of the caption, frozen. The two directions of (4) are averaged.
-  - 3.4 gives no temperature (here 0.07) and no layers of the head: here Linear, BatchNorm, ReLU,
-    Linear, on the video side only.
-  - 3.4: all other captions and videos are negatives. With the argument `groups`, not those of the
-    same video.
+  - 3.4 is silent on the text (here CLIP's embedding, frozen), the temperature (0.07) and the head's
+    layers (Linear, BatchNorm, ReLU, Linear, for the video alone). We average (4) both ways.
+  - 3.4: all other captions and videos are negatives. With `groups`, not those of the same video.
 """
 
 import math
@@ -422,12 +419,8 @@ class ContrastiveHead(nn.Sequential):
     its weights Xavier initialisation; by itself they have torch's."""
 
     def __init__(self, embed_dim, text_dim, temperature=0.07):
-        super().__init__(
-            nn.Linear(embed_dim, embed_dim),
-            nn.BatchNorm1d(embed_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(embed_dim, text_dim),
-        )
+        hidden, out = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, text_dim)
+        super().__init__(hidden, nn.BatchNorm1d(embed_dim), nn.ReLU(inplace=True), out)
         self.temperature = temperature
 
     def loss(self, pooled, text, groups=None):
@@ -456,15 +449,11 @@ class TGMAE(nn.Module):
         self.register_buffer("pos_embed", pos_embed, persistent=False)  # the decoder's
         self.decoder = Decoder(c)
         self.predictor = ContrastiveHead(c.embed_dim, c.text_dim, c.temperature)  # used with text
-        self.apply(self._init_weights)
+        for linear in [module for module in self.modules() if isinstance(module, nn.Linear)]:
+            nn.init.xavier_uniform_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def encode(self, video, mask=None):
         """video (B,3,T,H,W) of normalize, mask (B,N), True = masked -> (B,Nv,D), after the final
