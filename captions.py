@@ -38,30 +38,14 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import dataset
+import runs
 import tgmae
 import weights
-from dataset import VideoError
-from train import (
-    WORKERS,
-    add_flag,
-    append,
-    batches_of,
-    check_flags,
-    gather_objects,
-    one_line_errors,
-    progress,
-    rank_and_world,
-    replacing,
-    start_processes,
-)
+from dataset import UserError, VideoError
 
-VIDEOS = set(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
-VIDEOS |= {".mts", ".m2ts", ".vob", ".divx"}
 SPLITS = {name: name for name in ("train", "val", "test")}
 SPLITS |= {"training": "train", "validation": "val", "validate": "val"}  # in annotation files
 SPLIT_WORDS = SPLITS | {"valid": "val", "dev": "val", "testing": "test"}  # in people's own names
-# Hidden files and folders, and what systems keep of deleted files, previews and snapshots.
-HIDDEN = r"\..*|[$#@]recycle(\.bin)?|@eadir|__macosx|lost\+found|[~#]snapshot|system volume info.*"
 
 
 # =================================================================================================
@@ -83,7 +67,7 @@ class Annotations:
         path = next((self.folder / name for name in names if (self.folder / name).exists()), None)
         self.where = str(path or self.folder)
         if needed and not path:
-            raise ValueError(f"there is no {' or '.join(names)}")
+            raise UserError(f"there is no {' or '.join(names)}")
         return path
 
     def lines(self, path):
@@ -99,7 +83,7 @@ class Annotations:
             for row in reader:
                 self.where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(f"not the header's {len(reader.fieldnames)} fields")
+                    raise UserError(f"not the header's {len(reader.fieldnames)} fields")
                 yield row
 
     def entries(self, path):
@@ -149,7 +133,7 @@ def index_ucf101(args, files, find):
             path, _, given = line.partition(" ")
             label = path.split("/")[0]
             if given and int(given) != classes[label]:
-                raise ValueError(
+                raise UserError(
                     f"class {given}, but classInd.txt says that {label} is {classes[label]}"
                 )
             record = {"video": find(Path(path).stem, label), "label": label, "split": split}
@@ -210,7 +194,7 @@ def split_words(name):
 def path_and_label(line):
     """`path label` or `path frames label` -> path, label. What follows the path is columns of CSV
     if a comma, a tab or quotes say so, and words otherwise."""
-    endings = "|".join(re.escape(suffix) for suffix in VIDEOS)
+    endings = "|".join(re.escape(suffix) for suffix in dataset.VIDEOS)
     # In quotes; or up to a known suffix; or one of two columns; or all but the last word.
     paths = rf'"(?:[^"]|"")+"|[^"]+(?:{endings})|[^",\t]+(?=[,\t]\s*(?:".+"|[^,\t]+)$)|.+'
     match = re.fullmatch(rf"({paths})\s*([\s,])\s*(.+)", line, re.IGNORECASE)
@@ -223,7 +207,7 @@ def path_and_label(line):
     elif words and not re.search(r'["\t]|^(-?[\d.]+[\s,]+){2}', rest):  # no `start frames label`
         row = [rest]
     if len(row) > 1 or not row[0].strip():
-        raise ValueError(f"not `path label` or `path frames label`: {line[:80]}")
+        raise UserError(f"not `path label` or `path frames label`: {line[:80]}")
     return path.strip('"').replace('""', '"'), row[0].strip()
 
 
@@ -239,7 +223,7 @@ def index_list(args, files, find):
     for path in lists or [files.path("*.csv", "*.txt")]:  # none: says so
         files.where, words = str(path), sorted(split_words(path.stem))
         if len(words) > 1:
-            raise ValueError(f"its name says {' and '.join(words)}: which split is it?")
+            raise UserError(f"its name says {' and '.join(words)}: which split is it?")
         if not words:
             print(f"{path}: train, since its name has none of: {', '.join(SPLIT_WORDS)}")
         for line in files.lines(path):
@@ -254,26 +238,11 @@ def index_list(args, files, find):
             yield name, record
 
 
-def videos_under(root, others=None):
-    """Videos below a folder, also through links; not hidden ones (.ipynb_checkpoints/a.mp4,
-    ._a.mp4, @eaDir/a.mp4), nor those below a folder that is its own ancestor, by a link. Files of
-    other kinds are added to the list `others`."""
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = Path(folder).resolve()
-        above = {real, *real.parents, *(p.resolve() for p in Path(folder).parents)}
-        folders[:] = sorted(name for name in folders if not re.fullmatch(HIDDEN, name, re.I))
-        folders[:] = [name for name in folders if Path(folder, name).resolve() not in above]
-        shown = sorted(name for name in names if not re.fullmatch(HIDDEN, name, re.I))
-        yield from (Path(folder, name) for name in shown if Path(name).suffix.lower() in VIDEOS)
-        if others is not None:
-            others += [name for name in shown if Path(name).suffix.lower() not in VIDEOS]
-
-
 def index_folder(args, files, find):
     """ROOT/<label>/.../<video>; or, if all folders with videos in ROOT are named as splits,
     ROOT/<split>/<label>/.../<video> and ROOT/<split>/<video>. A video in ROOT itself: its name is
     the label."""
-    paths = list(videos_under(args.root, files.others))
+    paths = list(dataset.videos_under(args.root, files.others))
     folders_of = {path: path.relative_to(args.root).parts[:-1] for path in paths}
     has_splits = {names[0].lower() for names in folders_of.values() if names} <= SPLIT_WORDS.keys()
     for path, folders in folders_of.items():
@@ -304,7 +273,7 @@ def finder(root, others):
         return text.lower().replace(" ", "_")
 
     table = defaultdict(list)
-    for path in videos_under(root, others):
+    for path in dataset.videos_under(root, others):
         table[path.stem].append(path)
 
     def find(stem, *hints):
@@ -319,25 +288,25 @@ def finder(root, others):
 
 
 def read_annotations(args):
-    """-> [(where it says so, the video's name, record)]; what is wrong with a file is a ValueError
+    """-> [(where it says so, the video's name, record)]; what is wrong with a file is a UserError
     that names file and line."""
     files, rows = Annotations(args.annotations or args.root), []
     find = finder(args.root, files.others) if args.dataset not in ("folder", "list") else None
     try:
         for name, record in DATASETS[args.dataset](args, files, find):
             if record.get("human_captions") == [""]:
-                raise ValueError("an empty caption")
+                raise UserError("an empty caption")
             rows.append((files.where, name, record))
     except KeyError as error:
-        raise ValueError(f"{files.where}: {error} is unknown or missing") from error
-    except (ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{files.where}: {error}") from error
+        raise UserError(f"{files.where}: {error} is unknown or missing") from error
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{files.where}: {error}") from error
     others = [p for p in files.others if not (find and p.endswith((".csv", ".json", ".txt")))]
     if others:
         print(f"{len(others)} other files were left out, such as {others[0]}")
     if not any(record["video"] for *_, record in rows):
         missing = f", none of the {len(rows)} listed, such as {rows[0][1]}" if rows else ""
-        raise ValueError(f"{args.root}: no videos ({' '.join(sorted(VIDEOS))}){missing}")
+        raise UserError(f"{args.root}: no videos ({' '.join(sorted(dataset.VIDEOS))}){missing}")
     return rows
 
 
@@ -353,7 +322,7 @@ def relative(path, folder):
 
 def write_text(path, text):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # not UTF-8
+    with runs.replacing(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # not UTF-8
         file.write(text)
 
 
@@ -385,12 +354,12 @@ def segments(record, seconds):
 
 
 def index(args):
-    if rank_and_world()[0]:
+    if runs.rank_and_world()[0]:
         return
     if not args.root.is_dir():
-        raise ValueError(f"{args.root}: no such folder")
+        raise UserError(f"{args.root}: no such folder")
     if args.out.exists() and not args.force:
-        raise ValueError(f"{args.out}: exists, perhaps with captions; --force writes it anew")
+        raise UserError(f"{args.out}: exists, perhaps with captions; --force writes it anew")
     rows = read_annotations(args)
     found, problems, counts = [], [], defaultdict(Counter)
     for where, name, record in rows:
@@ -416,7 +385,7 @@ def index(args):
         print(f"{args.out}: {split}: {said}; {len(labels)} labels")
     report(args.out, "index", problems)
     if not found:
-        raise ValueError(f"{args.root}: none of {len(rows)} videos can be read")
+        raise UserError(f"{args.root}: none of {len(rows)} videos can be read")
     write_manifest(args.out, found)
 
 
@@ -442,7 +411,7 @@ def work_of(manifest):
 
 def read_work(folder, settings):
     """{key: outcome} of what any process did, before and after a kill. What was done under other
-    settings, a line of their own above it, is a ValueError."""
+    settings, a line of their own above it, is a UserError."""
     outcomes, then = {}, settings
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -457,7 +426,7 @@ def read_work(folder, settings):
             else:
                 other = dict(then.items() - settings.items())
                 way = "finish it with its own flags, or remove the folder"
-                raise ValueError(f"{folder}: unfinished work with {other}; {way}")
+                raise UserError(f"{folder}: unfinished work with {other}; {way}")
     return outcomes
 
 
@@ -478,17 +447,20 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
     `load` (key -> anything; VideoError: that key failed) runs in loader processes, ahead of
     `compute` (keys, what was loaded -> a dict for each, its outcome). -> {key: outcome} of all
     units; the outcome of a failure is {"error": ...}."""
-    rank, world = rank_and_world()
+    rank, world = runs.rank_and_world()
     folder = work_of(manifest)
-    folder.mkdir(exist_ok=True)
+    with runs.naming(folder):
+        folder.mkdir(exist_ok=True)
     done = read_work(folder, settings).keys()
-    gather_objects("a barrier: all have read what was done before any adds to it")
-    append(folder / f"{rank}.jsonl", f"\n{json.dumps(settings)}\n")  # a kill may have cut a line
+    runs.wait_for_all()  # all have read what was done before any adds to it
+    runs.append(
+        folder / f"{rank}.jsonl", f"\n{json.dumps(settings)}\n"
+    )  # a kill may have cut a line
     todo = [keys for keys in units if not done >= set(keys)][rank::world]
-    how = {"batch_size": None, "collate_fn": functools.partial(try_each, load)}
-    loaded = batches_of(todo, (min(workers, len(todo)), 2), **how)
+    collate = functools.partial(try_each, load)
+    loaded = runs.batches_of(todo, min(workers, len(todo)), batch_size=None, collate_fn=collate)
     name = settings["command"] + (f", one of {world} processes" if world > 1 else "")
-    with progress(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0) as bar:
+    with runs.progress(total=sum(map(len, todo)), desc=name, unit=unit, disable=rank > 0) as bar:
         for keys, values in zip(todo, loaded):
             outcomes, good = {}, {}
             for key, value in zip(keys, values):
@@ -499,19 +471,19 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
             if good:
                 outcomes |= zip(good, compute(list(good), list(good.values())))
             lines = [json.dumps({"key": key} | outcomes[key]) for key in outcomes]
-            append(folder / f"{rank}.jsonl", "\n".join(lines) + "\n")
+            runs.append(folder / f"{rank}.jsonl", "\n".join(lines) + "\n")
             bar.update(len(keys))
-    gather_objects("a barrier: all is done")
+    runs.wait_for_all()  # all is done
     outcomes = read_work(folder, settings)
-    gather_objects("a barrier: all have read it before rank 0 removes it")
+    runs.wait_for_all()  # all have read it before rank 0 removes it
     return {key: outcomes[key] for keys in units for key in keys}
 
 
 def conclude(manifest, command, outcomes, update):
     """On rank 0: puts the outcomes into the manifest, by update(key, record, outcome), or marks as
     failed. The manifest is read again: hours may have passed, and others may have added to it.
-    ValueError if all failed."""
-    if rank_and_world()[0]:
+    UserError if all failed."""
+    if runs.rank_and_world()[0]:
         return
     read, failures, done = dataset.read_manifest(manifest), [], 0
     own = (json.loads(line) for line in read.data.split(b"\n") if line.strip())
@@ -533,7 +505,7 @@ def conclude(manifest, command, outcomes, update):
     left = len(records) - done - len(failures)
     print(f"{manifest}: {command}: {done} clips, {len(failures)} failed; {left} left as they were")
     if failures and not done:
-        raise ValueError(f"{manifest}: all {len(failures)} clips failed, the first: {failures[0]}")
+        raise UserError(f"{manifest}: all {len(failures)} clips failed, the first: {failures[0]}")
 
 
 # =================================================================================================
@@ -592,16 +564,16 @@ def load_keyframes(records, count, key):
 
 
 def from_pretrained(kind, model, **more):
-    """A transformers class from a hub name or a local folder; ValueError with the ways out."""
-    online = Path(model).is_dir() or weights.work_offline_if_no_hub()
+    """A transformers class from a hub name or a local folder; UserError with the ways out."""
     import transformers
 
     try:
         return getattr(transformers, kind).from_pretrained(model, **more)
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = weights.first_line(error) if online else "the hub cannot be reached"
-        way = "Way out: --model FOLDER, a downloaded one"
-        raise ValueError(f"--model {model}: {reason}. {way}") from error
+        reason = weights.first_line(error)
+        raise UserError(
+            f"--model {model}: {reason}. Way out: --model FOLDER, a downloaded one"
+        ) from error
 
 
 def captions_or_error(texts, who):
@@ -731,10 +703,10 @@ def map_size(size, image_size, patch_size):
 
 def is_current(args, path, record, made_by, numbers, order):
     """Whether the wanted map is there. Half a map, or one of other captions or frames, is made
-    anew; one of another CLIP or geometry may be wanted by somebody: ValueError."""
+    anew; one of another CLIP or geometry may be wanted by somebody: UserError."""
     try:
         saved = dataset.read_map(path, record["captions"], order=order)
-    except ValueError:  # none at all, most often
+    except UserError:  # none at all, most often
         return False
     resized = map_size(saved.size, args.image_size, args.patch_size)
     for what, old, new in (
@@ -744,7 +716,7 @@ def is_current(args, path, record, made_by, numbers, order):
     ):  # fmt: skip
         if old != new:
             change = f"{str(old)[:60]}, now {str(new)[:60]}"
-            raise ValueError(f"{path}: {what} {change}; --force makes all anew")
+            raise UserError(f"{path}: {what} {change}; --force makes all anew")
     return True
 
 
@@ -789,7 +761,7 @@ def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
         similarity = similarity_map(clip, frames, text, args.patch_size, args.device)
         path = paths[key]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with runs.replacing(path) as file:
             similarity, text = similarity.half().numpy(), text.half().cpu().numpy()
             geometry = {"source_size": size, "resized_size": frames.shape[-2:]}
             geometry |= {"frames": numbers, "patch_size": args.patch_size}
@@ -802,7 +774,7 @@ def maps(args):
     records = list(dataset.read_manifest(args.manifest))
     clips = {key: r for key, r in zip(keys_of(records), records) if r.get("captions")}
     if not clips:
-        raise ValueError(f"{args.manifest}: no clip has captions; captions.py caption makes them")
+        raise UserError(f"{args.manifest}: no clip has captions; captions.py caption makes them")
     paths = {key: path_of_map(args.manifest, key, clips[key]["video"]) for key in clips}
     clip = weights.load_clip(args.clip, args.clip_pretrained, args.device)
     made_by = clip_id(args, clip[0])
@@ -827,13 +799,17 @@ MODELS = {"blip2": "Salesforce/blip2-opt-2.7b", "llm": "Qwen/Qwen2.5-1.5B-Instru
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Manifest, captions and text maps for train.py.")
+    about = "Manifest, captions and text maps for train.py."
+    parser, positive = (
+        runs.Parser(prog="captions.py", description=about),
+        {"type": runs.positive_int},
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
 
     def command(name, help):
         adds = commands.add_parser(name, help=help, description=help, formatter_class=formatter)
-        return functools.partial(add_flag, adds)
+        return functools.partial(runs.add_flag, adds)
 
     flag = command("index", "a dataset's videos and annotation files -> manifest")
     whose = {"nargs": "?", "choices": DATASETS}
@@ -845,7 +821,7 @@ def parse_args(argv=None):
     flag("--fold", 1, "which split of ucf101 and hmdb51", choices=(1, 2, 3))
     flag("--classes", None, "list: file with the names of labels 0, 1, ..., a line each", type=Path)
     pieces = "make a clip of every so many seconds of longer videos"
-    flag("--segment", None, pieces, type=float)
+    flag("--segment", None, pieces, type=runs.positive)
     flag("--out", Path("data.jsonl"), "the manifest to write", type=Path)
     flag("--force", False, "overwrite the manifest")
 
@@ -855,46 +831,42 @@ def parse_args(argv=None):
     flag("--source", None, sources, required=True, choices=("blip2", "label", "llm", "human"))
     models = ", ".join(f"{source}: {model}" for source, model in MODELS.items())
     flag("--model", None, f"hub name or folder for transformers; {models}")
-    flag("--frames", 3, "blip2: keyframes, a caption each (1: the centre frame)")
-    flag("--batch-size", 8, "blip2: clips per forward")
-    flag("--per-prompt", 3, "llm: answers to each of the three prompts")
-    flag("--max-new-tokens", 60, "longest caption, in the model's tokens")
-    flag("--seed", 0, "llm: of the sampling")
+    flag("--frames", 3, "blip2: keyframes, a caption each (1: the centre frame)", **positive)
+    flag("--batch-size", 8, "blip2: clips per forward", **positive)
+    flag("--per-prompt", 3, "llm: answers to each of the three prompts", **positive)
+    flag("--max-new-tokens", 60, "longest caption, in the model's tokens", **positive)
+    flag("--seed", 0, "llm: of the sampling", type=runs.seed)
     flag("--append", False, "add to the captions that are there (the paper's BLIP + GPT)")
     flag("--force", False, "replace captions that are there")
-    flag("--workers", None, WORKERS, type=int)
+    flag("--workers", None, runs.WORKERS, type=runs.natural)
 
     flag = command("maps", "text maps of clips with captions: CLIP once, instead of at every step")
     flag("manifest", None, "JSON lines; rewritten at the end, maps/ beside it", type=Path)
     flag("--clip", "ViT-B-32-quickgelu", "open_clip model, hf-hub:NAME or local-dir:FOLDER")
     flag("--clip-pretrained", "openai", "tag of open_clip, or a file of weights")
-    flag("--every", 8, "frames from one mapped frame to the next")
-    flag("--image-size", 224, "the frame's short side in pixels, as the model's")
-    flag("--patch-size", 16, "pixels, as the model's patch_size")
+    flag("--every", 8, "frames from one mapped frame to the next", **positive)
+    flag("--image-size", 224, "the frame's short side in pixels, as the model's", **positive)
+    flag("--patch-size", 16, "pixels, as the model's patch_size", **positive)
     flag("--force", False, "make maps anew that are there")
-    flag("--workers", None, WORKERS, type=int)
+    flag("--workers", None, runs.WORKERS, type=runs.natural)
 
     parser.set_defaults(device="auto", amp=None)  # which start_processes settles
     args = parser.parse_args(argv)
-    sizes = "segment", "frames", "batch_size", "per_prompt", "max_new_tokens", "every"
-    check_flags(
-        args, positive=(*sizes, "image_size", "patch_size"), not_negative=("workers", "seed")
-    )
     if args.command == "caption" and args.append and args.force:
-        raise ValueError("--append and --force exclude each other")
+        raise UserError("--append and --force exclude each other")
     if args.command == "maps" and args.image_size % args.patch_size:
         size = args.image_size
-        raise ValueError(f"--image-size {size} is not divisible by --patch-size {args.patch_size}")
+        raise UserError(f"--image-size {size} is not divisible by --patch-size {args.patch_size}")
     return args
 
 
 def main(argv=None):
-    with one_line_errors("captions.py", "a smaller --batch-size, --model or --clip"):
+    with runs.one_line_errors("captions.py", "a smaller --batch-size, --model or --clip"):
         args = parse_args(argv)
         # On the CPU: what they tell each other is little, and the slowest may need days longer.
-        start_processes(args, "gloo", timedelta(days=30))
+        runs.start_processes(args, "gloo", timedelta(days=30))
         {"index": index, "caption": caption, "maps": maps}[args.command](args)
-        gather_objects("a barrier: the manifest is written")
+        runs.wait_for_all()  # the manifest is written
 
 
 if __name__ == "__main__":

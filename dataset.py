@@ -21,6 +21,7 @@ import json
 import math
 import operator
 import os
+import re
 import stat
 import warnings
 import zipfile
@@ -41,7 +42,11 @@ MOTION_CELL = 8  # pixels: the codec's smallest block
 MAX_PIXELS = 8192 * 4320  # of a frame; a broken header may claim anything
 
 
-class VideoError(ValueError):
+class UserError(ValueError):
+    """A mistake of the user, told in one line; anything else that is raised is a bug."""
+
+
+class VideoError(UserError):
     """A video that cannot be read. The message is one line that names the file."""
 
 
@@ -534,7 +539,7 @@ class TextMap(NamedTuple):
 
 
 def read_map(path, captions, clip=None, order=None) -> TextMap:
-    """Reads a text map (.npz without pickles). Raises ValueError if it is broken, was made of other
+    """Reads a text map (.npz without pickles). Raises UserError if it is broken, was made of other
     captions, or (where these are given) by another CLIP, or of a video whose frames were numbered
     in another order (Video.index.order) then."""
     again = "python captions.py maps makes it anew"
@@ -551,19 +556,19 @@ def read_map(path, captions, clip=None, order=None) -> TextMap:
             made_of = file["captions"].tolist()
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = error or type(error).__name__
-        raise ValueError(f"{path}: not a whole text map ({reason}); {again}") from error
+        raise UserError(f"{path}: not a whole text map ({reason}); {again}") from error
     if made_of != [caption.rstrip("\0") for caption in captions]:  # as NumPy keeps texts
         other = f"a text map of other captions ({made_of}, now {captions})"
-        raise ValueError(f"{path}: {other}; {again}")
+        raise UserError(f"{path}: {other}; {again}")
     # Maps of before have no order; where frames are numbered by time the numbers are the same now.
     if order not in (None, saved.order) and (saved.order or order == "decoder"):
-        raise ValueError(
+        raise UserError(
             f"{path}: a text map from when the frames of its video were numbered in another order; "
             f"{again}"
         )
     if clip not in (None, saved.clip):
         other = f"a text map made with CLIP {saved.clip}, not {clip}"
-        raise ValueError(f"{path}: {other}; {again}, with --force")
+        raise UserError(f"{path}: {other}; {again}, with --force")
     return saved
 
 
@@ -610,12 +615,12 @@ def read_manifest(path, split=None) -> Manifest:
     and those that name none. Adds `path` and `map_path`: `video` and `maps` with the manifest's
     folder in front. A value that is null or NaN is absent, as data frames write it.
 
-    Raises ValueError that names file and line for a line that is not such a record."""
+    Raises UserError that names file and line for a line that is not such a record."""
     path, lines, end = Path(path), array.array("q"), 0
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read as a manifest: {error}") from error
+        raise UserError(f"{path}: cannot be read as a manifest: {error}") from error
     for number, line in enumerate(io.BytesIO(data), 1):
         start, end = end, end + len(line)
         if not line.strip():
@@ -623,24 +628,24 @@ def read_manifest(path, split=None) -> Manifest:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}): {line[:60]}") from error
+            raise UserError(f"{path}:{number}: not JSON ({error}): {line[:60]}") from error
         if not isinstance(record, dict) or not record.get("video"):
-            raise ValueError(f'{path}:{number}: no "video" in {line[:60]}')
+            raise UserError(f'{path}:{number}: no "video" in {line[:60]}')
         record = _present(record)
         for what, (keys, fits) in VALUES.items():
             for key in keys & record.keys():
                 if not fits(record[key]):
                     wrong = f"{key} must be {what}, or absent: {record[key]!r}"
-                    raise ValueError(f"{path}:{number}: {wrong}")
+                    raise UserError(f"{path}:{number}: {wrong}")
         if split is None or record.get("split", split) == split:
             lines.extend((start, end))
     if not lines:
-        raise ValueError(f"{path}: no clips" + (f" of split {split!r}" if split else ""))
+        raise UserError(f"{path}: no clips" + (f" of split {split!r}" if split else ""))
     return Manifest(path, data, np.frombuffer(lines, np.int64).reshape(-1, 2))
 
 
 def refuse_shared_clips(manifest, sides):
-    """ValueError if a clip of one of the sides, {name: records}, is on another one, too: the same
+    """UserError if a clip of one of the sides, {name: records}, is on another one, too: the same
     file, links followed, and pieces [start, end) of it that overlap."""
     resolve_folder = functools.cache(os.path.realpath)  # of 240,000 clips a few hundred folders
     earlier = {}  # file: [(start, end, side), ...] of the sides before
@@ -658,13 +663,34 @@ def refuse_shared_clips(manifest, sides):
             pieces.append((file, (start, end, side)))
         if shared:
             video, other = shared[0]
-            raise ValueError(
+            raise UserError(
                 f"{manifest}: {len(shared):,} of {len(records):,} clips of {side} are on another "
                 f'side, too, such as {video}, also of {other}. Give each clip one "split" (a clip '
                 "without is of every split), or name another split"
             )
         for file, piece in pieces:
             earlier.setdefault(file, []).append(piece)
+
+
+VIDEOS = set(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
+VIDEOS |= {".mts", ".m2ts", ".vob", ".divx"}
+# Hidden files and folders, and what systems keep of deleted files, previews and snapshots.
+HIDDEN = r"\..*|[$#@]recycle(\.bin)?|@eadir|__macosx|lost\+found|[~#]snapshot|system volume info.*"
+
+
+def videos_under(root, others=None):
+    """Videos below a folder, also through links; not hidden ones (.ipynb_checkpoints/a.mp4,
+    ._a.mp4, @eaDir/a.mp4), nor those below a folder that is its own ancestor, by a link. Files of
+    other kinds are added to the list `others`."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = Path(folder).resolve()
+        above = {real, *real.parents, *(p.resolve() for p in Path(folder).parents)}
+        folders[:] = sorted(name for name in folders if not re.fullmatch(HIDDEN, name, re.I))
+        folders[:] = [name for name in folders if Path(folder, name).resolve() not in above]
+        shown = sorted(name for name in names if not re.fullmatch(HIDDEN, name, re.I))
+        yield from (Path(folder, name) for name in shown if Path(name).suffix.lower() in VIDEOS)
+        if others is not None:
+            others += [name for name in shown if Path(name).suffix.lower() not in VIDEOS]
 
 
 # ==== Crop: one box and flip for frames, motion and text maps (4.2, Table 8) ======================

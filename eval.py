@@ -34,65 +34,18 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import colormaps
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 import dataset
+import pictures
+import runs
 import tgmae
 import weights
-from captions import videos_under
-from dataset import Crop, VideoError
+from dataset import Crop, UserError, VideoError
 from tgmae import MASK_RATIOS
-from train import (
-    REAL,
-    TOY,
-    WORKERS,
-    YES_NO,
-    TrainingClips,
-    add_flag,
-    append_log,
-    asked_to_stop,
-    batches_of,
-    check_flags,
-    check_mask_ratio,
-    checkpoint_blocks,
-    clip_bytes,
-    cut_log,
-    digest_of_records,
-    digest_of_weights,
-    draw_page,
-    fit_loaders,
-    gather_objects,
-    learning_rate,
-    leave,
-    left_out,
-    list_bad,
-    listen,
-    load_last,
-    lock_folder,
-    manifest_of,
-    naming,
-    one_line_errors,
-    parse_like_run,
-    progress,
-    rank_and_world,
-    reconstruct,
-    refuse_another_run,
-    replacing,
-    save_checkpoint,
-    say,
-    seed_of,
-    set_aside,
-    share_step,
-    start_processes,
-    steps,
-    sum_over_ranks,
-    synchronised,
-)
 
 # Fine-tuning and testing, a recipe a dataset: Table 9, and VideoMAE's FINETUNE.md for the rest.
 _PAPER = {
@@ -177,7 +130,7 @@ def load_model(source):
     loaded, or is a classifier of another kind."""
     config, state, saved = weights.load_checkpoint(source)
     if saved["assumed"]:
-        say(f"note    {source} does not say the size of its clips: {saved['assumed']} assumed")
+        runs.say(f"note    {source} does not say the size of its clips: {saved['assumed']} assumed")
     fine_tuned = "head.weight" in state
     model = Classifier(config, len(state["head.weight"])) if fine_tuned else tgmae.TGMAE(config)
     if "encoder.norm.weight" not in state:  # transformers' encoder with use_mean_pooling has none
@@ -187,7 +140,7 @@ def load_model(source):
     missing, unexpected = model.load_state_dict(state, strict=False)
     if fine_tuned and (missing or unexpected):  # VideoMAE's classifiers of the first cube alone
         odd = f"no {missing[0]}" if missing else f"an {unexpected[0]}"
-        raise ValueError(f"{source}: fine-tuned, but not on the mean over cubes: it has {odd}")
+        raise UserError(f"{source}: fine-tuned, but not on the mean over cubes: it has {odd}")
     model.not_in_file = model.state_dict().keys() - state.keys()  # export leaves these out
     model.norm_pix_loss = saved["norm_pix_loss"]
     model.has_decoder = "mask_token" in state
@@ -209,13 +162,22 @@ def encoders(args):
 # =================================================================================================
 
 
+def data_of(args):
+    """The manifest of --data, or "toy": the world in data/toy, made if need be."""
+    if args.data != "toy":
+        return Path(args.data)
+    import toy
+
+    return toy.manifest_of()
+
+
 def labelled(manifest, split):
     """Records of a split, of which each must have a label: ValueError."""
     records = dataset.read_manifest(manifest, split)
     bare = [record["video"] for record in records if record.get("label") in (None, "")]
     if bare:
         count = f"{len(bare)} of {len(records)} clips of split {split!r}"
-        raise ValueError(f"{manifest}: {count} have no label, such as {bare[0]}")
+        raise UserError(f"{manifest}: {count} have no label, such as {bare[0]}")
     return records
 
 
@@ -236,11 +198,11 @@ def targets(records, classes, where):
     if (target < 0).all():
         first, known = records[0]["label"], ", ".join(classes[:3])
         unknown = f"none of its classes is known, such as {first!r}"
-        raise ValueError(f"{where}: {unknown}; known: {known}...")
+        raise UserError(f"{where}: {unknown}; known: {known}...")
     if (target < 0).any():
         new = sorted({str(record["label"]) for record, t in zip(records, target) if t < 0})
         clips = f"{int((target < 0).sum())} clips are of {len(new)} classes that training lacks"
-        say(f"note    {where}: {clips}, such as {new[0]!r}: misses")
+        runs.say(f"note    {where}: {clips}, such as {new[0]!r}: misses")
     return target
 
 
@@ -258,7 +220,7 @@ def splits_of(args, manifest):
 def view_grid(flag, text):
     """5x3 -> [5, 3]."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise ValueError(f"{flag} {text}: must be like 5x3, views in time x in space")
+        raise UserError(f"{flag} {text}: must be like 5x3, views in time x in space")
     return [int(part) for part in text.split("x")]
 
 
@@ -320,7 +282,7 @@ class Views(Dataset):
 def finite(values, name):
     """-> values, which are of `name`. ValueError if they hold NaN or infinity."""
     if not values.isfinite().all():
-        raise ValueError(f"{name}: not finite; the weights hold NaN, or bf16 overflows (--no-amp)")
+        raise UserError(f"{name}: not finite; the weights hold NaN, or bf16 overflows (--no-amp)")
     return values
 
 
@@ -333,22 +295,21 @@ class Computed(NamedTuple):
 
 
 @torch.no_grad()
-def compute_clips(split, records, args, config, grid, compute, loaders=None, *, by=""):
+def compute_clips(split, records, args, config, grid, compute, *, by=""):
     """Runs compute((b*V,3,T,S,S) -> (b*V,...)) on time x space views of every clip that can be
     read. by: of what model the bar is, if there are several.
 
     Processes share batches that are the same however many share them, so what comes out is the
     same, too. ValueError that names a clip of which NaN or infinity comes out."""
-    rank, world = rank_and_world()
+    rank, world = runs.rank_and_world()
     size = max(1, args.batch_size // math.prod(grid))
     batches = [part.tolist() for part in torch.arange(len(records)).split(size)][rank::world]
-    loaders = loaders or fit_loaders(args.workers, size * math.prod(grid) * clip_bytes(config))
     views = Views(records, config, args, grid)
-    loader = batches_of(views, loaders, batch_sampler=batches, collate_fn=list)
+    loader = runs.batches_of(views, args.workers, batch_sampler=batches, collate_fn=list)
     label = f"{split} clips, {by}" if by else f"{split} clips"
     bar = {"total": len(batches), "desc": label, "unit": "batch", "disable": rank > 0}
     done, values, failed = [], [], []
-    for batch in progress(loader, **bar):
+    for batch in runs.progress(loader, **bar):
         failed += [(number, why) for number, video, why, _ in batch if video is None]
         read = [item for item in batch if item[1] is not None]
         if not read:
@@ -358,20 +319,22 @@ def compute_clips(split, records, args, config, grid, compute, loaders=None, *, 
             out = compute(tgmae.normalize(video.flatten(0, 1)))
         values.append(out.float().cpu().unflatten(0, video.shape[:2]))  # (b,V,...)
         done += [(number, short) for number, _, _, short in read]
-    parts = gather_objects((done, values, failed))
+    parts = runs.gather_objects((done, values, failed))
     done, values, failed = (sum(part, []) for part in zip(*parts))
     if not done:
         count = f"none of the {len(records)} {split} clips"
-        raise ValueError(f"{count} can be read: {min(failed)[1]}")
+        raise UserError(f"{count} can be read: {min(failed)[1]}")
     values = torch.cat(values)[torch.tensor([number for number, _ in done]).argsort()]
     kept = sorted(number for number, _ in done)
     for number, value in zip(kept, values):
         finite(value, records[number]["video"])
     short = sum(short for _, short in done)
     for _, why in sorted(failed):
-        say(f"failed  {why}; left out")
+        runs.say(f"failed  {why}; left out")
     if short:
-        say(f"note    {short:,} of the {split} clips are shorter than a view: they repeat frames")
+        runs.say(
+            f"note    {short:,} of the {split} clips are shorter than a view: they repeat frames"
+        )
     failed = [(records[number]["video"], why) for number, why in sorted(failed)]
     text = f"{len(done):,} of {len(records):,} clips"
     return Computed(values, kept, failed, short, text)
@@ -385,7 +348,7 @@ def in_table(value):
 def report(args, rows, notes, clips, **more):
     """Prints the table (rows: dicts of the same columns), what it means, and how many clips it is
     of; writes --json."""
-    if rank_and_world()[0]:
+    if runs.rank_and_world()[0]:
         return
     if getattr(args, "data", None):
         split = f", split {args.test_split}" if "test_split" in args else ""
@@ -401,7 +364,7 @@ def report(args, rows, notes, clips, **more):
             of = {"clips": found.text, "failed": found.failed, "shorter than a view": found.short}
             counts[split] = of
         result = {"rows": rows, "notes": notes, "clips": counts, "settings": vars(args), **more}
-        with replacing(args.json, "w") as file:
+        with runs.replacing(args.json, "w") as file:
             file.write(json.dumps(result, indent=1) + "\n")
 
 
@@ -468,7 +431,7 @@ def hold_out(count, args, least=0):
     order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
     held, kept = order.tensor_split([max(least, round(args.holdout * count))])
     if len(kept) < 2:
-        raise ValueError(f"--holdout {args.holdout}: leaves {len(kept)} of {count} training clips")
+        raise UserError(f"--holdout {args.holdout}: leaves {len(kept)} of {count} training clips")
     return held, kept
 
 
@@ -485,13 +448,13 @@ def choose_rate(x, y, num_classes, args):
 
 def linear(args):
     """Train a linear classifier on frozen features, then test it (4.2)."""
-    train, test, classes, train_target, test_target = splits_of(args, manifest_of(args.data))
+    train, test, classes, train_target, test_target = splits_of(args, data_of(args))
     rows, chosen, rates = [], {}, []
     for name, model, _ in encoders(args):
         how, features = (args, model.config), functools.partial(pooled, model)
         seen = compute_clips(args.split, train, *how, args.train_view_grid, features, by=name)
         tested = compute_clips(args.test_split, test, *how, args.view_grid, features, by=name)
-        if rank_and_world()[0]:
+        if runs.rank_and_world()[0]:
             continue  # the head is small: one process trains it
         x, labels = seen.values.to(args.device), train_target[seen.kept].to(args.device)
         rate, tops = choose_rate(x, labels, len(classes), args)
@@ -541,7 +504,7 @@ def recall_by_chance(query_labels, gallery_labels, ks=(1, 5, 10)):
 
 def retrieve(args):
     """Find clips of the same class, zero-shot (4.4)."""
-    gallery, query, _, gallery_target, query_target = splits_of(args, manifest_of(args.data))
+    gallery, query, _, gallery_target, query_target = splits_of(args, data_of(args))
     rows, clips = [], {}
     what = {"retrieval": "clip -> a training clip of its class"}
     for name, model, _ in encoders(args):
@@ -585,7 +548,7 @@ def augmentation(args, size):
     )
 
 
-class Augmented(TrainingClips):
+class Augmented(runs.TrainingClips):
     """Samples: `repeat` augmented clips of the same frames of a video, and its class."""
 
     def __init__(self, records, target, config, args):
@@ -659,25 +622,25 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def test_scores(model, split, records, args, grid, loaders=None, *, by=""):
+def test_scores(model, split, records, args, grid, *, by=""):
     """-> Computed with values (n,K): softmax of each view, mean over views."""
     model.eval()
     softmax = lambda video: model(video).float().softmax(-1)  # noqa: E731
-    found = compute_clips(split, records, args, model.config, grid, softmax, loaders, by=by)
+    found = compute_clips(split, records, args, model.config, grid, softmax, by=by)
     return found._replace(values=found.values.mean(1))
 
 
-def choose_best(state, best, model, val, target, args, loaders):
+def choose_best(state, best, model, val, target, args):
     """After an epoch, whose checkpoint is `state`: it becomes best.pt if top-1 on held-out clips is
     above `best`. The log says so last: a run that ends before does it again. -> the best now."""
-    found = test_scores(model, "held-out", val, args, (1, 1), loaders)
+    found = test_scores(model, "held-out", val, args, (1, 1))
     top = accuracy(found.values, target[found.kept])
-    if rank_and_world()[0] == 0:
+    if runs.rank_and_world()[0] == 0:
         if top["top-1"] > best:
-            save_checkpoint(Path(args.out) / "best.pt", **state, best=top["top-1"])
+            runs.save_checkpoint(Path(args.out) / "best.pt", **state, best=top["top-1"])
         line = {"step": state["step"], "epoch": state["epoch"] - 1}
         line |= {f"val {name}": value for name, value in top.items()}
-        append_log(Path(args.out) / "log.jsonl", line)
+        runs.append_log(Path(args.out) / "log.jsonl", line)
     return max(best, top["top-1"])
 
 
@@ -685,7 +648,7 @@ def go_on(saved, model, optimizer, args, settings):
     """Loads a checkpoint of the same run; another one's is refused. -> its step, the best top-1 on
     held-out clips."""
     saved["args"] |= {"classes": saved["classes"]}
-    refuse_another_run(args, saved, settings, RECIPES[args.recipe])
+    runs.refuse_another_run(args, saved, settings, RECIPES[args.recipe])
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     found = saved["step"], saved["best"]
@@ -696,103 +659,110 @@ def go_on(saved, model, optimizer, args, settings):
 def fit(args, model, classes, train, val):
     """Trains; leaves last.pt, best.pt (of the epoch with the highest top-1 on val) and log.jsonl in
     --out. What happens in a step is read here, from top to bottom, as in train.train."""
-    (rank, world), saved = rank_and_world(), load_last(args)
-    share = share_step(args.batch_size, args.accum, saved and saved["videos"])
-    videos, forward, accum = share
+    rank, world = runs.rank_and_world()
+    saved = runs.load_last(args)
+    share = runs.share_step(args.batch_size, args.accum, saved and saved["videos"])
     data = Augmented(train, targets(train, classes, args.split), model.config, args)
     val_target = targets(val, classes, "held-out clips") if val else None
-    out, c, steps_per_epoch = Path(args.out), model.config, len(data) // videos
+    out, steps_per_epoch = Path(args.out), len(data) // share.videos
     if not steps_per_epoch:
-        batch = f"{world} processes x --batch-size {args.batch_size} x --accum {args.accum}"
-        raise ValueError(f"{len(data)} training clips are fewer than a step takes ({batch})")
+        raise UserError(
+            f"{len(data)} training clips are fewer than a step takes ({world} processes x "
+            f"--batch-size {args.batch_size} x --accum {args.accum})"
+        )
     total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     settings = vars(args) | {"clips": len(data), "world": world, "classes": classes}
-    settings["records"] = digest_of_records(train, ("video", "start", "end", "label"))
+    settings["records"] = runs.digest_of_records(train, ("video", "start", "end", "label"))
     if not args.scratch:
-        settings |= digest_of_weights(args.checkpoint, goes_on=bool(saved))
-    peak, least = args.lr * videos / 256, args.min_lr * videos / 256
+        settings |= runs.digest_of_weights(args.checkpoint, goes_on=bool(saved))
+    peak, least = args.lr * share.videos / 256, args.min_lr * share.videos / 256
     optimizer = make_optimizer(model, args)
-    goes_on = bool(saved)
-    start, best = go_on(saved, model, optimizer, args, settings) if goes_on else (0, -1.0)
-    say(f"train   {len(data):,} clips, {len(val):,} more choose best.pt; {len(classes)} classes")
-    say(f"steps   {total}, from step {start}; {videos} videos = {world} x {forward} x {accum}")
-    say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}")
-    floats, bytes = forward * args.repeat, args.batch_size if val else 0  # clips of both loaders
-    loaders = fit_loaders(args.workers, (4 * floats + bytes) * clip_bytes(c))
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    about = {"config": asdict(c), "videos": videos, "classes": classes, "args": settings}
-    logged = {}
-    if rank == 0:
-        if not goes_on:
-            set_aside(out)
-        logged = cut_log(out / "log.jsonl", start)
-    logged = gather_objects(logged)[0]
+    start, best = go_on(saved, model, optimizer, args, settings) if saved else (0, -1.0)
+    runs.say(
+        f"train   {len(data):,} clips, {len(val):,} more choose best.pt; {len(classes)} classes"
+    )
+    runs.say(
+        f"steps   {total}, from step {start}; {share.videos} videos = {world} x {share.forward} x "
+        f"{share.accum}"
+    )
+    runs.say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}")
+    net = runs.distributed(model)
+    about = {"config": asdict(model.config), "videos": share.videos, "classes": classes}
+    about["args"] = settings
+    logged = runs.open_log(out, start)
     if "val top-1" in logged:
         best = max(best, logged["val top-1"])
     elif val and start and start % steps_per_epoch == 0:  # it was saved, and not validated
         state = about | {"model": model.state_dict(), "step": start}
         state["epoch"] = start // steps_per_epoch
-        best = choose_best(state, best, model, val, val_target, args, loaders)
-    done, in_a_row, kept, saved_at = start, 0, start, time.monotonic()
-    listen()
-    with progress(total=total, initial=start, unit="step", disable=rank > 0) as bar:
-        for step, batches in steps(data, share, args, start, collate, loaders):
+        best = choose_best(state, best, model, val, val_target, args)
+    done, last_saved_step, last_saved_at = start, start, time.monotonic()
+    zero = torch.zeros((), device=args.device)
+    runs.listen()
+    with runs.progress(total=total, initial=start, unit="step", disable=rank > 0) as bar:
+        for step, batches in runs.steps(data, share, args, start, collate):
             net.train()
             epoch, began = step // steps_per_epoch, time.perf_counter()
-            lr = learning_rate(step, warmup, total, peak, least, first=least)
+            lr = runs.learning_rate(step, warmup, total, peak, least, first=least)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             optimizer.zero_grad()
-            sums, names = torch.zeros(2, device=args.device), []
+            loss_sum, bad, names = zero, 0, []
             for micro, batch in enumerate(batches):
                 # Drop path and mixing draw from here, so a run that goes on draws the same.
-                torch.manual_seed(seed_of(args.seed, step, micro, rank, 2))
+                torch.manual_seed(runs.seed_of(args.seed, step, micro, rank, 2))
                 video = batch["video"].to(args.device, non_blocking=args.device == "cuda")
                 target = batch["target"].to(args.device, non_blocking=args.device == "cuda")
                 video, target = mix(video, target, len(classes), args)
-                with synchronised(net, last=micro == accum - 1):
+                with runs.averaging_if(net, last=micro == share.accum - 1):
                     with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
                         logits = net(video).float()
-                    loss = F.cross_entropy(logits, target, label_smoothing=args.smoothing) / accum
+                    loss = F.cross_entropy(logits, target, label_smoothing=args.smoothing)
+                    loss = loss / share.accum
                     loss.backward()
-                sums = sums + torch.stack([loss.detach(), loss.new_tensor(len(batch["bad"]))])
+                loss_sum = loss_sum + loss.detach()
+                bad += len(batch["bad"])
                 names += batch["names"]
-                list_bad(out / "bad_videos.txt", batch["bad"])
+                runs.list_bad(out / "bad_videos.txt", batch["bad"])
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
-            mine_finite = bool(sums.isfinite().all())
-            flags = sums.new_tensor([not (mine_finite and math.isfinite(norm)), asked_to_stop()])
-            loss, bad, broken, stop = sum_over_ranks(torch.cat([sums, flags]))
-            if not broken:  # in any process: else the step is left out, in all of them
-                optimizer.step()
+            loss_finite = bool(loss_sum.isfinite())
+            broken = not (loss_finite and math.isfinite(norm))
+            counts = zero.new_tensor([bad, broken, runs.asked_to_stop()])
+            sums = runs.sum_over_ranks(torch.cat([loss_sum[None], counts]))
+            loss, bad, broken, stop = sums  # of all processes
+            if broken:
+                runs.stop_not_finite(args, step + 1, names if world == 1 or not loss_finite else [])
+            optimizer.step()
             done = step + 1
-            in_a_row = in_a_row + 1 if broken else 0
 
-            clips, took = world * forward * accum * args.repeat, time.perf_counter() - began
+            clips, took = (
+                args.repeat * share.forward * share.accum * world,
+                time.perf_counter() - began,
+            )
             line = {"step": done, "epoch": epoch, "loss": round(loss / world, 6), "lr": lr}
             line |= {"grad_norm": round(norm, 4), "bad": int(bad)}
-            line |= {"clips_per_s": round(clips / took, 2)} | ({"skipped": True} if broken else {})
+            line["clips_per_s"] = round(clips / took, 2)
             if rank == 0:
-                append_log(out / "log.jsonl", line)
+                runs.append_log(out / "log.jsonl", line)
             bar.set_postfix({"loss": line["loss"]}, refresh=False)
             bar.update()
-            if broken:
-                left_out(done, in_a_row, [] if mine_finite else names)
+
             epoch_ends = done % steps_per_epoch == 0
-            late = 0 < 60 * args.save_minutes <= time.monotonic() - saved_at
-            if stop or late or epoch_ends:
+            late = 0 < 60 * args.save_minutes <= time.monotonic() - last_saved_at
+            if epoch_ends or late or stop:
                 state = about | {"model": model.state_dict(), "step": done}
                 state["epoch"] = done // steps_per_epoch
-                if rank == 0 and (done == total or not broken):
+                if rank == 0:
                     saving = state | {"best": best, "optimizer": optimizer.state_dict()}
-                    save_checkpoint(out / "last.pt", **saving)
-                    kept, saved_at = done, time.monotonic()
+                    runs.save_checkpoint(out / "last.pt", **saving)
+                    last_saved_step, last_saved_at = done, time.monotonic()
             if stop and done < total:
                 break  # the run that goes on validates first
             if val and epoch_ends:
-                best = choose_best(state, best, model, val, val_target, args, loaders)
+                best = choose_best(state, best, model, val, val_target, args)
 
-    leave(out, kept, unfinished=done < total)
+    runs.leave(out, last_saved_step, unfinished=done < total)
 
 
 def as_it_is(args, manifest, test):
@@ -800,7 +770,7 @@ def as_it_is(args, manifest, test):
     chose."""
     model, saved = load_model(args.checkpoint)
     if not isinstance(model, Classifier):
-        raise ValueError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
+        raise UserError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
     own = weights.flags_of(args.checkpoint)
     if own.get("data") and os.path.realpath(own["data"]) == os.path.realpath(args.data):
         split = own.get("split", args.split)
@@ -811,13 +781,13 @@ def as_it_is(args, manifest, test):
     if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # what transformers says for no name
         classes = class_names(labelled(manifest, args.split))
         named_by = f"{manifest}, split {args.split!r}"
-        say(
+        runs.say(
             f"note    {args.checkpoint} does not name its classes: assumed to be those of "
             f"{named_by}, in order, {classes[0]!r} to {classes[-1]!r}"
         )
     if len(classes) != model.head.out_features:
         count = f"a head of {model.head.out_features} classes, {named_by} has {len(classes)}"
-        raise ValueError(f"{args.checkpoint}: {count}")
+        raise UserError(f"{args.checkpoint}: {count}")
     return {args.checkpoint: model}, classes, 0
 
 
@@ -828,7 +798,7 @@ def train_classifier(args, manifest, test):
     sides = {f"--split {args.split}": train}
     classes = class_names(train)
     if len(classes) < 2:
-        raise ValueError(f"{manifest}: split {args.split!r} has one class, {classes[0]!r}")
+        raise UserError(f"{manifest}: split {args.split!r} has one class, {classes[0]!r}")
     targets(test, classes, f"{manifest}, split {args.test_split!r}")  # says now what is wrong
     if args.val_split:
         val = sides[f"--val-split {args.val_split}"] = labelled(manifest, args.val_split)
@@ -840,7 +810,9 @@ def train_classifier(args, manifest, test):
         source = last  # gone, or at a hub: the run that goes on has its own weights
     start, _ = load_model(source)
     if isinstance(start, Classifier) and source != last and not args.scratch:
-        say(f"note    {args.checkpoint} is fine-tuned: its encoder is taken, a new head begins")
+        runs.say(
+            f"note    {args.checkpoint} is fine-tuned: its encoder is taken, a new head begins"
+        )
     torch.manual_seed(args.seed)
     start = tgmae.TGMAE(start.config) if args.scratch else start
     torch.manual_seed(args.seed)  # the same head with --scratch and without
@@ -849,8 +821,8 @@ def train_classifier(args, manifest, test):
     model.to(args.device)
     add_drop_path(model.encoder, args.drop_path)
     if args.grad_checkpointing:
-        checkpoint_blocks(model)
-    with lock_folder(Path(args.out)):
+        runs.checkpoint_blocks(model)
+    with runs.lock_folder(Path(args.out)):
         fit(args, model, classes, train, val)
     kept = [Path(args.out) / name for name in ("last.pt", "best.pt") if val or name == "last.pt"]
     return {str(path): load_model(path)[0] for path in kept}, classes, len(val)
@@ -858,7 +830,7 @@ def train_classifier(args, manifest, test):
 
 def finetune(args):
     """Train all of the network on labels, then test it (4.2)."""
-    manifest = manifest_of(args.data)
+    manifest = data_of(args)
     test = labelled(manifest, args.test_split)
     run = train_classifier if args.epochs else as_it_is
     models, classes, count = run(args, manifest, test)
@@ -887,9 +859,9 @@ def given_videos(paths):
     """-> a record for each video file, and for each below the folders."""
     records = []
     for path in paths:
-        found = list(videos_under(path)) if os.path.isdir(path) else [path]
+        found = list(dataset.videos_under(path)) if os.path.isdir(path) else [path]
         if not found:
-            raise ValueError(f"{path}: a folder without videos")
+            raise UserError(f"{path}: a folder without videos")
         records += [{"path": str(video), "video": str(video)} for video in found]
     return records
 
@@ -900,18 +872,18 @@ def features(args):
         name, records = "given", given_videos(args.videos)
     else:
         name = args.split or "all"
-        records = dataset.read_manifest(manifest_of(args.data), args.split)
+        records = dataset.read_manifest(data_of(args), args.split)
     model, _ = load_model(args.checkpoint)
     how = args.view_grid, functools.partial(pooled, model.to(args.device))
     found = compute_clips(name, records, args, model.config, *how)
-    if rank_and_world()[0]:
+    if runs.rank_and_world()[0]:
         return
     values, kept = found.values.mean(1).numpy(), [records[number] for number in found.kept]  # (n,D)
     about = {"videos": [record["video"] for record in kept], "settings": json.dumps(vars(args))}
     about["labels"] = [str(record.get("label", "")) for record in kept]
     about["splits"] = [record.get("split", "") for record in kept]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out) as file:
+    with runs.replacing(args.out) as file:
         np.savez(file, features=values, **about)
     row = {"file": args.out, "clips": len(kept), "dimensions": values.shape[1]}
     report(args, [row], [views_text(args)], {name: found})
@@ -922,7 +894,7 @@ def predict(args):
     records, (model, saved) = given_videos(args.videos), load_model(args.checkpoint)
     if not isinstance(model, Classifier):
         way = f"eval.py finetune {args.checkpoint} --data MANIFEST trains it to name classes"
-        raise ValueError(f"{args.checkpoint}: pre-trained, not fine-tuned; {way}")
+        raise UserError(f"{args.checkpoint}: pre-trained, not fine-tuned; {way}")
     for name in ("views", "stride", "sampling"):
         own = saved.get("args", {}).get(name, _PAPER[name])
         setattr(args, name, getattr(args, name) or own)
@@ -942,44 +914,18 @@ def predict(args):
 # =================================================================================================
 
 
-@torch.no_grad()
-def attention_maps(model, video, layers, query):
-    """video (1,3,T,S,S) -> (layers,N): how much cube number `query` attends to each cube, the mean
-    over heads, in the given layers (from 0) of the encoder. None is masked."""
-    c, encoder, maps = model.config, model.encoder, []
-    x = encoder.patch_embed(tgmae.patchify(video, c.patch_size, c.tubelet_size))
-    x = x + encoder.pos_embed  # (1,N,D)
-    for block in encoder.blocks:
-        y, attn = block.norm1(x)[0], block.attn  # (N,D)
-        wq, wk, _ = attn.qkv.weight.chunk(3)
-        q = F.linear(y[query], wq, attn.q_bias).view(attn.num_heads, -1, 1)  # (heads,D/heads,1)
-        k = F.linear(y, wk).view(len(y), attn.num_heads, -1).transpose(0, 1)  # (heads,N,D/heads)
-        maps.append((k @ q / math.sqrt(q.shape[1]))[..., 0].softmax(-1).mean(0))  # (N,)
-        x = block(x)
-    return torch.stack([maps[layer] for layer in layers])
-
-
-def heat_map(scores, frames):
-    """scores (t,h,w), frames (T,S,S,3) uint8 -> (T,S,S,3) uint8: dark where lowest, light where
-    highest, over the grey frames."""
-    value = (scores - scores.min()) / (scores.max() - scores.min()).clamp(min=1e-12)
-    value = F.interpolate(value[None, None].float().cpu(), frames.shape[:3])[0, 0]  # (T,S,S)
-    colour = 255 * torch.from_numpy(colormaps["inferno"](value.numpy())[..., :3])
-    return (0.65 * colour + 0.35 * frames.float().mean(-1, keepdim=True)).byte()
-
-
 def clip_of(args, saved):
     """-> (clip, tokenizer) of --clip, else what CHECKPOINT was trained with, else train.py's."""
     own = saved.get("args", {})
     made_by = own["clip"] if own.get("text_from") == "maps" else None
     if made_by:  # maps call a CLIP by a name of their own: see dataset.clip_name
         own = {}
-    default = (TOY if args.data == "toy" else REAL)["clip"]
+    default = "local-dir:data/toy/clip" if args.data == "toy" else "ViT-B-32-quickgelu"
     name = args.clip or own.get("clip") or default
     tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
     if made_by and not args.clip and not made_by.startswith(dataset.clip_name(name, tag) + " "):
         maps = f"trained with text maps of the CLIP {made_by}"
-        raise ValueError(f"{args.checkpoint}: {maps}: --clip and --clip-pretrained say where it is")
+        raise UserError(f"{args.checkpoint}: {maps}: --clip and --clip-pretrained say where it is")
     return weights.load_clip(name, tag, args.device)
 
 
@@ -988,10 +934,10 @@ def clip_to_show(args, config):
     (3,T,S,S) uint8, their centre cropped, and their motion (T,h,w)."""
     record = {"path": args.video, "video": args.video}
     if not args.video:
-        records = dataset.read_manifest(manifest_of(args.data), args.test_split)
+        records = dataset.read_manifest(data_of(args), args.test_split)
         if not 0 <= args.number < len(records):
             which = f"split {args.test_split!r} has clips 0 to {len(records) - 1}"
-            raise ValueError(f"--number {args.number}: {which}")
+            raise UserError(f"--number {args.number}: {which}")
         record = records[args.number]
     captions = record.get("captions") or [None]
     start = record.get("start") if args.start is None else args.start
@@ -1005,42 +951,31 @@ def clip_to_show(args, config):
     return *found, video, dataset.crop_motion(motion, crop, config.grid)
 
 
-def to_uint8(video):
-    """(1,3,T,S,S) in [0,1] -> (T,S,S,3) uint8."""
-    return video[0].permute(1, 2, 3, 0).clamp(0, 1).mul(255).round().byte().cpu()
-
-
-def mark(frames, query, config):
-    """Draws a white box around cube number `query`."""
-    _, h, w = config.grid
-    p, first = config.patch_size, query // (h * w) * config.tubelet_size
-    y, x = query // w % h * p, query % w * p
-    for frame in frames[first : first + config.tubelet_size]:
-        box = frame[y : y + p, x : x + p]
-        box[[0, -1]] = box[:, [0, -1]] = 255
-    return frames
-
-
 def attention_panels(args, model, video, frames):
     c = model.config
     t, h, w = c.grid
     query = (t // 2 * h + h // 2) * w + w // 2  # the centre cube
     layers = args.layers or sorted({1, (c.depth + 1) // 2, c.depth})
     if not all(1 <= layer <= c.depth for layer in layers):
-        raise ValueError(f"--layers {' '.join(map(str, layers))}: the encoder has 1 to {c.depth}")
-    maps = attention_maps(model, video, [layer - 1 for layer in layers], query).view(-1, t, h, w)
+        raise UserError(f"--layers {' '.join(map(str, layers))}: the encoder has 1 to {c.depth}")
+    maps = pictures.attention_maps(model, video, [layer - 1 for layer in layers], query).view(
+        -1, t, h, w
+    )
     for layer, scores in zip(layers, maps):
-        yield f"attention {layer}/{c.depth}", mark(heat_map(scores, frames), query, c)
+        yield (
+            f"attention {layer}/{c.depth}",
+            pictures.mark(pictures.heat_map(scores, frames), query, c),
+        )
 
 
 def mask_to_show(args, trained, scores):
     """The masker of the reconstruction: --mask, or the one that CHECKPOINT was trained with."""
     if args.mask and args.mask not in scores:
         needs = "needs --caption, or scores in panels_of if it is your own"
-        raise ValueError(f"--mask {args.mask}: {needs}")
+        raise UserError(f"--mask {args.mask}: {needs}")
     chosen = args.mask or trained.get("mask", "tube")
     if chosen not in scores:
-        say(f"note    no scores for --mask {chosen} here: the reconstruction is of tube")
+        runs.say(f"note    no scores for --mask {chosen} here: the reconstruction is of tube")
     return chosen if chosen in scores else "tube"
 
 
@@ -1061,30 +996,32 @@ def panels_of(args, model, saved):
         text = tgmae.encode_text(clip, tokenizer, [caption])
         like = tgmae.text_scores(clip, video, text, c.patch_size, c.tubelet_size).cpu()
         label = f"similarity {like.min():.2f} to {like.max():.2f}"
-        panels.append((label, heat_map(like[0], frames)))
+        panels.append((label, pictures.heat_map(like[0], frames)))
         scores["tgm"] = like
     else:
-        say("note    no --caption: no text mask")
+        runs.say("note    no --caption: no text mask")
     chosen = mask_to_show(args, trained, scores)
     own, masks = trained if trained.get("mask") == chosen else {}, {}
     ratio = own.get("mask_ratio", MASK_RATIOS[chosen])
     ratios = MASK_RATIOS | {chosen: ratio if args.mask_ratio is None else args.mask_ratio}
-    check_mask_ratio(ratios[chosen], c.grid)
+    runs.check_mask_ratio(ratios[chosen], c.grid)
     for way, score in scores.items():
         lowest = way == chosen and own.get("bottom_k", False)
         masks[way] = tgmae.topk_mask(score, ratios[way], bottom_k=lowest)
         label = f"{way} mask {ratios[way]:.0%}" + (", lowest" if lowest else "")
-        panels.append((label, to_uint8(reconstruct(video, masks[way], None, c)["masked"])))
+        panels.append(
+            (label, pictures.to_uint8(pictures.reconstruct(video, masks[way], None, c)["masked"]))
+        )
     finite(pooled(model, video), name)
     if model.has_decoder and not model.norm_pix_loss:
-        say(f"note    {args.checkpoint}: its targets are not normalised: no reconstruction")
+        runs.say(f"note    {args.checkpoint}: its targets are not normalised: no reconstruction")
     elif model.has_decoder:
         pred = finite(model(video, masks[chosen])["pred"].float(), name)
-        made = reconstruct(video, masks[chosen], pred, c)
-        panels.append(("reconstruction", to_uint8(made["reconstructed"])))
-        panels.append(("as predicted", to_uint8(made["predicted"])))
+        made = pictures.reconstruct(video, masks[chosen], pred, c)
+        panels.append(("reconstruction", pictures.to_uint8(made["reconstructed"])))
+        panels.append(("as predicted", pictures.to_uint8(made["predicted"])))
     else:
-        say(f"note    {args.checkpoint} has no decoder: no reconstruction")
+        runs.say(f"note    {args.checkpoint} has no decoder: no reconstruction")
     return title, [*panels, *attention_panels(args, model, video, frames)], numbers
 
 
@@ -1096,14 +1033,14 @@ def show(args):
     files[0].parent.mkdir(parents=True, exist_ok=True)
     every = -(-len(numbers) // 8)  # the sheet: a row a panel, at most 8 frames of each
     rows = [list(zip([name] + [""] * 7, frames[::every])) for name, frames in panels]
-    with replacing(files[0]) as file:
-        draw_page(rows, title).save(file, "PNG")
+    with runs.replacing(files[0]) as file:
+        pictures.draw_page(rows, title).save(file, "PNG")
     pages = []  # the animation: a page a frame, at most 5 panels a row
     for i in range(len(numbers)):
         cells = [(name, frames[i]) for name, frames in panels]
         rows = [cells[first : first + 5] for first in range(0, len(cells), 5)]
-        pages.append(draw_page(rows, title, side=160))
-    with replacing(files[1]) as file:
+        pages.append(pictures.draw_page(rows, title, side=160))
+    with runs.replacing(files[1]) as file:
         pages[0].save(file, "GIF", save_all=True, append_images=pages[1:], duration=250, loop=0)
     rows = [{"row": i, "shows": name} for i, (name, _) in enumerate(panels, 1)]
     note = f"{title}. Written: {files[0]}, {files[1]}."
@@ -1145,7 +1082,7 @@ def export(args):
     model, saved = load_model(args.checkpoint)
     c, out = model.config, Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: is there already, and not an empty folder")
+        raise UserError(f"--out {out}: is there already, and not an empty folder")
     state = {name: v for name, v in model.state_dict().items() if name not in model.not_in_file}
     for name, value in state.items():
         finite(value, f"{args.checkpoint}, {name}")
@@ -1153,16 +1090,16 @@ def export(args):
     if saved.get("classes"):
         net.config.id2label = dict(enumerate(saved["classes"]))
         net.config.label2id = {label: i for i, label in enumerate(saved["classes"])}
-    with naming(out):
+    with runs.naming(out):
         net.save_pretrained(out)
     size = {"shortest_edge": c.image_size}, {"height": c.image_size, "width": c.image_size}
     colours = {"image_mean": list(tgmae.IMAGENET_MEAN), "image_std": list(tgmae.IMAGENET_STD)}
     processor = transformers.VideoMAEImageProcessor(size=size[0], crop_size=size[1], **colours)
-    with naming(out):
+    with runs.naming(out):
         processor.save_pretrained(out)
     rest = {name: saved[name] for name in ("args", "classes") if saved.get(name)}
     config = asdict(c) | {"norm_pix_loss": model.norm_pix_loss}
-    save_checkpoint(out / "model.pt", config=config, model=state, **rest)
+    runs.save_checkpoint(out / "model.pt", config=config, model=state, **rest)
 
     torch.manual_seed(args.seed)
     video = torch.randn(2, 3, c.num_frames, c.image_size, c.image_size)
@@ -1185,122 +1122,151 @@ def export(args):
 # =================================================================================================
 
 
-# A recipe's flags: help, the most that a number may be, the commands beside finetune that have it.
-TESTS, ALL = ("linear", "retrieve", "features"), ("linear", "retrieve", "features", "show")
-RECIPE_FLAGS = {
-    "test_split": ("split of the manifest to test on", None, ("linear", "retrieve", "show")),
-    "stride": ("frames from one frame of a clip to the next", math.inf, ALL),
-    "sampling": ("dense: every stride-th frame; tsn: one of each of num_frames parts", None, ALL),
-    "views": ("of each test clip, time x space", None, ("linear", "retrieve")),
-    "batch_size": ("per process: videos a forward (finetune), views at a time (tests)", math.inf,
-                   TESTS),
-    "random": ("do the same with random weights, beside it", None, ("linear", "retrieve")),
-    "lr": ("learning rate per 256 videos of global batch", math.inf, ()),
-    "epochs": ("passes over the data; 0 tests a fine-tuned checkpoint as it is", math.inf, ()),
-    "warmup_epochs": ("epochs of linear warm-up", math.inf, ()),
-    "layer_decay": ("factor of the learning rate from a block to the one below", 1, ()),
-    "drop_path": ("chance to drop the last block for a clip; less for those below", 1, ()),
-    "smoothing": ("label smoothing", 1, ()),
-    "mixup": ("alpha of MixUp; 0: none", math.inf, ()),
-    "cutmix": ("alpha of CutMix; 0: none", math.inf, ()),
-    "randaug": ("RandAugment's bin of 31, in each of 4 operations; 0: none", 30, ()),
-    "crop_scale": ("least area of a crop, as a share of the frame", 1, ()),
-    "erasing": ("chance to erase a box of a clip", 1, ()),
-    "flip": ("mirror half the clips", None, ()),
-    "repeat": ("augmented clips from each decoded video", math.inf, ()),
-    "holdout": ("share of the training clips that chooses best.pt; 0: no best.pt", 1, ()),
-}  # fmt: skip
-RUNS = finetune, linear, retrieve, features, predict, show, export
-COMMANDS = {run.__name__: run for run in RUNS}
+def by_recipe(flag, name, help, **more):
+    """A flag whose default depends on --recipe: help lists those that are not the paper's."""
+    others = [f"{recipe}: {of[name]}" for recipe, of in RECIPES.items() if of[name] != _PAPER[name]]
+    flag(f"--{name.replace('_', '-')}", _PAPER[name], "; ".join([help, *others]), **more)
 
 
-def check_args(args):
-    check_flags(
-        args,
-        positive=("stride", "batch_size", "repeat", "accum"),
-        not_negative=("seed", "workers", "weight_decay", "min_lr", "save_minutes"),
-    )
-    for name, (_, most, _) in RECIPE_FLAGS.items():
-        value = getattr(args, name, None)
-        if most is not None and value is not None and not 0 <= value <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in 0 to {most}")
-    for name in ("views", "train_views"):
-        if getattr(args, name, None):
-            grid = view_grid(f"--{name.replace('_', '-')}", getattr(args, name))
-            setattr(args, name.replace("views", "view_grid"), grid)
-    if args.command == "finetune" and args.epochs and args.warmup_epochs > args.epochs:
-        limits = f"must lie in 0 to --epochs {args.epochs}"
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs}: {limits}")
-    if args.command == "linear" and (args.epochs <= 0 or min(args.rates) <= 0):
-        raise ValueError(f"--epochs {args.epochs}, --rates {args.rates}: must be positive")
-    if "holdout" in args and (args.holdout == 1 or args.holdout == 0 and args.command == "linear"):
-        raise ValueError(f"--holdout {args.holdout}: must lie between 0 and 1")
-
-
-def add_flags(parser, command):
-    flag = functools.partial(add_flag, parser)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, a folder, or a hub name")
+def common_flags(flag, out=None):
+    flag("checkpoint", None, "a file, a folder, or a hub name", metavar="CHECKPOINT")
     flag("--json", None, "write the result there, too", metavar="FILE")
     flag("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    flag("--amp", None, "bf16 autocast; where the hardware has it", action=YES_NO)
-    flag("--seed", 0, "of weights, order, augmentation, splits and masks")
-    outs = {"finetune": "run folder", "export": "folder", "show": "for OUT.png and OUT.gif"}
-    outs["features"] = ".npz file"
-    if command in outs:
-        flag("--out", None, f"{outs[command]}; named after CHECKPOINT")
-    if command == "export":
-        return
-    flag("--workers", None, WORKERS, type=int)
-    if command in ("features", "predict"):
-        more = {"nargs": "+" if command == "predict" else "*", "metavar": "VIDEO"}
-        flag("videos", None, "files, or folders of them; features: in place of --data", **more)
-    if command == "predict":
-        flag("--views", None, "of each video, time x space; CHECKPOINT's own, or 5x3")
-        flag("--stride", None, "frames from one to the next; CHECKPOINT's own, or 4", type=int)
-        ways = {"choices": ("dense", "tsn")}
-        flag("--sampling", None, "see finetune; CHECKPOINT's own, or dense", **ways)
-        flag("--batch-size", _PAPER["batch_size"], "views at a time, per process")
-        return
+    flag("--amp", None, "bf16 autocast; where the hardware has it", action=runs.YES_NO)
+    flag("--seed", 0, "of weights, order, augmentation, splits and masks", type=runs.seed)
+    if out:
+        flag("--out", None, f"{out}; named after CHECKPOINT")
+
+
+def data_flags(flag, train_split=True, test_split=True):
+    flag("--workers", None, runs.WORKERS, type=runs.natural)
     flag("--data", None, "toy, or a manifest (JSON lines); what CHECKPOINT was trained on")
     whose = "whose defaults to take; on CHECKPOINT's data its own; toy for --data toy, else other"
     flag("--recipe", None, whose, choices=RECIPES)
-    for name, (help, _, commands) in RECIPE_FLAGS.items():
-        if command == "finetune" and name != "random" or command in commands:
-            values = {recipe: f"{values[name]}" for recipe, values in RECIPES.items()}
-            other = [f"{k}: {v}" for k, v in values.items() if v != values["k400"]]
-            more = {"choices": ("dense", "tsn")} if name == "sampling" else {}
-            flag(f"--{name.replace('_', '-')}", _PAPER[name], "; ".join([help, *other]), **more)
-    if command == "features":
-        flag("--split", None, "split of the manifest; all of it")
-        flag("--views", "1x1", "of each clip, time x space")
-    elif command != "show":
+    if train_split:
         flag("--split", "train", "split of the manifest to train on, or to retrieve from")
-    if command == "finetune":
-        flag("--min-lr", 1e-6, "per 256 videos, where warm-up begins and the cosine ends")
-        flag("--accum", 1, "forwards per step")
-        flag("--weight-decay", 0.05, "of AdamW, on matrices only")
-        flag("--scratch", False, "begin with random weights, of CHECKPOINT's sizes")
-        flag("--val-split", None, "split to choose best.pt by, in place of --holdout")
-        flag("--grad-checkpointing", False, "less memory for a third more time")
-        flag("--save-minutes", 10.0, "minutes between checkpoints; 0: none between epochs")
-        flag("--resume", True, "go on from the run folder's last.pt")
-    if command == "linear":
-        flag("--epochs", 100, "passes over the features")
-        rates = "learning rates to choose from"
-        parser.add_argument("--rates", type=float, nargs="+", default=RATES, help=rates)
-        flag("--holdout", 0.2, "share of the training clips that chooses the rate")
-        flag("--train-views", "1x1", "views of each training clip, time x space")
-    if command == "show":
-        flag("--clip", None, "open_clip model of the caption; the one of CHECKPOINT's training")
-        flag("--clip-pretrained", None, "tag of open_clip, or a file; likewise, or openai")
-        flag("--video", None, "a video file, in place of a clip of --data")
-        flag("--caption", None, "what it shows; of a clip of --data: its middle caption")
-        flag("--number", 0, "which clip of --data, without --video")
-        flag("--start", None, "seconds; the clip is from the middle of what follows", type=float)
-        whose = "of the reconstruction; CHECKPOINT's own, or tube"
-        flag("--mask", None, whose, choices=tuple(MASK_RATIOS))
-        flag("--mask-ratio", None, f"of that mask; {MASK_RATIOS}", type=float)
-        flag("--layers", None, "of attention, from 1; first, middle, last", type=int, nargs="+")
+    if test_split:
+        by_recipe(flag, "test_split", "split of the manifest to test on")
+    strides = "frames from one frame of a clip to the next"
+    by_recipe(flag, "stride", strides, type=runs.positive_int)
+    ways = "dense: every stride-th frame; tsn: one of each of num_frames parts"
+    by_recipe(flag, "sampling", ways, choices=("dense", "tsn"))
+
+
+def test_flags(flag):
+    by_recipe(flag, "views", "of each test clip, time x space")
+    sizes = "per process: videos a forward (finetune), views at a time (tests)"
+    by_recipe(flag, "batch_size", sizes, type=runs.positive_int)
+
+
+def finetune_flags(flag):
+    common_flags(flag, out="run folder")
+    data_flags(flag)
+    test_flags(flag)
+    not_negative, share = {"type": runs.not_negative}, {"type": runs.fraction}
+    by_recipe(flag, "lr", "learning rate per 256 videos of global batch", **not_negative)
+    flag(
+        "--min-lr", 1e-6, "per 256 videos, where warm-up begins and the cosine ends", **not_negative
+    )
+    tests = "passes over the data; 0 tests a fine-tuned checkpoint as it is"
+    by_recipe(flag, "epochs", tests, type=runs.natural)
+    by_recipe(flag, "warmup_epochs", "epochs of linear warm-up", **not_negative)
+    flag("--accum", 1, "forwards per step", type=runs.positive_int)
+    decay = "factor of the learning rate from a block to the one below"
+    by_recipe(flag, "layer_decay", decay, **share)
+    flag("--weight-decay", 0.05, "of AdamW, on matrices only", **not_negative)
+    drop = "chance to drop the last block for a clip; less for those below"
+    by_recipe(flag, "drop_path", drop, **share)
+    by_recipe(flag, "smoothing", "label smoothing", **share)
+    by_recipe(flag, "mixup", "alpha of MixUp; 0: none", **not_negative)
+    by_recipe(flag, "cutmix", "alpha of CutMix; 0: none", **not_negative)
+    bins = "RandAugment's bin of 31, in each of 4 operations; 0: none"
+    by_recipe(flag, "randaug", bins, type=runs.randaug_bin)
+    by_recipe(flag, "crop_scale", "least area of a crop, as a share of the frame", **share)
+    by_recipe(flag, "erasing", "chance to erase a box of a clip", **share)
+    by_recipe(flag, "flip", "mirror half the clips")
+    by_recipe(flag, "repeat", "augmented clips from each decoded video", type=runs.positive_int)
+    chooses = "share of the training clips that chooses best.pt; 0: no best.pt"
+    by_recipe(flag, "holdout", chooses, **share)
+    flag("--val-split", None, "split to choose best.pt by, in place of --holdout")
+    flag("--scratch", False, "begin with random weights, of CHECKPOINT's sizes")
+    flag("--grad-checkpointing", False, "less memory for a third more time")
+    flag(
+        "--save-minutes",
+        10.0,
+        "minutes between checkpoints; 0: none between epochs",
+        **not_negative,
+    )
+    flag("--resume", True, "go on from the run folder's last.pt")
+
+
+def linear_flags(flag):
+    retrieve_flags(flag)
+    flag("--epochs", 100, "passes over the features", type=runs.positive_int)
+    flag("--rates", RATES, "learning rates to choose from", type=runs.positive, nargs="+")
+    chooses = "share of the training clips that chooses the rate"
+    flag("--holdout", 0.2, chooses, type=runs.proper_fraction)
+    flag("--train-views", "1x1", "views of each training clip, time x space")
+
+
+def retrieve_flags(flag):
+    common_flags(flag)
+    data_flags(flag)
+    test_flags(flag)
+    by_recipe(flag, "random", "do the same with random weights, beside it")
+
+
+def features_flags(flag):
+    common_flags(flag, out=".npz file")
+    files = "files, or folders of them, in place of --data"
+    flag("videos", None, files, nargs="*", metavar="VIDEO")
+    data_flags(flag, train_split=False, test_split=False)
+    flag("--split", None, "split of the manifest; all of it")
+    flag("--views", "1x1", "of each clip, time x space")
+    by_recipe(flag, "batch_size", "views at a time, per process", type=runs.positive_int)
+
+
+def predict_flags(flag):
+    common_flags(flag)
+    flag("videos", None, "files, or folders of them", nargs="+", metavar="VIDEO")
+    flag("--workers", None, runs.WORKERS, type=runs.natural)
+    flag("--views", None, "of each video, time x space; CHECKPOINT's own, or 5x3")
+    strides = "frames from one to the next; CHECKPOINT's own, or 4"
+    flag("--stride", None, strides, type=runs.positive_int)
+    ways = "see finetune; CHECKPOINT's own, or dense"
+    flag("--sampling", None, ways, choices=("dense", "tsn"))
+    size = _PAPER["batch_size"]
+    flag("--batch-size", size, "views at a time, per process", type=runs.positive_int)
+
+
+def show_flags(flag):
+    common_flags(flag, out="for OUT.png and OUT.gif")
+    data_flags(flag, train_split=False)
+    flag("--clip", None, "open_clip model of the caption; the one of CHECKPOINT's training")
+    flag("--clip-pretrained", None, "tag of open_clip, or a file; likewise, or openai")
+    flag("--video", None, "a video file, in place of a clip of --data")
+    flag("--caption", None, "what it shows; of a clip of --data: its middle caption")
+    flag("--number", 0, "which clip of --data, without --video")
+    flag("--start", None, "seconds; the clip is from the middle of what follows", type=float)
+    whose = "of the reconstruction; CHECKPOINT's own, or tube"
+    flag("--mask", None, whose, choices=tuple(MASK_RATIOS))
+    flag("--mask-ratio", None, f"of that mask; {MASK_RATIOS}", type=runs.proper_fraction)
+    flag("--layers", None, "of attention, from 1; first, middle, last", type=int, nargs="+")
+
+
+def export_flags(flag):
+    common_flags(flag, out="folder")
+
+
+COMMANDS = {
+    "finetune": (finetune, finetune_flags),
+    "linear": (linear, linear_flags),
+    "retrieve": (retrieve, retrieve_flags),
+    "features": (features, features_flags),
+    "predict": (predict, predict_flags),
+    "show": (show, show_flags),
+    "export": (export, export_flags),
+}
 
 
 def data_and_recipe(args):
@@ -1311,63 +1277,96 @@ def data_and_recipe(args):
     data = args.data or own.get("data")
     given = getattr(args, "videos", None) or getattr(args, "video", None)
     if args.data and given:
-        raise ValueError(f"--data {args.data}: and videos that are given; one of the two")
+        raise UserError(f"--data {args.data}: and videos that are given; one of the two")
     if not data and not given:
         weights.load_checkpoint(args.checkpoint)  # says so if it is none
-        unknown = "does not say what it was trained on; a manifest, or toy"
-        raise ValueError(f"--data: {args.checkpoint} {unknown}")
+        raise UserError(
+            f"--data: {args.checkpoint} does not say what it was trained on; a manifest, or toy"
+        )
     if not given and not args.data and data != "toy" and not os.path.exists(data):
-        gone = f"was trained on {data}, which is not there now; name a manifest"
-        raise ValueError(f"--data: {args.checkpoint} {gone}")
+        raise UserError(
+            f"--data: {args.checkpoint} was trained on {data}, which is not there now; name a "
+            "manifest"
+        )
     recipe = "toy" if data == "toy" else "other"
     if own.get("recipe") in RECIPES and os.path.realpath(data) == os.path.realpath(own["data"]):
         recipe = own["recipe"]
     return None if given else data, args.recipe or recipe
 
 
+def late_defaults(args):
+    """Defaults that follow from CHECKPOINT and the flags that are typed."""
+    here = Path(args.checkpoint)
+    if args.command == "export":
+        return {"out": f"{here.with_suffix('')}-huggingface"}
+    if args.command == "predict":
+        return {}
+    folder = here.parent if here.suffix or here.is_file() else Path("runs") / here.name
+    data, recipe = data_and_recipe(args)
+    late = RECIPES[recipe] | {"data": data, "recipe": recipe, "out": str(folder / args.command)}
+    if args.command == "finetune":
+        scratch = "-scratch" if args.scratch else ""
+        late["out"] = str(folder / f"finetune-{Path(data).stem}{scratch}")
+    elif args.command == "linear":
+        del late["epochs"], late["holdout"]
+    elif args.command == "features":
+        late["out"] = str(folder / "features.npz")
+        del late["views"]
+    return {name: value for name, value in late.items() if name in args}
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs.Parser(prog="eval.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    for name, run in COMMANDS.items():
-        texts = {"help": run.__doc__, "description": run.__doc__}
-        add_flags(commands.add_parser(name, **texts, formatter_class=formatter), name)
+    for name, (run, add_flags) in COMMANDS.items():
+        about = run.__doc__
+        own = commands.add_parser(name, help=about, description=about, formatter_class=formatter)
+        add_flags(functools.partial(runs.add_flag, own))
     first = parser.parse_args(argv)
-    here = Path(first.checkpoint)
-    folder = here.parent if here.suffix or here.is_file() else Path("runs") / here.name
-    late = {"out": f"{here.with_suffix('')}-huggingface"}
-    if "data" in first:
-        late["data"], late["recipe"] = data_and_recipe(first)
-        scratch = "-scratch" if getattr(first, "scratch", False) else ""
-        outs = {"finetune": f"finetune-{Path(late['data'] or '').stem}{scratch}"}
-        outs["features"] = "features.npz"
-        late["out"] = str(folder / outs.get(first.command, first.command))
-        own = {"linear": ("epochs", "holdout"), "features": ("views",)}.get(first.command, ())
-        recipe = RECIPES[late["recipe"]].items()
-        late |= {key: value for key, value in recipe if key not in own}
-    late = {key: value for key, value in late.items() if key in first}
-    commands.choices[first.command].set_defaults(**late)
+    own = commands.choices[first.command]
+    own.set_defaults(**late_defaults(first))
     args = parser.parse_args(argv)
     if args.command == "finetune" and args.epochs:
-        own = commands.choices["finetune"]
-        args = parse_like_run(own, lambda: parser.parse_args(argv), args)
-        del args.typed
-    files = {"json": args.json, "out": first.out if args.command == "features" else None}
-    for name, path in files.items():
-        if path and not Path(path).parent.is_dir():
-            raise ValueError(f"--{name} {path}: no such folder {Path(path).parent}")
+        args, _ = runs.parse_like_run(own, lambda: parser.parse_args(argv), args)
     check_args(args)
     return args
 
 
+def check_args(args):
+    """What holds between flags; what holds of one of them its type says."""
+    for name in ("views", "train_views"):
+        if getattr(args, name, None):
+            grid = view_grid(f"--{name.replace('_', '-')}", getattr(args, name))
+            setattr(args, name.replace("views", "view_grid"), grid)
+    if args.command == "finetune":
+        if args.epochs and args.warmup_epochs > args.epochs:
+            raise UserError(
+                f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
+            )
+        if args.holdout == 1:
+            raise UserError("--holdout 1: leaves no clip to train on")
+    if args.json:
+        check_folder("--json", args.json)
+    if args.command == "features":
+        check_folder("--out", args.out)
+
+
+def check_folder(flag, path):
+    """Before hours of work, after which it could not be written."""
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{flag} {path}: no such folder {Path(path).parent}")
+
+
 def main(argv=None):
     less = "a smaller --batch-size (finetune: with a larger --accum, --grad-checkpointing), --amp"
-    with one_line_errors("eval.py", less):
+    with runs.one_line_errors("eval.py", less):
         args = parse_args(argv)
-        rank, _ = start_processes(args)
+        rank, _ = runs.start_processes(args)
         if args.command in ("show", "export") and rank:
             return  # one process draws and writes
-        COMMANDS[args.command](args)
+        run, _ = COMMANDS[args.command]
+        run(args)
 
 
 if __name__ == "__main__":

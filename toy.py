@@ -37,18 +37,9 @@ import torch
 import torch.nn.functional as F
 
 import dataset
+import runs
 import tgmae
-from train import (
-    add_flag,
-    check_flags,
-    check_mask_ratio,
-    last_line,
-    naming,
-    one_line_errors,
-    progress,
-    replacing,
-    usable_cores,
-)
+from dataset import UserError
 
 SIZE, FRAMES, FPS = 64, 24, 12
 # Share of clips whose camera follows the actor, and of clips lit from their shape's corner.
@@ -234,7 +225,7 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in CLIP_CONFIG["preprocess_cfg"].values())
     optimizer = torch.optim.AdamW(clip.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    for _ in progress(range(steps), desc="toy CLIP", unit="step"):
+    for _ in runs.progress(range(steps), desc="toy CLIP", unit="step"):
         images, captions, groups = _crops(rng, stills, batch)
         image = clip.encode_image((images - mean) / std)
         text = clip.encode_text(tokenizer(captions))
@@ -280,13 +271,23 @@ def _clip_of(out, seed, clips, number):
 def _build(out, clips, seed, clip_steps):
     total = clips + clips // 4
     (out / "clips").mkdir()
-    with ThreadPoolExecutor(usable_cores()) as pool:  # numpy and x264 let go of the interpreter
+    with ThreadPoolExecutor(
+        runs.usable_cores()
+    ) as pool:  # numpy and x264 let go of the interpreter
         made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total))
-        records, extras = zip(*progress(made, desc="toy world", unit="clip", total=total))
+        records, extras = zip(*runs.progress(made, desc="toy world", unit="clip", total=total))
     (out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     truth = {record["video"]: masks for record, masks in zip(records[clips:], extras[clips:])}
     np.savez_compressed(out / "truth.npz", **truth)
     train_clip(out / "clip", sum(extras[:clips], []), seed=seed, steps=clip_steps)
+
+
+def manifest_of(folder="data/toy"):
+    """The manifest of a world, which process 0 builds where it is not there yet."""
+    if runs.rank_and_world()[0] == 0:
+        build(folder)
+    runs.wait_for_all()
+    return Path(folder) / "manifest.jsonl"
 
 
 def build(out="data/toy", clips=800, seed=0, clip_steps=300):
@@ -299,11 +300,11 @@ def build(out="data/toy", clips=800, seed=0, clip_steps=300):
     if (out / "world.json").exists():
         return out
     if out.exists():
-        raise ValueError(f"{out}: exists and is not a toy world; name another folder, or remove it")
+        raise UserError(f"{out}: exists and is not a toy world; name another folder, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        with naming(out):
+        with runs.naming(out):
             _build(work, clips, seed, clip_steps)
             (work / "world.json").write_text(json.dumps({"clips": clips, "seed": seed}))
         work.chmod(0o755)
@@ -339,7 +340,7 @@ def coverage(folder="data/toy", mask_ratio=0.25, clips=200, stride=4):
     of the caption's similarity for cubes of the actor against cubes of the distractor and of the
     background."""
     config, folder = tgmae.PRESETS["toy"], Path(folder)
-    check_mask_ratio(mask_ratio, config.grid)
+    runs.check_mask_ratio(mask_ratio, config.grid)
     size = config.patch_size, config.tubelet_size
     records = dataset.read_manifest(folder / "manifest.jsonl", "test")[:clips]
     truth, numbers = read_truth(folder), [i * stride for i in range(config.num_frames)]
@@ -451,14 +452,14 @@ def captions_from(source, record):
     }[source]
 
 
-def make_world(out, runs, source):
-    """runs/worlds/SOURCE, in which data/toy is the world in `out` with captions of that source."""
-    data = runs / "worlds" / source / "data" / "toy"
+def make_world(out, root, source):
+    """ROOT/worlds/SOURCE, in which data/toy is the world in `out` with captions of that source."""
+    data = root / "worlds" / source / "data" / "toy"
     data.mkdir(parents=True, exist_ok=True)
     for path in out.absolute().iterdir():
         if path.name != "manifest.jsonl" and not (data / path.name).is_symlink():
             (data / path.name).symlink_to(path)
-    with replacing(data / "manifest.jsonl", "w") as file:
+    with runs.replacing(data / "manifest.jsonl", "w") as file:
         for record in map(json.loads, (out / "manifest.jsonl").read_text().splitlines()):
             record.pop("maps", None)  # of other captions: every row asks CLIP itself
             file.write(json.dumps(record | {"captions": captions_from(source, record)}) + "\n")
@@ -475,14 +476,14 @@ def call(script, flags, log, *, cwd, env, stopped):
                 process.terminate()
                 process.wait()
     if code := process.returncode:
-        reason = last_line(log.read_text().strip() or "no output")
-        raise ValueError(f"{log}: {script} ended with exit code {code}: {reason}")
+        reason = runs.last_line(log.read_text().strip() or "no output")
+        raise UserError(f"{log}: {script} ended with exit code {code}: {reason}")
 
 
-def run_row(args, runs, row, seed, columns, call):
+def run_row(args, root, row, seed, columns, call):
     """Pre-trains a row and evaluates it; what has its JSON is done. -> {column: share of the test
     clips, "vt": the contrastive loss of each epoch}."""
-    folder, world = runs / f"{row.name}-seed{seed}", runs / "worlds" / row.captions
+    folder, world = root / f"{row.name}-seed{seed}", root / "worlds" / row.captions
     folder.mkdir(exist_ok=True)
     epochs = ["--epochs", args.epochs, "--warmup-epochs", 0] if args.epochs else []
     if not (folder / "linear.json").exists():  # a training goes on, or sees that it has ended
@@ -549,9 +550,10 @@ def share_plot(Figure, log):
 
 def curve_table(name, log):
     lines = ["| contrastive loss | first epoch | last epoch | seeds |", "| --- | --- | --- | --- |"]
-    for title, runs in by_row(log, "vt").items():
-        first, last = (mean_std([run[i] for run in runs], 2) for i in (0, -1))
-        lines.append(f"| {title} | {first} | {last} | {len(runs)} |")
+    for title, curves in by_row(log, "vt").items():
+        first = mean_std([curve[0] for curve in curves], 2)
+        last = mean_std([curve[-1] for curve in curves], 2)
+        lines.append(f"| {title} | {first} | {last} | {len(curves)} |")
     return lines
 
 
@@ -559,10 +561,10 @@ def curve_plot(Figure, log):
     """A line a seed; dashed where the loss is only watched."""
     figure = Figure(figsize=(6, 3.2))
     axes = figure.subplots()
-    for title, runs in by_row(log, "vt").items():
+    for title, curves in by_row(log, "vt").items():
         row = FIGURE4[title]
         colour, dash = f"C{MASKS.index(row.mask)}", "-" if "VT" in row.loss else "--"
-        for i, run in enumerate(runs):
+        for i, run in enumerate(curves):
             label = None if i else title
             axes.plot(range(1, len(run) + 1), run, dash, color=colour, label=label, alpha=0.8)
     chance = math.log(16)  # of the 16 captions in a batch of the toy preset
@@ -586,16 +588,18 @@ def report(args, name, found):
     table, plot = (curve_table, curve_plot) if name == "figure4" else (share_table, share_plot)
     lines = table(name, log)
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"{usable_cores()} {platform.machine()} cores"
+    device = (
+        torch.cuda.get_device_name() if gpu else f"{runs.usable_cores()} {platform.machine()} cores"
+    )
     how = f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, "
     how += f"Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
     folder.mkdir(parents=True, exist_ok=True)
-    with naming(folder):
+    with runs.naming(folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         (folder / f"{name}.md").write_text("\n".join([*lines, "", how, ""]))
     style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}  # words stay words
     style |= {"axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style), naming(folder):
+    with matplotlib.rc_context(style), runs.naming(folder):
         figure = plot(Figure, log)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
     return lines
@@ -607,20 +611,20 @@ def compare(args, name):
     rows, columns = COMPARISONS[name], () if name == "figure4" else COLUMNS
     of = json.loads((args.out / "world.json").read_text()) | {"epochs": args.epochs}
     # Runs of another world, or of other --epochs, have another folder.
-    runs = args.runs.absolute() / "-".join(f"{key}{value}" for key, value in of.items())
+    root = args.runs.absolute() / "-".join(f"{key}{value}" for key, value in of.items())
     for source in {row.captions for row in rows.values()}:
-        make_world(args.out, runs, source)
-    gpu, cores = torch.cuda.is_available(), usable_cores()
+        make_world(args.out, root, source)
+    gpu, cores = torch.cuda.is_available(), runs.usable_cores()
     jobs = args.jobs or (1 if gpu else cores)
     env = os.environ | ({} if gpu else {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
     found, started, stopped = {}, {}, threading.Event()
     start = functools.partial(call, env=env, stopped=stopped)
-    bar = progress(total=len(rows) * args.seeds, unit="row", smoothing=0)
+    bar = runs.progress(total=len(rows) * args.seeds, unit="row", smoothing=0)
     with bar, ThreadPoolExecutor(jobs) as pool:
         try:
             for seed in range(args.seeds):
                 for title, row in rows.items():
-                    job = pool.submit(run_row, args, runs, row, seed, columns, start)
+                    job = pool.submit(run_row, args, root, row, seed, columns, start)
                     started[job] = title, seed
             for job in as_completed(started):
                 found[started[job]] = job.result()
@@ -637,26 +641,23 @@ def parse_args(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     about = "Make the toy world, measure on it what each masker hides, or run the paper's "
     about += "comparisons on it."
-    parser = argparse.ArgumentParser(description=about, formatter_class=formatter)
+    parser = runs.Parser(prog="toy.py", description=about, formatter_class=formatter)
     commands = "build", "coverage", "table2", "ablate", "figure4"
-    flag = functools.partial(add_flag, parser)
+    flag = functools.partial(runs.add_flag, parser)
     flag("command", "build", "what to do", nargs="?", choices=commands)
     flag("ablation", None, "for ablate", nargs="?", choices=ABLATIONS)
     flag("--out", Path("data/toy"), "folder of the world", type=Path)
     flag("--clips", 800, "training clips; a quarter as many test clips")
-    flag("--seed", 0, "of everything in the world")
+    flag("--seed", 0, "of everything in the world", type=runs.seed)
     flag("--mask-ratio", 0.25, "of coverage")
-    flag("--seeds", 3, "runs of each row, with seeds 0, 1, ...")
+    flag("--seeds", 3, "runs of each row, with seeds 0, 1, ...", type=runs.positive_int)
     flag("--runs", Path("runs/toy"), "folder of the rows' runs", type=Path)
     flag("--report", None, "folder of table, plot and their log; that of --runs", type=Path)
-    flag("--jobs", 0, "rows at a time; 0: one a CPU core, with a GPU one")
-    flag("--epochs", 0, "of both trainings; 0: train.py's, eval.py's own")
+    flag("--jobs", 0, "rows at a time; 0: one a CPU core, with a GPU one", type=runs.natural)
+    flag("--epochs", 0, "of both trainings; 0: train.py's, eval.py's own", type=runs.natural)
     args = parser.parse_args(argv)
-    check_flags(args, not_negative=("seed", "jobs", "epochs"))
     if args.clips < 16:
         parser.error(f"--clips {args.clips}: at least 16, one a class")
-    if args.seeds < 1:
-        parser.error(f"--seeds {args.seeds}: at least 1")
     if (args.command == "ablate") != bool(args.ablation):
         several = f"ablate takes one of {', '.join(ABLATIONS)}, other commands none"
         parser.error(f"{args.command} {args.ablation or ''}: {several}")
@@ -664,7 +665,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    with one_line_errors("toy.py", "fewer --jobs"):
+    with runs.one_line_errors("toy.py", "fewer --jobs"):
         args = parse_args(argv)
         build(args.out, args.clips, args.seed)
         if args.command == "build":
@@ -672,7 +673,7 @@ def main(argv=None):
             print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")
             if made != {"clips": args.clips, "seed": args.seed}:
                 ways = "another --out, or remove it, for another world"
-                raise ValueError(f"{args.out}: is there already; {ways}")
+                raise UserError(f"{args.out}: is there already; {ways}")
         elif args.command == "coverage":
             print_coverage(args.out, args.mask_ratio)
         else:

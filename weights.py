@@ -11,37 +11,18 @@ Nothing here needs transformers, of which some versions zero biases as they load
 import argparse
 import hashlib
 import json
-import os
 import pickle
 import re
-import urllib.error
-import urllib.request
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from huggingface_hub import constants, errors, hf_hub_download
+from huggingface_hub import errors, hf_hub_download
 
 import tgmae
-
-
-def work_offline_if_no_hub():
-    """Asks the Hugging Face hub once whether it is there. If not, open_clip and transformers are
-    told to use what is on disk, and fail at once where that is not enough, not after a minute of
-    retries.
-
-    Call before they are imported. Returns whether the hub may be used."""
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
-        except urllib.error.HTTPError:
-            pass  # it answered
-        except OSError:
-            os.environ["HF_HUB_OFFLINE"] = "1"
-            constants.HF_HUB_OFFLINE = True
-    return not constants.HF_HUB_OFFLINE
+from dataset import UserError
 
 
 def first_line(error):
@@ -60,17 +41,14 @@ def bf16_is_fast(device) -> bool:
 
 def load_clip(name, pretrained, device):
     """tgmae.load_clip for --clip and --clip-pretrained, its image tower in bf16 where that is fast.
-    Without a hub it says so in seconds. ValueError that names the flags and the ways out."""
-    on_disk = name.startswith("local-dir:") or Path(str(pretrained)).is_file()
-    online = on_disk or work_offline_if_no_hub()
+    UserError that names the flags and the ways out."""
     try:
         clip, tokenizer = tgmae.load_clip(name, pretrained, device)
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = first_line(error) if online else "the hub cannot be reached"
-        raise ValueError(
-            f"--clip {name} --clip-pretrained {pretrained}: {reason}. Ways out: --clip-pretrained "
-            "FILE (weights on disk), --clip local-dir:FOLDER (an open_clip folder), or, in "
-            "training, a manifest with text maps"
+        raise UserError(
+            f"--clip {name} --clip-pretrained {pretrained}: {first_line(error)}. Ways out: "
+            "--clip-pretrained FILE (weights on disk), --clip local-dir:FOLDER (an open_clip "
+            "folder), or, in training, a manifest with text maps"
         ) from error
     if bf16_is_fast(device):  # the weights: autocast would turn off attention's fast path
         clip.visual.to(torch.bfloat16)
@@ -124,20 +102,20 @@ def own_name(name, state_dict):
 def from_videomae(state_dict):
     """The state dict of an official VideoMAE model, or of transformers' VideoMAE, for pre-training
     or fine-tuned -> in our names, without the predictor, which they lack. Fine-tuned ones bring
-    fc_norm and head. Raises ValueError for anything else."""
+    fc_norm and head. Raises UserError for anything else."""
     new = {our_name(name): value for name, value in state_dict.items()}
     if PATCH_EMBED not in new:
-        raise ValueError(f"not VideoMAE's weights: names like {', '.join(list(state_dict)[:3])}")
+        raise UserError(f"not VideoMAE's weights: names like {', '.join(list(state_dict)[:3])}")
     if new[PATCH_EMBED].ndim != 5:
         shape = tuple(new[PATCH_EMBED].shape)
-        raise ValueError(f"{own_name(PATCH_EMBED, state_dict)} {shape} is no convolution's")
+        raise UserError(f"{own_name(PATCH_EMBED, state_dict)} {shape} is no convolution's")
     # (D,C,frame,row,column) -> (D,P)
     new[PATCH_EMBED] = new[PATCH_EMBED].permute(0, 2, 3, 4, 1).flatten(1)
     for name in [name for name in new if name.endswith(".query.weight")]:
         parts = [new.pop(name.replace("query", part), torch.empty(0)) for part in QKV]
         if len({part.shape for part in parts}) > 1:
             own = own_name(name, state_dict)
-            raise ValueError(f"{own} lacks a key and a value of its shape")
+            raise UserError(f"{own} lacks a key and a value of its shape")
         new[name.replace("query", "qkv")] = torch.cat(parts)
     return new
 
@@ -169,7 +147,7 @@ DATA = [  # no code: the flags of official files, and NumPy's scalars, as NumPy 
 
 def load_file(path, *, mmap=False):
     """The tensors of a .safetensors file; of any other torch.load, of which no pickled code is run.
-    mmap: tensors are read from disk when they are used. ValueError if it cannot be loaded."""
+    mmap: tensors are read from disk when they are used. UserError if it cannot be loaded."""
     try:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -179,7 +157,7 @@ def load_file(path, *, mmap=False):
         reason = first_line(error)
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds a {refused[1]}, which is no data" if refused else reason
-        raise ValueError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
+        raise UserError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
 
 
 def digest(state, dtype=None):
@@ -219,7 +197,7 @@ def _load_huggingface(source):
             raise OSError("no config.json, on disk or at a hub that can be reached")
         config, state = json.loads(path.read_text()), {}
         if config.get("model_type") != "videomae":
-            raise ValueError(f"{source}: a {config.get('model_type')}, not a VideoMAE")
+            raise UserError(f"{source}: a {config.get('model_type')}, not a VideoMAE")
         for name in ("model.safetensors", "pytorch_model.bin"):
             files = {name} if _find(source, name) else set()
             if not files and (index := _find(source, f"{name}.index.json")):
@@ -237,9 +215,9 @@ def _load_huggingface(source):
         return saved
     except (OSError, errors.HFValidationError) as error:
         kind = "neither a checkpoint nor a folder or hub name of transformers"
-        raise ValueError(f"{source}: {kind}: {first_line(error)}") from error
+        raise UserError(f"{source}: {kind}: {first_line(error)}") from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{source}: its config.json or index is none of transformers'") from error
+        raise UserError(f"{source}: its config.json or index is none of transformers'") from error
 
 
 SIZES = {  # of a Config: in transformers' config.json
@@ -255,14 +233,14 @@ ONLY = {"hidden_act": "gelu", "qkv_bias": True, "qv_bias": True, "num_channels":
 
 def _huggingface_sizes(state, theirs):
     """Fields of Config and norm_pix_loss, of weights in our names and a config.json. What that
-    leaves out is VideoMAEConfig's default. ValueError for a model that is none of ours."""
+    leaves out is VideoMAEConfig's default. UserError for a model that is none of ours."""
     for name, value in ONLY.items():
         if theirs.get(name, value) != value:
-            raise ValueError(f"its config.json says {name}={theirs[name]!r}, not {value!r}")
+            raise UserError(f"its config.json says {name}={theirs[name]!r}, not {value!r}")
     mean_pooling = theirs.get("use_mean_pooling", True)  # without the last norm
     if mean_pooling == ("encoder.norm.weight" in state):
         but = "there is a layernorm" if mean_pooling else "there is no layernorm"
-        raise ValueError(f"its config.json says use_mean_pooling={mean_pooling}, but {but}")
+        raise UserError(f"its config.json says use_mean_pooling={mean_pooling}, but {but}")
     wide, D = state["encoder.blocks.0.mlp.fc1.weight"].shape
     said = {ours: theirs[name] for ours, name in SIZES.items() if name in theirs}
     said["norm_pix_loss"] = theirs.get("norm_pix_loss", True)
@@ -272,7 +250,7 @@ def _huggingface_sizes(state, theirs):
 def _official_sizes(state, conv, flags):
     """Fields of Config and norm_pix_loss, of official weights in our names, whose patch embedding
     had the shape `conv`. Neither the clip's size nor heads are in weights: those are what the
-    file's flags say, if it has them, and the published model's of that width; ValueError for
+    file's flags say, if it has them, and the published model's of that width; UserError for
     another width."""
     D, _, tubelet_size, patch_size, _ = conv
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
@@ -293,7 +271,7 @@ def _official_sizes(state, conv, flags):
         heads[1408] = 16  # VideoMAEv2's giant
         if width not in heads:
             widths = ", ".join(map(str, sorted(heads)))
-            raise ValueError(f"{width} wide: how many heads is not said, and known of {widths}")
+            raise UserError(f"{width} wide: how many heads is not said, and known of {widths}")
         blocks = {name.split(".")[2] for name in state if name.startswith(f"{part}.blocks.")}
         sizes[f"{prefix}embed_dim"], sizes[f"{prefix}depth"] = width, len(blocks)
         sizes[f"{prefix}num_heads"] = heads[width]
@@ -310,7 +288,7 @@ def part_of(name):
 
 
 def _check(source, model, state, theirs):
-    """ValueError unless these weights in our names make this model: there is an encoder, perhaps
+    """UserError unless these weights in our names make this model: there is an encoder, perhaps
     without its last norm; each other part is whole or not there; all is known and of its shape.
     theirs: the weights in the file's names."""
     shapes = {name: value.shape for name, value in model.state_dict().items()}
@@ -324,15 +302,15 @@ def _check(source, model, state, theirs):
         if name in state and state[name].shape != shape:
             own = own_name(name, theirs)
             found = f"its {own} has shape {tuple(theirs[own].shape)}"
-            raise ValueError(f"{source}: {found}, but by its sizes {name} is {tuple(shape)}")
+            raise UserError(f"{source}: {found}, but by its sizes {name} is {tuple(shape)}")
         if name not in state and part_of(name) in needed:
             of_transformers = any("attention.attention" in own for own in theirs)
             own = huggingface_name(name.replace("qkv", "query")) if of_transformers else name
-            raise ValueError(f"{source}: not the weights of a video MAE, it has no {own}")
+            raise UserError(f"{source}: not the weights of a video MAE, it has no {own}")
     for name in state:
         if name not in shapes:
             what = f"it has an unknown {own_name(name, theirs)}"
-            raise ValueError(f"{source}: not the weights of a video MAE, {what}")
+            raise UserError(f"{source}: not the weights of a video MAE, {what}")
 
 
 def load_checkpoint(source):
@@ -341,17 +319,15 @@ def load_checkpoint(source):
     VideoMAE. The weights fit the Config: an encoder, perhaps without its last norm; fc_norm and
     head if it is fine-tuned, else perhaps decoder and predictor. In the dict: "assumed", a text,
     what sizes of a clip the file does not say; "norm_pix_loss", whether its decoder predicts
-    normalised cubes, as ours do. Raises ValueError if it is none of these."""
-    if not Path(source).exists():
-        work_offline_if_no_hub()
+    normalised cubes, as ours do. Raises UserError if it is none of these."""
     saved = load_file(source) if Path(source).is_file() else _load_huggingface(source)
     if not isinstance(saved, dict):
-        raise ValueError(f"{source}: holds a {type(saved).__name__}, not a checkpoint's dict")
+        raise UserError(f"{source}: holds a {type(saved).__name__}, not a checkpoint's dict")
     state = next((saved.pop(key) for key in ("model", "module") if key in saved), saved)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
-        raise ValueError(f"{source}: its weights are no dict of names and tensors")
+        raise UserError(f"{source}: its weights are no dict of names and tensors")
     try:
         if "config" in saved:
             ours, sizes = state, dict(saved["config"])
@@ -362,7 +338,7 @@ def load_checkpoint(source):
             else:
                 convs = [w for name, w in state.items() if name.endswith("patch_embed.proj.weight")]
                 if not convs:
-                    raise ValueError("transformers' weights alone; their config.json is needed")
+                    raise UserError("transformers' weights alone; their config.json is needed")
                 sizes, saved = _official_sizes(ours, convs[0].shape, saved.get("args")), {}
         # What older checkpoints and other models have besides. Other channels do not fit below.
         saved["norm_pix_loss"] = sizes.pop("norm_pix_loss", True)
@@ -371,9 +347,9 @@ def load_checkpoint(source):
         with torch.device("meta"):
             model = tgmae.TGMAE(config)
     except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{source}: makes no model: {first_line(error)}") from error
+        raise UserError(f"{source}: makes no model: {first_line(error)}") from error
     except KeyError as error:
-        raise ValueError(f"{source}: makes no model: it has no {error.args[0]}") from error
+        raise UserError(f"{source}: makes no model: it has no {error.args[0]}") from error
     _check(source, model, ours, state)
     clip = {"num_frames": config.num_frames, "image_size": config.image_size}
     assumed = [f"{name}={size}" for name, size in clip.items() if name not in sizes]

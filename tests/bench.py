@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 import captions
 import dataset
+import runs
 import tgmae
 import toy
 import train
@@ -99,7 +100,7 @@ def our_step(args, *, checkpointing=False, compiled=False):
     model = tgmae.TGMAE(tgmae.PRESETS[args.preset])
     model.predictor.requires_grad_(False)
     if checkpointing:
-        train.checkpoint_blocks(model)
+        runs.checkpoint_blocks(model)
     if compiled:
         model.encoder.compile()
         model.decoder.compile()
@@ -375,7 +376,7 @@ def parse_args(argv=None):
     flag("--preset", default="base", choices=tgmae.PRESETS, help="of the model that is trained")
     flag("--batch", type=int, default=64 if CUDA else 2, help="clips a step")
     flag("--repeats", type=int, default=5, help="of which the median is taken")
-    flag("--compile", action=train.YES_NO, default=True, help="time compiled steps, too")
+    flag("--compile", action=runs.YES_NO, default=True, help="time compiled steps, too")
     flag("--json", type=Path, help="file for all results")
     return parser.parse_args(argv)
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+import runs  # noqa: E402
 import train  # noqa: E402
 
 
@@ -56,7 +57,7 @@ def dies_at(moment, number):
 
 
 def poisons(name):
-    load, prepare = train.TrainingClips.__getitem__, train.prepare
+    load, prepare = runs.TrainingClips.__getitem__, train.prepare
 
     def loads(self, key):  # fine-tuning's clips are floats
         sample = load(self, key)
@@ -68,12 +69,12 @@ def poisons(name):
         video, mask, text = prepare(batch, *more)
         return (video * math.nan if name in batch["names"] else video), mask, text
 
-    train.TrainingClips.__getitem__, train.prepare = loads, prepares
+    runs.TrainingClips.__getitem__, train.prepare = loads, prepares
 
 
 def sticks(seconds):
-    train.PATIENCE, train.GRACE = int(seconds), 1
-    train.TrainingClips.__getitem__ = lambda self, key: time.sleep(1000)
+    runs.PATIENCE, runs.GRACE = int(seconds), 1
+    runs.TrainingClips.__getitem__ = lambda self, key: time.sleep(1000)
 
 
 class Unsendable:
@@ -85,8 +86,8 @@ class Unsendable:
 
 
 def fills(why):
-    load = train.TrainingClips.__getitem__
-    train.TrainingClips.__getitem__ = lambda self, key: load(self, key) | {"bad": [Unsendable(why)]}
+    load = runs.TrainingClips.__getitem__
+    runs.TrainingClips.__getitem__ = lambda self, key: load(self, key) | {"bad": [Unsendable(why)]}
 
 
 def terminate():
@@ -100,14 +101,14 @@ def unexpected():
 
 
 def after_step(happens, step):
-    append = train.append_log
+    append = runs.append_log
 
     def appends(path, line):
         append(path, line)
         if line["step"] == int(step):
             happens()
 
-    train.append_log = appends
+    runs.append_log = appends
 
 
 FAULTS = {

@@ -29,6 +29,7 @@ from test_ranks import torchrun
 import captions
 import dataset
 import eval as ev
+import runs
 import tgmae
 import toy
 import train
@@ -98,7 +99,7 @@ def of_group(group):
 def checkpoint(tmp_path_factory):
     path, config = tmp_path_factory.mktemp("checkpoint") / "start.pt", tgmae.Config(**TINY)
     model = tgmae.TGMAE(config).state_dict()
-    train.save_checkpoint(path, config=vars(config), model=model, args={})
+    runs.save_checkpoint(path, config=vars(config), model=model, args={})
     return path
 
 
@@ -182,25 +183,6 @@ def test_a_batch_that_cannot_be_handed_over(command):
     assert "DataLoader worker" in said.splitlines()[-1]
 
 
-def test_loaders_fit_shared_memory(monkeypatch, capsys):
-    """In batches of 10 bytes, two of which are handed over and in use."""
-    for free, asked, processes, fits in (
-        (180, 8, 1, (8, 2)), (179, 8, 1, (8, 1)), (99, 8, 1, (7, 1)), (30, 8, 1, (1, 1)),
-        (30, 1, 1, (1, 1)), (40, 1, 1, (1, 2)), (360, 8, 2, (8, 2)), (359, 8, 2, (8, 1)),
-        (0, 0, 1, (0, 2)),
-    ):  # fmt: skip
-        usage = argparse.Namespace(free=free)
-        monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert train.fit_loaders(asked, 10) == fits
-        said = capsys.readouterr().out
-        assert (f"{fits[0]} loaders instead of {asked}" in said) == (fits[1] < 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    usage.free = 29
-    with pytest.raises(ValueError, match="--workers 4: /dev/shm has 0.0 MB free.*--ipc=host"):
-        train.fit_loaders(4, 10)
-
-
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_process(command):
     process = start(*command, "--out run --workers 2")
@@ -223,7 +205,7 @@ def test_an_unexpected_error_ends_the_run(command):
 def test_a_loader_whose_run_was_killed_before_it_watched(workdir, run_is_killed):
     def loader():
         time.sleep(0.5)
-        train.init_loader()
+        runs.init_loader()
         Path("goes on").touch()
 
     def run_of_it():
@@ -242,7 +224,7 @@ def test_a_loader_whose_run_was_killed_before_it_watched(workdir, run_is_killed)
 def test_save_often(workdir, manifest, monkeypatch, minutes, saved):
     """--save-minutes; 0 is after epochs alone."""
     written = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, **s: written.append(s["step"]))
+    monkeypatch.setattr(runs, "save_checkpoint", lambda path, **s: written.append(s["step"]))
     run("--data", manifest(4), "--epochs 2 --save-minutes", minutes)
     assert written == saved
 
@@ -259,16 +241,16 @@ def test_share_of_a_step(monkeypatch):
         (5, 2, 3, 5, (5, 1, 1)),
     ):  # fmt: skip
         monkeypatch.setattr(train, "rank_and_world", lambda: (0, world))
-        assert train.share_step(forward, accum, before) == share
+        assert runs.share_step(forward, accum, before) == share
     with pytest.raises(ValueError, match="5 processes cannot share a step of 4"):
-        train.share_step(2, 1, 4)
+        runs.share_step(2, 1, 4)
 
 
 def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
     """The videos of each step, of all processes together; 3 processes take 12 of 16, 2 forwards of
     2 each."""
 
-    class Numbers(train.TrainingClips):
+    class Numbers(runs.TrainingClips):
         def load(self, place, seed):
             return {"place": place}
 
@@ -278,9 +260,9 @@ def test_a_step_is_the_same_for_any_number_of_processes(monkeypatch):
         seen[world] = [set() for _ in range(6)]
         for rank in range(world):
             monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
-            share = train.share_step(4, 1, 16)
+            share = runs.share_step(4, 1, 16)
             how = (data, share, args, 0, lambda samples: {"samples": samples}, (0, 2))
-            for step, batches in train.steps(*how):
+            for step, batches in runs.steps(*how):
                 batches = [{sample["place"] for sample in b["samples"]} for b in batches]
                 assert len(batches) == share[2]
                 for mine in batches:
@@ -378,7 +360,7 @@ def test_machines_that_do_not_share_the_folder(monkeypatch, workdir):
     monkeypatch.setattr(train, "gather_objects", lambda mine: [120, mine])
     args = train.parse_args(["--data", "x.jsonl", "--out", "run"])
     with pytest.raises(ValueError, match="run/last.pt: holds step 0 here, 120 for process 0"):
-        train.load_last(args)
+        runs.load_last(args)
 
 
 def test_two_runs_in_one_folder(workdir, manifest):
@@ -407,7 +389,7 @@ def fails_with(number):
 
 def test_a_file_system_without_locks(workdir, manifest, monkeypatch, capsys):
     """A run goes on, and says what it lacks."""
-    monkeypatch.setattr(train.fcntl, "lockf", fails_with(errno.ENOLCK))
+    monkeypatch.setattr(runs.fcntl, "lockf", fails_with(errno.ENOLCK))
     run("--data", manifest(4))
     assert "run/lock: No locks available; nothing keeps a second run out" in capsys.readouterr().err
 
@@ -435,32 +417,27 @@ def poisoned(monkeypatch, when):
 
 
 @pytest.mark.slow
-def test_bad_numbers_on_one_of_two_processes(workdir, manifest):
-    """Both leave the step out; the process that had them names its videos."""
+def test_bad_numbers_stop_all_processes(workdir, manifest):
     data = manifest(12)
     bad = json.loads(data.read_text().splitlines()[3])["video"]
-    flags = argv(FEW, "--data", data)
+    flags = argv(FEW, "--data", data, "--epochs 9 --save-minutes 1e-9")
     done = torchrun(2, FAULTY, f"nan:{bad}", TRAIN, *flags, cwd=workdir)
-    assert done.returncode == 0, done.stderr
-    lines = log("run")
-    (skipped,) = [line for line in lines if "skipped" in line]
-    assert len(lines) == 3 and skipped["mae"] is None and skipped["skipped"] is True
-    assert f"step {skipped['step']}: not finite, left out" in done.stderr and bad in done.stderr
-    assert "skipped 1 steps were left out" in done.stdout
+    assert done.returncode == 1
+    good = len(log("run"))
+    assert f"step {good + 1}: loss or gradient is not finite, of " in done.stderr
+    assert bad in done.stderr and "Ways out: --no-amp" in done.stderr
+    if good:
+        assert load("run")["step"] == good
+        assert_finite(load("run"))
+
+
+def test_bad_numbers_stop_the_run(workdir, manifest, monkeypatch):
+    """last.pt is the last good one."""
+    poisoned(monkeypatch, lambda number: number > 7)
+    with pytest.raises(SystemExit, match="step 8: loss or gradient is not finite, of .*/"):
+        run("--data", manifest(12), "--epochs 5")
+    assert load("run")["step"] == 6 and len(log("run")) == 7
     assert_finite(load("run"))
-
-
-def test_bad_numbers_leave_the_statistics_alone(workdir, world, manifest, monkeypatch):
-    """A step that is left out is as if it had not been: weights, moments, BatchNorm."""
-    poisoned(monkeypatch, lambda number: number == 1)
-    run("--data", manifest(4), f"--vt --clip local-dir:{world / 'clip'}")
-    first, second = log("run")
-    assert first["mae"] is None and first["vt"] is None
-    assert first["skipped"] is True and "skipped" not in second
-    saved = load("run")
-    assert saved["model"]["predictor.1.num_batches_tracked"] == 1
-    assert all(state["step"] == 1 for state in saved["optimizer"]["state"].values())
-    assert_finite(saved)
 
 
 def test_a_gradient_that_is_not_finite(workdir, manifest, monkeypatch):
@@ -474,43 +451,21 @@ def test_a_gradient_that_is_not_finite(workdir, manifest, monkeypatch):
         return clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoils)
-    run("--data", manifest(8))
-    lines = log("run")
-    assert ["skipped" in line for line in lines] == [False, True, False, False]
-    assert lines[1]["mae"] > 0 and lines[1]["grad_norm"] is None and lines[1]["skipped"] is True
+    with pytest.raises(SystemExit, match="step 2: loss or gradient is not finite"):
+        run("--data", manifest(8), "--save-minutes 1e-9")
+    assert load("run")["step"] == 1
     assert_finite(load("run"))
 
 
-def test_many_bad_numbers_in_a_row_stop_the_run(workdir, manifest, monkeypatch):
-    """The last checkpoint stays as it is, though an epoch ends meanwhile."""
-    poisoned(monkeypatch, lambda number: number > 7)
-    with pytest.raises(SystemExit, match="step 17: 10 in a row without a finite loss and gradient"):
-        run("--data", manifest(12), "--epochs 5")
-    assert load("run")["step"] == 6
-    assert [line["step"] for line in log("run") if "skipped" in line] == list(range(8, 18))
-
-
-def test_a_log_that_names_what_was_skipped(tmp_path, capsys):
-    """As runs wrote it until --save-steps went: they still go on to their end."""
-    line = {"lr": 0.1, "mae": 1.0, "bad": 2, "no_motion": 0}
-    lines = [line | {"step": 1}, line | {"step": 2, "skipped": ["a.mp4", "b.mp4"]}]
-    write_lines(tmp_path / "log.jsonl", lines)
-    train.finish(tmp_path)
-    said = capsys.readouterr().out
-    assert "skipped 1 steps were left out" in said and "bad     4 times" in said
-
-
 @pytest.mark.slow
-def test_finetune_leaves_bad_numbers_out(checkpoint, workdir, manifest):
+def test_bad_numbers_stop_finetune(checkpoint, workdir, manifest):
     data = manifest(8, held=2)
     bad = json.loads(data.read_text().splitlines()[3])["video"]
     flags = """--recipe other --epochs 1 --warmup-epochs 0 --batch-size 2 --stride 2 --views 1x1
         --repeat 1 --workers 0 --holdout 0 --test-split held --out tuned --data"""
-    said = ends(start(FAULTY, f"nan:{bad}", ROOT / "eval.py", "finetune", checkpoint, flags, data))
-    (skipped,) = [line for line in log("tuned") if "skipped" in line]
-    assert skipped["skipped"] is True and skipped["loss"] is None
-    assert "not finite, left out" in said and bad in said
-    assert_finite(load("tuned"))
+    command = start(FAULTY, f"nan:{bad}", ROOT / "eval.py", "finetune", checkpoint, flags, data)
+    said = ends(command, 1)
+    assert "loss or gradient is not finite, of " in said and bad in said
 
 
 def test_a_full_disk(workdir, world, manifest, checkpoint, monkeypatch):
@@ -545,24 +500,24 @@ def test_a_full_disk(workdir, world, manifest, checkpoint, monkeypatch):
         said = stop.value.code
         assert said.endswith(f".py: {name}: cannot be written: No space left on device"), said
         assert (path.exists() and path.read_bytes()) == before and not partial.is_symlink()
-    monkeypatch.setattr(train, "append_log", lambda path, line: train.append("/dev/full", "1"))
+    monkeypatch.setattr(train, "append_log", lambda path, line: runs.append("/dev/full", "1"))
     with pytest.raises(SystemExit, match="train.py: /dev/full: cannot be written: No space left"):
         run(flags, "--no-resume")
 
 
 def save(folder):
-    train.save_checkpoint(folder / "a.pt", numbers=[torch.ones(9999) for _ in range(99)])
+    runs.save_checkpoint(folder / "a.pt", numbers=[torch.ones(9999) for _ in range(99)])
 
 
 def savez(folder):
-    with train.replacing(folder / "a.npz") as file:
+    with runs.replacing(folder / "a.npz") as file:
         np.savez(file, numbers=np.random.rand(100_000))
 
 
 @pytest.mark.parametrize("write, name", [
     (save, "a.pt"),
     (savez, "a.npz"),
-    (lambda folder: train.append(folder / "log", "1" * 200_000), "log"),
+    (lambda folder: runs.append(folder / "log", "1" * 200_000), "log"),
     (lambda folder: toy.build(folder / "world", clips=16, clip_steps=1), "world"),
     pytest.param(
         lambda folder: ev.main(argv("export", folder / "start.pt", "--out", folder / "out")), "out",
@@ -586,7 +541,7 @@ def test_a_disk_that_fills_up_meanwhile(checkpoint, tmp_path, write, name):
 
 
 def test_other_errors_while_a_file_is_written_stay(tmp_path):
-    with pytest.raises(RuntimeError, match="^a bug$"), train.replacing(tmp_path / "a"):
+    with pytest.raises(RuntimeError, match="^a bug$"), runs.replacing(tmp_path / "a"):
         raise RuntimeError("a bug")
 
 
@@ -648,12 +603,12 @@ def test_as_many_loaders_as_there_are_cores(monkeypatch, cores, processes, worke
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
-    train.start_processes(args)
+    runs.start_processes(args)
     assert args.workers == workers
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
-    assert train.usable_cores() == 128
+    assert runs.usable_cores() == 128
     args.workers = 0
-    train.start_processes(args)
+    runs.start_processes(args)
     assert args.workers == 0
 
 
@@ -681,7 +636,7 @@ def says_nothing(kind):
 
 
 @pytest.mark.parametrize("where, name, call, said", [
-    (torch, "empty", lambda: train.start_processes(argparse.Namespace(device="cpu", amp=False)),
+    (torch, "empty", lambda: runs.start_processes(argparse.Namespace(device="cpu", amp=False)),
      "--device cpu: RuntimeError"),
     ("open_clip", "create_model", lambda: weights.load_clip("local-dir:x", None, "cpu"),
      "--clip local-dir:x --clip-pretrained None: RuntimeError. Ways out"),
@@ -701,13 +656,13 @@ def test_errors_that_say_nothing(monkeypatch, where, name, call, said):
 def test_processes_part_after_a_good_end_alone(monkeypatch):
     """After an error the others may stand in a collective, for which parting would wait."""
     left = []
-    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: left.append(True))
+    monkeypatch.setattr(runs.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runs.dist, "destroy_process_group", lambda: left.append(True))
     for error in (ValueError, RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(BaseException), train.one_line_errors("train.py", "less"):
+        with pytest.raises(BaseException), runs.one_line_errors("train.py", "less"):
             raise error("a fault")
     assert not left
-    with train.one_line_errors("train.py", "less"):
+    with runs.one_line_errors("train.py", "less"):
         pass
     assert left
 

@@ -24,8 +24,9 @@ from torchvision.transforms.v2 import functional as TF
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import dataset
+import pictures
+import runs
 import tgmae
-import train
 import weights
 from tgmae import TGMAE, Config
 
@@ -526,14 +527,14 @@ def test_reconstruction_of_the_target_is_the_clip(config):
     pixels = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
     video, mask = tgmae.normalize(pixels), random_inputs(config)[1]
     target, _, _ = tgmae.reconstruction_target(video, mask, config)
-    made = train.reconstruct(video, mask, target, config)
+    made = pictures.reconstruct(video, mask, target, config)
     torch.testing.assert_close(made["clip"], pixels / 255)
     torch.testing.assert_close(made["reconstructed"], made["clip"], atol=1e-5, rtol=0)
     cubes, hidden = (tgmae.patchify(made[name], 8, 2) for name in ("clip", "masked"))
     assert (hidden[mask] == 0.5).all() and torch.equal(hidden[~mask], cubes[~mask])
     predicted = tgmae.patchify(made["predicted"], 8, 2)[mask].view(2, -1, config.patch_dim)
     torch.testing.assert_close(predicted, (0.5 + target / 6).clamp(0, 1))
-    assert train.reconstruct(video, mask, None, config).keys() == {"clip", "masked"}
+    assert pictures.reconstruct(video, mask, None, config).keys() == {"clip", "masked"}
 
 
 def test_overfits_two_clips(config):
@@ -576,17 +577,17 @@ def test_gradients(config, mae, watch):
 
 def test_grad_checkpointing_changes_nothing(config, monkeypatch):
     """But how often a block runs: each of 2 + 1 goes through torch's checkpoint."""
-    calls, checkpoint, grads = [], train.checkpoint, []
+    calls, checkpoint, grads = [], runs.checkpoint, []
 
     def counted(block, *args, **more):
         calls.append(block)
         return checkpoint(block, *args, **more)
 
-    monkeypatch.setattr(train, "checkpoint", counted)
+    monkeypatch.setattr(runs, "checkpoint", counted)
     model, (video, mask) = TGMAE(config), random_inputs(config)
     for on in (False, True):
         if on:
-            train.checkpoint_blocks(model)
+            runs.checkpoint_blocks(model)
         model.zero_grad()
         model(video, mask)["mae"].backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

@@ -1,0 +1,97 @@
+"""All that is drawn of a clip: reconstructions, heat and attention maps, and the page that holds
+them."""
+
+import math
+import textwrap
+
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from PIL import Image, ImageDraw, ImageFont
+
+import tgmae
+
+MASK_COLOURS = {"tube": "#1f77b4", "mgm": "#ff7f0e", "tgm": "#2ca02c"}  # matplotlib's C0, C1, C2
+
+
+@torch.no_grad()
+def reconstruct(video, mask, pred, config):
+    """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), pred (B,Nm,P) of TGMAE.forward, or None ->
+    dict of videos (B,3,T,H,W) in [0,1]: `clip`, `masked` (in grey), and with pred `reconstructed`,
+    in which masked cubes have their true mean and std put back, and `predicted`, in which they have
+    not: 0.5 + pred/6 (4.7)."""
+    c, sizes = config, (config.patch_size, config.tubelet_size)
+    cubes = tgmae.patchify(tgmae.denormalize(video), *sizes)  # (B,N,P), pixels in [0,1]
+    _, ids_mask = tgmae.split_mask(mask, video.device)
+    ids_mask = ids_mask[..., None].expand(-1, -1, c.patch_dim)  # (B,Nm,P)
+    volumes = {"clip": cubes, "masked": cubes.scatter(1, ids_mask, 0.5)}
+    if pred is not None:
+        _, mean, std = tgmae.reconstruction_target(video, mask, c)
+        pixels = (pred.unflatten(-1, (-1, 3)) * std + mean).flatten(2)  # (B,Nm,P)
+        volumes["reconstructed"] = cubes.scatter(1, ids_mask, pixels)
+        volumes["predicted"] = cubes.scatter(1, ids_mask, 0.5 + pred / 6)
+    back = {name: tgmae.unpatchify(cubes, c.grid, *sizes) for name, cubes in volumes.items()}
+    return {name: video.clamp(0, 1) for name, video in back.items()}
+
+
+def heat_map(scores, frames):
+    """scores (t,h,w), frames (T,S,S,3) uint8 -> (T,S,S,3) uint8: dark where lowest, light where
+    highest, over the grey frames."""
+    value = (scores - scores.min()) / (scores.max() - scores.min()).clamp(min=1e-12)
+    value = F.interpolate(value[None, None].float().cpu(), frames.shape[:3])[0, 0]  # (T,S,S)
+    colour = 255 * torch.from_numpy(colormaps["inferno"](value.numpy())[..., :3])
+    return (0.65 * colour + 0.35 * frames.float().mean(-1, keepdim=True)).byte()
+
+
+@torch.no_grad()
+def attention_maps(model, video, layers, query):
+    """video (1,3,T,S,S) -> (layers,N): how much cube number `query` attends to each cube, the mean
+    over heads, in the given layers (from 0) of the encoder. None is masked."""
+    c, encoder, maps = model.config, model.encoder, []
+    x = encoder.patch_embed(tgmae.patchify(video, c.patch_size, c.tubelet_size))
+    x = x + encoder.pos_embed  # (1,N,D)
+    for block in encoder.blocks:
+        y, attn = block.norm1(x)[0], block.attn  # (N,D)
+        wq, wk, _ = attn.qkv.weight.chunk(3)
+        q = F.linear(y[query], wq, attn.q_bias).view(attn.num_heads, -1, 1)  # (heads,D/heads,1)
+        k = F.linear(y, wk).view(len(y), attn.num_heads, -1).transpose(0, 1)  # (heads,N,D/heads)
+        maps.append((k @ q / math.sqrt(q.shape[1]))[..., 0].softmax(-1).mean(0))  # (N,)
+        x = block(x)
+    return torch.stack([maps[layer] for layer in layers])
+
+
+def mark(frames, query, config):
+    """Draws a white box around cube number `query`."""
+    _, h, w = config.grid
+    p, first = config.patch_size, query // (h * w) * config.tubelet_size
+    y, x = query // w % h * p, query % w * p
+    for frame in frames[first : first + config.tubelet_size]:
+        box = frame[y : y + p, x : x + p]
+        box[[0, -1]] = box[:, [0, -1]] = 255
+    return frames
+
+
+def to_uint8(video):
+    """(1,3,T,S,S) in [0,1] -> (T,S,S,3) uint8."""
+    return video[0].permute(1, 2, 3, 0).clamp(0, 1).mul(255).round().byte().cpu()
+
+
+def draw_page(rows, title="", side=112):
+    """rows of (text, picture (S,S,3) uint8) -> a PIL image: each picture below its text, which runs
+    on over the next ones where theirs is empty. A text that begins with a masker has its colour."""
+    font, line, gap = ImageFont.load_default(14), 18, 4
+    columns = max(map(len, rows))
+    width = columns * (side + gap) + gap
+    title = textwrap.wrap(title, width // 7)
+    top = len(title) * line + gap
+    page = Image.new("RGB", (width, top + len(rows) * (side + line + gap)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, 0), "\n".join(title), "black", font)
+    for row, cells in enumerate(rows):
+        for column, (text, picture) in enumerate(cells):
+            x, y = gap + column * (side + gap), top + row * (side + line + gap)
+            colour = MASK_COLOURS.get(text.split(" ")[0], "black")
+            draw.text((x, y), text, colour, font)
+            picture = Image.fromarray(picture.numpy()).resize((side, side), Image.NEAREST)
+            page.paste(picture, (x, y + line))
+    return page
