@@ -117,7 +117,7 @@ def _open_stream(path, motion):
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         if error.errno == errno.EMFILE:  # nothing is wrong with the video
-            raise
+            raise UserError(f"{path}: {error.strerror}") from error
         raise VideoError(f"{path}: {error.strerror or error}") from error
 
 

@@ -1329,6 +1329,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.command == "finetune" and args.epochs:
         args, _ = runs.parse_like_run(own, lambda: parser.parse_args(argv), args)
+    if args.command == "features" and first.out:
+        check_folder("--out", first.out)
+    if args.json:
+        check_folder("--json", args.json)
     check_args(args)
     return args
 
@@ -1346,10 +1350,6 @@ def check_args(args):
             )
         if args.holdout == 1:
             raise UserError("--holdout 1: leaves no clip to train on")
-    if args.json:
-        check_folder("--json", args.json)
-    if args.command == "features":
-        check_folder("--out", args.out)
 
 
 def check_folder(flag, path):

@@ -136,7 +136,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("argument --"):  # --epochs 0: must be positive
             message = message.removeprefix("argument ").replace(": ", " ", 1)
-        sys.exit(f"{self.prog}: {message}")
+        script, *_ = self.prog.split()
+        sys.exit(f"{script}: {message}")
 
 
 def add_flag(parser, name, default, help, **more):
@@ -417,8 +418,8 @@ def stop_not_finite(args, step, videos):
     last = Path(args.out) / "last.pt"
     names = f", of {', '.join(videos)}" if videos else ""
     raise UserError(
-        f"step {step}: loss or gradient is not finite{names}. Ways out: --no-amp, or another --out "
-        f"that begins with the weights of {last}, the last that are saved"
+        f"step {step}: loss or gradient is not finite{names}. Ways out: --no-amp, or --init {last} "
+        "with another --out: it is the last good one"
     )
 
 

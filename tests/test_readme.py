@@ -255,8 +255,8 @@ def test_snippet_runs(snippet, trained, workdir, monkeypatch):
 
 def test_a_masker_of_ones_own_trains(workdir):
     """The README's function, line and diff, in copies of the scripts."""
-    for name in ("tgmae.py", "dataset.py", "weights.py", "toy.py", "train.py"):
-        shutil.copy(ROOT / name, name)
+    for name in "tgmae dataset weights runs pictures toy train".split():
+        shutil.copy(ROOT / f"{name}.py", f"{name}.py")
     (snippet,) = [text for text in SNIPPETS if "random_scores" in text]
     own = re.search(r"def random_scores.*?\n\n\n", snippet, re.S).group()
     own += re.search(r"`(MASK_RATIOS\[.*?)`", README).group(1)

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import captions
 import dataset
+import runs
 import toy
 import train
 
@@ -109,9 +110,9 @@ def test_a_world_is_reused(world, capsys):
 def test_the_first_process_makes_the_default_world(monkeypatch):
     built, waited = [], []
     monkeypatch.setattr(toy, "build", built.append)
-    monkeypatch.setattr(train, "gather_objects", waited.append)
+    monkeypatch.setattr(runs, "gather_objects", waited.append)
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
+        monkeypatch.setattr(runs, "rank_and_world", lambda: (rank, world))
         assert str(train.manifest_of("toy")) == "data/toy/manifest.jsonl"
     assert built == ["data/toy"] * 2 and len(waited) == 3
     assert str(train.manifest_of("x.jsonl")) == "x.jsonl"
