@@ -425,8 +425,10 @@ def read_work(folder, settings):
                 outcomes[found.pop("key")] = found
             else:
                 other = dict(then.items() - settings.items())
-                way = "finish it with its own flags, or remove the folder"
-                raise UserError(f"{folder}: unfinished work with {other}; {way}")
+                raise UserError(
+                    f"{folder}: unfinished work with {other}; finish it with its own flags, or "
+                    "remove the folder"
+                )
     return outcomes
 
 
@@ -622,9 +624,12 @@ class Llm:
     def answers(self, prompt):
         args, tokenizer = self.args, self.tokenizer
         if tokenizer.chat_template:
-            chat = [{"role": "user", "content": prompt}]
-            how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-            tokens = tokenizer.apply_chat_template(chat, **how)
+            tokens = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
         else:
             tokens = tokenizer(prompt, return_tensors="pt")
         tokens = {name: tokens[name].to(args.device) for name in ("input_ids", "attention_mask")}
@@ -632,8 +637,13 @@ class Llm:
         digest = hashlib.sha256(f"{args.seed} {prompt}".encode()).hexdigest()
         torch.manual_seed(int(digest[:15], 16))
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        how = {"do_sample": True, "num_return_sequences": args.per_prompt, "pad_token_id": pad}
-        said = self.model.generate(**tokens, **how, max_new_tokens=args.max_new_tokens)
+        said = self.model.generate(
+            **tokens,
+            do_sample=True,
+            num_return_sequences=args.per_prompt,
+            max_new_tokens=args.max_new_tokens,
+            pad_token_id=pad,
+        )
         said = said[:, tokens["input_ids"].shape[1] :]  # what follows the prompt
         return tokenizer.batch_decode(said, skip_special_tokens=True)
 
@@ -715,8 +725,9 @@ def is_current(args, path, record, made_by, numbers, order):
         ("frames", saved.frames.tolist(), numbers),
     ):  # fmt: skip
         if old != new:
-            change = f"{str(old)[:60]}, now {str(new)[:60]}"
-            raise UserError(f"{path}: {what} {change}; --force makes all anew")
+            raise UserError(
+                f"{path}: {what} {str(old)[:60]}, now {str(new)[:60]}; --force makes all anew"
+            )
     return True
 
 

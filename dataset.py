@@ -555,11 +555,12 @@ def read_map(path, captions, clip=None, order=None) -> TextMap:
             )
             made_of = file["captions"].tolist()
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        reason = error or type(error).__name__
+        reason = str(error) or type(error).__name__
         raise UserError(f"{path}: not a whole text map ({reason}); {again}") from error
     if made_of != [caption.rstrip("\0") for caption in captions]:  # as NumPy keeps texts
-        other = f"a text map of other captions ({made_of}, now {captions})"
-        raise UserError(f"{path}: {other}; {again}")
+        raise UserError(
+            f"{path}: a text map of other captions ({made_of}, now {captions}); {again}"
+        )
     # Maps of before have no order; where frames are numbered by time the numbers are the same now.
     if order not in (None, saved.order) and (saved.order or order == "decoder"):
         raise UserError(
@@ -567,8 +568,9 @@ def read_map(path, captions, clip=None, order=None) -> TextMap:
             f"{again}"
         )
     if clip not in (None, saved.clip):
-        other = f"a text map made with CLIP {saved.clip}, not {clip}"
-        raise UserError(f"{path}: {other}; {again}, with --force")
+        raise UserError(
+            f"{path}: a text map made with CLIP {saved.clip}, not {clip}; {again}, with --force"
+        )
     return saved
 
 
@@ -635,12 +637,14 @@ def read_manifest(path, split=None) -> Manifest:
         for what, (keys, fits) in VALUES.items():
             for key in keys & record.keys():
                 if not fits(record[key]):
-                    wrong = f"{key} must be {what}, or absent: {record[key]!r}"
-                    raise UserError(f"{path}:{number}: {wrong}")
+                    raise UserError(
+                        f"{path}:{number}: {key} must be {what}, or absent: {record[key]!r}"
+                    )
         if split is None or record.get("split", split) == split:
             lines.extend((start, end))
     if not lines:
-        raise UserError(f"{path}: no clips" + (f" of split {split!r}" if split else ""))
+        of_split = f" of split {split!r}" if split else ""
+        raise UserError(f"{path}: no clips{of_split}")
     return Manifest(path, data, np.frombuffer(lines, np.int64).reshape(-1, 2))
 
 
@@ -754,8 +758,9 @@ def crop_map(similarity, crop, size, grid):
     y = 2 * (crop.top + (torch.arange(h) + 0.5) * crop.height / h) / size[0] - 1
     x = 2 * (crop.left + (torch.arange(w) + 0.5) * crop.width / w) / size[1] - 1
     centres = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)  # (h,w,2) in -1..1
-    how = {"padding_mode": "border", "align_corners": False}
-    cropped = F.grid_sample(similarity[None].float(), centres[None], **how)[0]  # (t,h,w)
+    cropped = F.grid_sample(
+        similarity[None].float(), centres[None], padding_mode="border", align_corners=False
+    )[0]  # (t,h,w)
     return cropped.flip(-1) if crop.flip else cropped
 
 

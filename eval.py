@@ -139,8 +139,8 @@ def load_model(source):
         (model.fc_norm if fine_tuned else model.decoder.norm).eps = 1e-5
     missing, unexpected = model.load_state_dict(state, strict=False)
     if fine_tuned and (missing or unexpected):  # VideoMAE's classifiers of the first cube alone
-        odd = f"no {missing[0]}" if missing else f"an {unexpected[0]}"
-        raise UserError(f"{source}: fine-tuned, but not on the mean over cubes: it has {odd}")
+        has = f"no {missing[0]}" if missing else f"an {unexpected[0]}"
+        raise UserError(f"{source}: fine-tuned, but not on the mean over cubes: it has {has}")
     model.not_in_file = model.state_dict().keys() - state.keys()  # export leaves these out
     model.norm_pix_loss = saved["norm_pix_loss"]
     model.has_decoder = "mask_token" in state
@@ -176,8 +176,10 @@ def labelled(manifest, split):
     records = dataset.read_manifest(manifest, split)
     bare = [record["video"] for record in records if record.get("label") in (None, "")]
     if bare:
-        count = f"{len(bare)} of {len(records)} clips of split {split!r}"
-        raise UserError(f"{manifest}: {count} have no label, such as {bare[0]}")
+        raise UserError(
+            f"{manifest}: {len(bare)} of {len(records)} clips of split {split!r} have no label, "
+            f"such as {bare[0]}"
+        )
     return records
 
 
@@ -196,13 +198,16 @@ def targets(records, classes, where):
     number = {label: i for i, label in enumerate(classes)}
     target = torch.tensor([number.get(str(record["label"]), -1) for record in records])
     if (target < 0).all():
-        first, known = records[0]["label"], ", ".join(classes[:3])
-        unknown = f"none of its classes is known, such as {first!r}"
-        raise UserError(f"{where}: {unknown}; known: {known}...")
+        raise UserError(
+            f"{where}: none of its classes is known, such as {records[0]['label']!r}; known: "
+            f"{', '.join(classes[:3])}..."
+        )
     if (target < 0).any():
         new = sorted({str(record["label"]) for record, t in zip(records, target) if t < 0})
-        clips = f"{int((target < 0).sum())} clips are of {len(new)} classes that training lacks"
-        runs.say(f"note    {where}: {clips}, such as {new[0]!r}: misses")
+        runs.say(
+            f"note    {where}: {int((target < 0).sum())} clips are of {len(new)} classes that "
+            f"training lacks, such as {new[0]!r}: misses"
+        )
     return target
 
 
@@ -263,16 +268,16 @@ class Views(Dataset):
 
     def __getitem__(self, number):
         record, args, c = self.records[number], self.args, self.config
-        how = c.num_frames, args.stride, args.sampling, self.grid[0]
         try:
             with dataset.open_video(record["path"]) as video:
                 first, stop = dataset.frame_range(video, record.get("start"), record.get("end"))
-                clips = view_frames(first, stop, *how)
+                in_time, in_space = self.grid
+                clips = view_frames(first, stop, c.num_frames, args.stride, args.sampling, in_time)
                 wanted = sorted(set(sum(clips, [])))  # all views in one decode
                 frames = dataset.read_clip(video, wanted)
         except VideoError as error:
             return number, None, str(error), False
-        crops = view_crops(frames.shape[1:3], self.grid[1])
+        crops = view_crops(frames.shape[1:3], in_space)
         rows = [[wanted.index(frame) for frame in clip] for clip in clips]
         views = [dataset.crop_frames(frames[r], crop, c.image_size) for r in rows for crop in crops]
         span = c.num_frames if args.sampling == "tsn" else (c.num_frames - 1) * args.stride + 1
@@ -307,9 +312,10 @@ def compute_clips(split, records, args, config, grid, compute, *, by=""):
     views = Views(records, config, args, grid)
     loader = runs.batches_of(views, args.workers, batch_sampler=batches, collate_fn=list)
     label = f"{split} clips, {by}" if by else f"{split} clips"
-    bar = {"total": len(batches), "desc": label, "unit": "batch", "disable": rank > 0}
     done, values, failed = [], [], []
-    for batch in runs.progress(loader, **bar):
+    for batch in runs.progress(
+        loader, total=len(batches), desc=label, unit="batch", disable=rank > 0
+    ):
         failed += [(number, why) for number, video, why, _ in batch if video is None]
         read = [item for item in batch if item[1] is not None]
         if not read:
@@ -322,8 +328,7 @@ def compute_clips(split, records, args, config, grid, compute, *, by=""):
     parts = runs.gather_objects((done, values, failed))
     done, values, failed = (sum(part, []) for part in zip(*parts))
     if not done:
-        count = f"none of the {len(records)} {split} clips"
-        raise UserError(f"{count} can be read: {min(failed)[1]}")
+        raise UserError(f"none of the {len(records)} {split} clips can be read: {min(failed)[1]}")
     values = torch.cat(values)[torch.tensor([number for number, _ in done]).argsort()]
     kept = sorted(number for number, _ in done)
     for number, value in zip(kept, values):
@@ -356,13 +361,15 @@ def report(args, rows, notes, clips, **more):
     print(f"\n| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(map(in_table, row.values()))} |")
-    counted = "; ".join(f"{split}: {found.text}" for split, found in clips.items())
-    print(*(f"\n{note}" for note in notes), *([f"\n{counted}."] if counted else []), sep="\n")
+    for note in notes:
+        print(f"\n{note}")
+    if clips:
+        print(f"\n{'; '.join(f'{split}: {found.text}' for split, found in clips.items())}.")
     if args.json:
         counts = {}
         for split, found in clips.items():
-            of = {"clips": found.text, "failed": found.failed, "shorter than a view": found.short}
-            counts[split] = of
+            counts[split] = {"clips": found.text, "failed": found.failed}
+            counts[split]["shorter than a view"] = found.short
         result = {"rows": rows, "notes": notes, "clips": counts, "settings": vars(args), **more}
         with runs.replacing(args.json, "w") as file:
             file.write(json.dumps(result, indent=1) + "\n")
@@ -382,7 +389,7 @@ def accuracy(scores, target, ks=(1, 5)):
 
 def chosen_on(count):
     """How many clips chose, and whether that says something."""
-    return f"{count:,} clip(s)" + (", so few that it is luck" if count < 20 else "")
+    return f"{count:,} clip(s), so few that it is luck" if count < 20 else f"{count:,} clip(s)"
 
 
 def chance_row(name, classes, ks=(1, 5)):
@@ -451,9 +458,9 @@ def linear(args):
     train, test, classes, train_target, test_target = splits_of(args, data_of(args))
     rows, chosen, rates = [], {}, []
     for name, model, _ in encoders(args):
-        how, features = (args, model.config), functools.partial(pooled, model)
-        seen = compute_clips(args.split, train, *how, args.train_view_grid, features, by=name)
-        tested = compute_clips(args.test_split, test, *how, args.view_grid, features, by=name)
+        features, c = functools.partial(pooled, model), model.config
+        seen = compute_clips(args.split, train, args, c, args.train_view_grid, features, by=name)
+        tested = compute_clips(args.test_split, test, args, c, args.view_grid, features, by=name)
         if runs.rank_and_world()[0]:
             continue  # the head is small: one process trains it
         x, labels = seen.values.to(args.device), train_target[seen.kept].to(args.device)
@@ -508,9 +515,9 @@ def retrieve(args):
     rows, clips = [], {}
     what = {"retrieval": "clip -> a training clip of its class"}
     for name, model, _ in encoders(args):
-        how = (args, model.config, args.view_grid, functools.partial(pooled, model))
-        tested = compute_clips(args.test_split, query, *how, by=name)
-        seen = compute_clips(args.split, gallery, *how, by=name)
+        features, c = functools.partial(pooled, model), model.config
+        tested = compute_clips(args.test_split, query, args, c, args.view_grid, features, by=name)
+        seen = compute_clips(args.split, gallery, args, c, args.view_grid, features, by=name)
         clips = {args.test_split: tested, args.split: seen}
         sides = [F.normalize(found.values, dim=-1).mean(1) for found in (tested, seen)]
         labels = query_target[tested.kept], gallery_target[seen.kept]
@@ -538,7 +545,7 @@ def augmentation(args, size):
     box = {"scale": (args.crop_scale, 1.0), "ratio": (0.75, 1 / 0.75)}
     return v2.Compose(
         [
-            *[v2.RandomApply([randaug], 0.5)] * (4 if args.randaug else 0),
+            *([v2.RandomApply([randaug], 0.5)] * 4 if args.randaug else []),
             v2.RandomResizedCrop(size, **box, antialias=True),
             v2.RandomHorizontalFlip(0.5 if args.flip else 0.0),
             v2.ToDtype(torch.float32, scale=True),
@@ -765,7 +772,7 @@ def fit(args, model, classes, train, val):
     runs.leave(out, last_saved_step, unfinished=done < total)
 
 
-def as_it_is(args, manifest, test):
+def without_training(args, manifest, test):
     """--epochs 0: the fine-tuned CHECKPOINT -> {name: model}, names of its classes, 0 clips that
     chose."""
     model, saved = load_model(args.checkpoint)
@@ -786,8 +793,10 @@ def as_it_is(args, manifest, test):
             f"{named_by}, in order, {classes[0]!r} to {classes[-1]!r}"
         )
     if len(classes) != model.head.out_features:
-        count = f"a head of {model.head.out_features} classes, {named_by} has {len(classes)}"
-        raise UserError(f"{args.checkpoint}: {count}")
+        raise UserError(
+            f"{args.checkpoint}: a head of {model.head.out_features} classes, {named_by} has "
+            f"{len(classes)}"
+        )
     return {args.checkpoint: model}, classes, 0
 
 
@@ -832,7 +841,7 @@ def finetune(args):
     """Train all of the network on labels, then test it (4.2)."""
     manifest = data_of(args)
     test = labelled(manifest, args.test_split)
-    run = train_classifier if args.epochs else as_it_is
+    run = train_classifier if args.epochs else without_training
     models, classes, count = run(args, manifest, test)
     target = targets(test, classes, f"{manifest}, split {args.test_split!r}")
     rows = []
@@ -874,8 +883,8 @@ def features(args):
         name = args.split or "all"
         records = dataset.read_manifest(data_of(args), args.split)
     model, _ = load_model(args.checkpoint)
-    how = args.view_grid, functools.partial(pooled, model.to(args.device))
-    found = compute_clips(name, records, args, model.config, *how)
+    pool = functools.partial(pooled, model.to(args.device))
+    found = compute_clips(name, records, args, model.config, args.view_grid, pool)
     if runs.rank_and_world()[0]:
         return
     values, kept = found.values.mean(1).numpy(), [records[number] for number in found.kept]  # (n,D)
@@ -893,8 +902,10 @@ def predict(args):
     """Say what videos show: the five likeliest classes of a fine-tuned CHECKPOINT."""
     records, (model, saved) = given_videos(args.videos), load_model(args.checkpoint)
     if not isinstance(model, Classifier):
-        way = f"eval.py finetune {args.checkpoint} --data MANIFEST trains it to name classes"
-        raise UserError(f"{args.checkpoint}: pre-trained, not fine-tuned; {way}")
+        raise UserError(
+            f"{args.checkpoint}: pre-trained, not fine-tuned; eval.py finetune {args.checkpoint} "
+            "--data MANIFEST trains it to name classes"
+        )
     for name in ("views", "stride", "sampling"):
         own = saved.get("args", {}).get(name, _PAPER[name])
         setattr(args, name, getattr(args, name) or own)
@@ -924,8 +935,10 @@ def clip_of(args, saved):
     name = args.clip or own.get("clip") or default
     tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
     if made_by and not args.clip and not made_by.startswith(dataset.clip_name(name, tag) + " "):
-        maps = f"trained with text maps of the CLIP {made_by}"
-        raise UserError(f"{args.checkpoint}: {maps}: --clip and --clip-pretrained say where it is")
+        raise UserError(
+            f"{args.checkpoint}: trained with text maps of the CLIP {made_by}: --clip and "
+            "--clip-pretrained say where it is"
+        )
     return weights.load_clip(name, tag, args.device)
 
 
@@ -936,8 +949,10 @@ def clip_to_show(args, config):
     if not args.video:
         records = dataset.read_manifest(data_of(args), args.test_split)
         if not 0 <= args.number < len(records):
-            which = f"split {args.test_split!r} has clips 0 to {len(records) - 1}"
-            raise UserError(f"--number {args.number}: {which}")
+            raise UserError(
+                f"--number {args.number}: split {args.test_split!r} has clips 0 to "
+                f"{len(records) - 1}"
+            )
         record = records[args.number]
     captions = record.get("captions") or [None]
     start = record.get("start") if args.start is None else args.start
@@ -971,8 +986,9 @@ def attention_panels(args, model, video, frames):
 def mask_to_show(args, trained, scores):
     """The masker of the reconstruction: --mask, or the one that CHECKPOINT was trained with."""
     if args.mask and args.mask not in scores:
-        needs = "needs --caption, or scores in panels_of if it is your own"
-        raise UserError(f"--mask {args.mask}: {needs}")
+        raise UserError(
+            f"--mask {args.mask}: needs --caption, or scores in panels_of if it is your own"
+        )
     chosen = args.mask or trained.get("mask", "tube")
     if chosen not in scores:
         runs.say(f"note    no scores for --mask {chosen} here: the reconstruction is of tube")

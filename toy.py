@@ -469,8 +469,14 @@ def call(script, flags, log, *, cwd, env, stopped):
     """Runs a script until it ends; once `stopped` is set, it is asked to save and end."""
     command = [sys.executable, Path(__file__).with_name(script), *map(str, flags)]
     with open(log, "a") as file:
-        how = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=cwd, env=env, **how)
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
         while process.poll() is None:
             if stopped.wait(0.1):
                 process.terminate()

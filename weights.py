@@ -87,7 +87,7 @@ def our_name(name):
 
 def huggingface_name(name):
     """Our name of a weight -> that of transformers' models."""
-    name = "videomae." * name.startswith("encoder.") + re.sub(r"^head\b", "classifier", name)
+    name = re.sub(r"^encoder\.", "videomae.encoder.", re.sub(r"^head\b", "classifier", name))
     for ours, theirs in NAMES:
         name = name.replace(ours, theirs)
     return name
@@ -214,8 +214,10 @@ def _load_huggingface(source):
             saved["classes"] = [names.get(str(i), f"LABEL_{i}") for i in range(count)]
         return saved
     except (OSError, errors.HFValidationError) as error:
-        kind = "neither a checkpoint nor a folder or hub name of transformers"
-        raise UserError(f"{source}: {kind}: {first_line(error)}") from error
+        raise UserError(
+            f"{source}: neither a checkpoint nor a folder or hub name of transformers: "
+            f"{first_line(error)}"
+        ) from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{source}: its config.json or index is none of transformers'") from error
 
@@ -301,16 +303,20 @@ def _check(source, model, state, theirs):
     for name, shape in shapes.items():
         if name in state and state[name].shape != shape:
             own = own_name(name, theirs)
-            found = f"its {own} has shape {tuple(theirs[own].shape)}"
-            raise UserError(f"{source}: {found}, but by its sizes {name} is {tuple(shape)}")
+            raise UserError(
+                f"{source}: its {own} has shape {tuple(theirs[own].shape)}, but by its sizes "
+                f"{name} is {tuple(shape)}"
+            )
         if name not in state and part_of(name) in needed:
             of_transformers = any("attention.attention" in own for own in theirs)
             own = huggingface_name(name.replace("qkv", "query")) if of_transformers else name
             raise UserError(f"{source}: not the weights of a video MAE, it has no {own}")
     for name in state:
         if name not in shapes:
-            what = f"it has an unknown {own_name(name, theirs)}"
-            raise UserError(f"{source}: not the weights of a video MAE, {what}")
+            raise UserError(
+                f"{source}: not the weights of a video MAE, it has an unknown "
+                f"{own_name(name, theirs)}"
+            )
 
 
 def load_checkpoint(source):
