@@ -321,6 +321,39 @@ def test_the_loss_is_smoothed(checkpoint, clips, monkeypatch):
     assert logged == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_mixed_classes_reach_the_loss(checkpoint, clips, monkeypatch):
+    seen = Mock(wraps=F.cross_entropy)
+    monkeypatch.setattr(F, "cross_entropy", seen)
+    data, more = clips(8, 4), "--epochs 1 --warmup-epochs 0 --mixup 0.8 --cutmix 1 --out run"
+    ev.main(words(f"finetune {checkpoint} --data {data} {SHORT} --holdout 0 {more}"))
+    targets = [call.args[1] for call in seen.call_args_list]
+    assert all(target.shape[1] == 4 for target in targets)
+    torch.testing.assert_close(targets[0].sum(1), torch.ones(len(targets[0])))
+    assert any(((target > 0.01) & (target < 0.99)).any() for target in targets)
+
+
+def test_a_step_of_finetuning(checkpoint, clips, monkeypatch):
+    """AdamW's first step is the rate of each layer, whatever the gradient; blocks are dropped in
+    training alone."""
+    drop = Mock(wraps=ev.stochastic_depth)
+    monkeypatch.setattr(ev, "stochastic_depth", drop)
+    data = clips(4, 4)
+    flags = f"{SHORT} --epochs 1 --warmup-epochs 0 --holdout 0 --repeat 1 --no-amp --out run"
+    flags += " --layer-decay 0.5 --weight-decay 0 --drop-path 0.3"
+    ev.main(words(f"finetune {checkpoint} --data {data} {flags}"))
+    before, after = torch.load(checkpoint, weights_only=True), torch.load("run/last.pt")
+    depth, rate = before["config"]["depth"], 0.1 * 4 / 256
+    scales = {f"encoder.blocks.{i}.mlp.fc1.weight": 0.5 ** (depth - i) for i in range(depth)}
+    scales["encoder.patch_embed.proj.weight"] = 0.5 ** (depth + 1)
+    for name, scale in scales.items():
+        step = (after["model"][name] - before["model"][name]).abs().max().item()
+        assert step == pytest.approx(rate * scale, rel=0.02), name
+    rates = [i * 0.3 / (depth - 1) for i in range(depth) for _ in range(2)]
+    calls = [(call.args[1], call.kwargs["training"]) for call in drop.call_args_list]
+    assert calls[: 2 * depth] == [(pytest.approx(p), True) for p in rates]
+    assert not any(training for _, training in calls[2 * depth :])  # the test
+
+
 def training_clips(manifest, flags):
     records, target = dataset.read_manifest(manifest, "train"), torch.arange(8) % 4
     return ev.Augmented(records, target, tgmae.Config(**TINY), finetune_args(flags))

@@ -2,9 +2,7 @@
 of disk or memory; and files that would run code."""
 
 import argparse
-import contextlib
 import errno
-import io
 import itertools
 import json
 import math
@@ -540,11 +538,6 @@ def test_a_disk_that_fills_up_meanwhile(checkpoint, tmp_path, write, name):
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".world*"))
 
 
-def test_other_errors_while_a_file_is_written_stay(tmp_path):
-    with pytest.raises(RuntimeError, match="^a bug$"), runs.replacing(tmp_path / "a"):
-        raise RuntimeError("a bug")
-
-
 def test_out_of_memory_says_what_lowers_it(workdir, manifest, monkeypatch):
     def full(*_):
         torch_says = (
@@ -559,13 +552,6 @@ def test_out_of_memory_says_what_lowers_it(workdir, manifest, monkeypatch):
 
 
 # ---------------------------------------------------------------------- machines, flags, processes
-
-
-def test_in_a_notebook(workdir, manifest):
-    """Its stdout cannot be told what to do with names that are no UTF-8."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        run("--data", manifest(4))
-    assert "done    run/samples.png" in said.getvalue()
 
 
 @pytest.mark.slow

@@ -581,6 +581,51 @@ def test_processes_share_the_batch(workdir, manifest, clip_flags):
         assert a["vt"] == pytest.approx(b["vt"], abs=2e-3)
 
 
+@pytest.mark.slow
+def test_accumulation_of_two_processes(workdir, manifest):
+    """2 processes x 2 forwards take the step of 1 x 4."""
+    flags = argv("--data", manifest(16), "--mask tube --no-amp", FEW, "--batch-size 2 --workers 0")
+    for processes, own in ((1, "--accum 4 --out one"), (2, "--accum 2 --out two")):
+        done = torchrun(processes, ROOT / "train.py", *flags, *argv(own), cwd=workdir)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip(log("one"), log("two"), strict=True):
+        assert a["mae"] == pytest.approx(b["mae"], abs=2e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=2e-4)
+
+
+def test_each_clip_has_its_own_caption_and_mask(workdir, manifest, clip_flags):
+    flags = argv("--data", manifest(4), f"--mask tgm --vt {clip_flags} --no-amp", FEW)
+    args = train.parse_args([*flags, "--device", "cpu"])
+    clip = tgmae.load_clip(args.clip)
+    config = tgmae.PRESETS["toy"]
+    records = dataset.read_manifest("some.jsonl")
+    data = train.Clips(records, config, args, text_from="clip")
+    samples = [data[0, i] for i in range(4)]
+    assert len({sample["captions"][0] for sample in samples}) == 4
+    video, mask, text = train.prepare(train.collate(samples), clip, args, config)
+    for i, sample in enumerate(samples):
+        alone = tgmae.encode_text(*clip, sample["captions"])
+        torch.testing.assert_close(text[i], alone[0])
+        own = tgmae.normalize(sample["video"])
+        torch.testing.assert_close(video[i], own[0])
+        scores = tgmae.text_scores(clip[0], own, alone, config.patch_size, config.tubelet_size)
+        assert torch.equal(mask[i], tgmae.topk_mask(scores, args.mask_ratio)[0])
+
+
+@pytest.mark.parametrize("amp, dtype", [("--amp", torch.bfloat16), ("--no-amp", torch.float32)])
+def test_amp_casts(workdir, manifest, monkeypatch, amp, dtype):
+    seen, forward = set(), tgmae.Block.forward
+
+    def watched(block, x):
+        seen.add(block.mlp(x).dtype)
+        return forward(block, x)
+
+    monkeypatch.setattr(tgmae.Block, "forward", watched)
+    monkeypatch.setattr(train, "draw_samples", lambda *_: None)
+    run("--data", manifest(4), "--mask tube --out run", FEW, amp)
+    assert seen == {dtype}
+
+
 @pytest.mark.parametrize("mask", ["tube", "mgm"])
 def test_repeats_share_their_frames(workdir, manifest, monkeypatch, mask):
     """One decode; a crop, a mask and a caption each."""
