@@ -95,3 +95,17 @@ def draw_page(rows, title="", side=112):
             picture = Image.fromarray(picture.numpy()).resize((side, side), Image.NEAREST)
             page.paste(picture, (x, y + line))
     return page
+
+
+def draw_samples(made, captions, mask, every=1):
+    """made: of `reconstruct`; captions: of its clips, or []; mask: what to call it -> a page of
+    every `every`th clip: at most 8 of its frames, the mask, the reconstruction."""
+    rows = []
+    for b in range(0, len(made["clip"]), every):
+        said = f'"{captions[b]}"' if captions else "clip"
+        for name, text in (("clip", said), ("masked", mask), ("reconstructed", "reconstruction")):
+            if name in made:
+                frames = to_uint8(made[name][b : b + 1])
+                frames = frames[:: max(1, len(frames) // 8)]
+                rows.append(list(zip([text] + [""] * len(frames), frames)))
+    return draw_page(rows)

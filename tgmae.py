@@ -10,16 +10,15 @@ align the mean of the visible cubes with the caption by a contrastive loss. In t
     clip, tokenizer = load_clip()  # ViT-B/32, frozen
     text = encode_text(clip, tokenizer, captions)  # (B,E)
     scores = text_scores(clip, video, text, config.patch_size, config.tubelet_size)  # (B,t,h,w)
-    mask = topk_mask(scores, MASK_RATIOS["tgm"])  # (B,N)
+    mask = topk_mask(scores.cpu(), MASK_RATIOS["tgm"])  # (B,N)
     model = TGMAE(config)
     out = model(video, mask, text)
     loss = out["mae"] + out["vt"]  # 3.5; vt: video-text, 3.4. Pure MAE: no text, out["mae"]
     loss.backward()
 
 `torchrun train.py --mask tgm --vt` does the same on a toy world with a toy CLIP, in under 5 minutes
-on 2 CPU cores; `mae` ends near 0.8, where predicting zeros gives about 1. The sections:
-
-    Config -> Cubes -> CLIP scores -> Top k -> Noise and motion -> Transformer -> Losses -> Model
+on 2 CPU cores; `mae` ends near 0.8, where predicting zeros gives about 1. Where each section and
+equation of the paper is:
 
     3.1 (1)  PatchEmbed.forward                       MSE  reconstruction_loss
     3.1 (2)  topk_mask, applied in Encoder.forward    3.4  ContrastiveHead, on TGMAE.forward's mean
@@ -40,16 +39,15 @@ Where we depart from section 3, or it is silent (positions, norms, layers are Vi
   - 3.1 names three maskers. Random: scores are torch.rand(B,t,h,w). Tube is VideoMAE's. MGM we know
     from this paper alone: masking the cubes of largest mean motion is our reading.
   - 3.3 scores and masks frames: here a cube's first frame scores it, and k cubes of each time slice
-    are masked, k rounded down. Which of equal scores (black borders) are, torch.topk decides.
-  - 3.3 resizes patches, we do not know of which size nor how: here the cubes' own, by bicubic
-    interpolation as CLIP's, clamped to [0,1]. [CLS] and [EOS] are projected, as CLIP compares them.
-  - 3.3 scores the frames of the clip, as text_scores does. On real data train.py may read scores
-    that captions.py made of every 8th frame, uncropped. This is the largest departure: in the toy
-    world it changes for 19% of the cubes whether they are masked.
+    are masked, k rounded down. Ties (black borders) are broken by torch.topk, not at random.
+  - 3.3 resizes patches, we do not know of which size nor how: here the cubes' own, by torch's
+    bicubic interpolation (CLIP's is Pillow's), clamped to [0,1]. [CLS] and [EOS] are projected.
+  - 3.3 scores the clip's frames, as text_scores does. train.py may read scores made beforehand, of
+    every 8th frame, uncropped: the largest departure (in the toy world 19% of the cubes change).
   - 3.4 pools "all patches": here the visible ones, all that the encoder sees, after its final norm.
   - 3.4 is silent on the text (here CLIP's embedding, frozen), the temperature (0.07) and the head's
     layers (Linear, BatchNorm, ReLU, Linear, for the video alone). We average (4) both ways.
-  - 3.4: all other captions and videos are negatives. With `groups`, not those of the same video.
+  - 3.4: all others are negatives. With `groups`, not other clips of the same video (--repeat).
 """
 
 import math
@@ -153,9 +151,9 @@ def unpatchify(patches, grid, patch_size, tubelet_size):
 
 # ==== CLIP scores: captions -> text (B,E); video, text -> scores (B,t,h,w) (3.3) ==================
 def load_clip(name="ViT-B-32-quickgelu", pretrained="openai", device="cpu"):
-    """-> (clip, tokenizer) of open_clip, frozen, in eval mode. name: a model of open_clip,
-    hf-hub:REPO or local-dir:FOLDER; pretrained: its tag or a file, ignored for the last two.
-    The model "ViT-B-32" would run OpenAI's weights with the wrong activation."""
+    """-> (clip, tokenizer) of open_clip, frozen, in eval mode. name: a model, or hf-hub:REPO or
+    local-dir:FOLDER, which hold weights; pretrained: the model's tag, or a file. Plain "ViT-B-32"
+    would run OpenAI's weights with the wrong activation."""
     import open_clip  # here: it takes seconds, and a run without CLIP does not need it
 
     # Without require_pretrained a missing file means random weights and a mere warning.
@@ -223,7 +221,7 @@ def topk_mask(scores, mask_ratio, *, bottom_k=False):
 
 def split_mask(mask, device=None):
     """mask (B,N) bool, True = masked -> ids_keep (B,Nv), ids_mask (B,Nm), ascending, on `device`.
-    Keep masks on the CPU: tolist and nonzero would wait for a GPU."""
+    Keep masks on the CPU: with one on a GPU, tolist and nonzero stop the CPU until it is done."""
     assert mask.dtype == torch.bool, f"mask is {mask.dtype}: must be bool"
     counts = mask.sum(1).tolist()
     assert len(set(counts)) == 1 and 0 < counts[0] < mask.shape[1], (
@@ -231,7 +229,7 @@ def split_mask(mask, device=None):
     )
     ids_keep = (~mask).nonzero()[:, 1].view(len(mask), -1)
     ids_mask = mask.nonzero()[:, 1].view(len(mask), -1)
-    to_gpu = "cuda" in str(device)  # without waiting; a copy to the CPU has to be waited for
+    to_gpu = "cuda" in str(device)  # only then need the copy not be waited for
     return ids_keep.to(device, non_blocking=to_gpu), ids_mask.to(device, non_blocking=to_gpu)
 
 
@@ -242,15 +240,15 @@ def take(x, ids):
 
 # ==== Noise and motion: scores of tube and motion-guided masking (3.1) ============================
 def tube_scores(batch, grid, *, generator=None):
-    """-> (B,t,h,w): noise shared over time, so that a place is masked in all slices or in none.
-    generator: of the CPU."""
+    """-> (B,t,h,w): noise shared by all slices, so a place is masked in all of them or in none."""
     t, h, w = grid
     return torch.rand(batch, 1, h, w, generator=generator).expand(batch, t, h, w)
 
 
 def motion_scores(motion, grid, *, generator=None):
     """motion (B,T,h',w'), lengths of motion vectors in pixels; grid (t,h,w), t divides T ->
-    (B,t,h,w): the mean over a cube's frames and the cells that it touches. Chance decides where
+    (B,t,h,w): the mean over a cube's frames and the cells that it touches, B pooled as channels
+    are. Chance decides where
     nothing moves, by noise of at most 1e-4 pixels (generator: of the CPU)."""
     assert motion.shape[1] % grid[0] == 0, f"{motion.shape[1]} frames in {grid[0]} time slices"
     scores = F.adaptive_avg_pool3d(motion.float(), grid)
@@ -330,8 +328,7 @@ class Encoder(nn.Module):
         if ids_keep is not None:
             cubes, pos = take(cubes, ids_keep), pos[ids_keep]  # (2) applied: (B,Nv,P), (B,Nv,D)
         x = self.patch_embed(cubes)  # (B,Nv,D), or (B,N,D)
-        # In x's dtype: under autocast all residual sums are 16-bit, as in VideoMAE.
-        x = x + pos.to(x.dtype)
+        x = x + pos.to(x.dtype)  # under autocast residual sums are 16-bit, as in VideoMAE
         return self.norm(self.blocks(x))
 
 
@@ -380,8 +377,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # All ranks compute the whole loss: the sum over ranks is `world` times the gradient of this
-        # rank's rows. DDP's mean over ranks divides by `world` again.
+        # All ranks compute the whole loss: summed over them, the gradient of this rank's rows is
+        # `world` times as large. DDP's mean over ranks divides by `world` again.
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may share this tensor
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]  # (B,...)
@@ -405,8 +402,7 @@ def info_nce(video_emb, text_emb, temperature, *, groups=None):
         text_emb = F.normalize(text_emb.to(dtype), dim=-1)
         logits = video_emb @ text_emb.T / temperature  # (B,B) cosine similarities / temperature
         if groups is not None:
-            same = groups[:, None] == groups[None, :]
-            same.fill_diagonal_(False)
+            same = (groups[:, None] == groups[None, :]).fill_diagonal_(False)
             logits = logits.masked_fill(same, float("-inf"))
         target = torch.arange(len(logits), device=logits.device)  # the pairs are on the diagonal
         both = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)  # (4), both ways
@@ -436,7 +432,8 @@ class ContrastiveHead(nn.Sequential):
 # ==== Model: video (B,3,T,H,W), mask (B,N), text (B,E) -> the two losses of 3.5 (Figure 2) ========
 class TGMAE(nn.Module):
     """Video MAE with an optional video-text contrastive loss. Under DDP freeze what gets no
-    gradient: without text the predictor; with mae=False decoder, encoder_to_decoder, mask_token.
+    gradient: without text the predictor; with mae=False decoder, encoder_to_decoder, mask_token
+    (and, if watch is set, the encoder).
     torch.export takes `model.encoder`, with (cubes, ids_keep)."""
 
     def __init__(self, config: Config):
@@ -456,8 +453,7 @@ class TGMAE(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def encode(self, video, mask=None):
-        """video (B,3,T,H,W) of normalize, mask (B,N), True = masked -> (B,Nv,D), after the final
-        norm; without a mask (B,N,D)."""
+        """video (B,3,T,H,W) of normalize, mask (B,N) or None -> (B,Nv,D), or (B,N,D), normed."""
         c = self.config
         shape = (len(video), 3, c.num_frames, c.image_size, c.image_size)
         assert video.shape == shape, f"video {tuple(video.shape)}: the model takes {shape}"

@@ -63,8 +63,7 @@ def add_flags(parser):
     flag("--num-frames", None, "frames of a clip; the preset's", type=runs.positive_int)
     flag("--image-size", None, "pixels of a clip's side; the preset's", type=runs.positive_int)
     flag("--mask", "tube", "noise, most motion, or most like the caption", choices=MASK_RATIOS)
-    ratios = f"share of cubes masked; {MASK_RATIOS}"
-    flag("--mask-ratio", None, ratios, type=runs.proper_fraction)
+    flag("--mask-ratio", None, f"of cubes masked; {MASK_RATIOS}", type=runs.proper_fraction)
     flag("--bottom-k", False, "mask the lowest scores instead of the highest")
     flag("--vt", False, "optimise the video-text contrastive loss")
     flag("--mae", True, "optimise the reconstruction loss")
@@ -80,14 +79,12 @@ def add_flags(parser):
     by_data("--warmup-epochs", "epochs of linear warm-up", type=runs.not_negative)
     by_data("--batch-size", "clips per process and forward", type=runs.positive_int)
     flag("--accum", 1, "forwards per step", type=runs.positive_int)
-    repeats = "clips of the same frames: crop, mask and caption of their own"
-    flag("--repeat", 1, repeats, type=runs.positive_int)
+    flag("--repeat", 1, "crops, masks, captions of the same frames", type=runs.positive_int)
     by_data("--blr", "learning rate per 256 clips of global batch", type=runs.not_negative)
     by_data("--min-lr", "last learning rate per 256 clips", type=runs.not_negative)
     flag("--weight-decay", 0.05, "of AdamW, on matrices only", type=runs.not_negative)
     flag("--clip-grad", 0.0, "largest gradient norm; 0: no limit", type=runs.not_negative)
-    strides = "frames from one frame of a clip to the next"
-    flag("--stride", 4, strides, type=runs.positive_int)
+    flag("--stride", 4, "frames from one of a clip to the next", type=runs.positive_int)
     by_data("--flip", "mirror half the clips")
     flag("--workers", None, runs.WORKERS, type=runs.natural)
     flag("--device", "auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
@@ -95,8 +92,7 @@ def add_flags(parser):
     flag("--compile", False, "torch.compile encoder and decoder")
     flag("--seed", 0, "of weights, order, crops and masks", type=runs.seed)
     flag("--out", None, "run folder; runs/DATA-MASK...")
-    minutes = "minutes between checkpoints; 0: none between epochs"
-    flag("--save-minutes", 10.0, minutes, type=runs.not_negative)
+    flag("--save-minutes", 10.0, "between checkpoints; 0: epochs", type=runs.not_negative)
     flag("--resume", True, "go on from the run folder's last.pt")
 
 
@@ -590,15 +586,10 @@ def validate(step, epoch, net, data, clip, args):
     rank, world = runs.rank_and_world()
     net.eval()
     mine = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
+    size, samples, losses, bad = args.batch_size // args.repeat, [(0, i) for i in mine], [], []
     batches = runs.batches_of(
-        data,
-        args.workers,
-        batch_size=args.batch_size // args.repeat,
-        sampler=[(0, i) for i in mine],
-        drop_last=True,
-        collate_fn=collate,
+        data, args.workers, batch_size=size, sampler=samples, drop_last=True, collate_fn=collate
     )
-    losses, bad = [], []
     for batch in batches:
         unreadable = sum(runs.gather_objects(batch.get("unreadable", [])), [])
         if unreadable:
@@ -633,40 +624,31 @@ def describe(args, c, data, val, share, steps_per_epoch):
     """Prints what the run is. c: the model's Config."""
     world, patches = runs.rank_and_world()[1], c.grid[1] * c.grid[2]
     batch, clips = args.batch_size * world, share.videos * args.repeat
-    runs.say(
-        f"model   {args.preset}; clips of {c.num_frames} frames, {c.image_size}x{c.image_size}"
-    )
-    line = f"data    {args.data}, split {args.split}: {len(data)} videos"
+    text = ""
+    loss = f"MAE + {args.vt_weight:g} VT" if args.vt else "MAE"
+    loss = loss if args.mae else f"{args.vt_weight:g} VT"
     if data.text_from:
         how = {"clip": "CLIP online", "maps": "text maps"}[data.text_from]
         distinct = {r["captions"][i] for r in data.records for i in data.captions_used(r)}
-        line += f"; {how} ({args.clip}); {len(distinct):,} distinct captions"
-    runs.say(line)
+        text = f"; {how} ({args.clip}); {len(distinct):,} distinct captions"
+        loss += "" if args.vt else ", VT watched"
+        loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
+    which, masked = "lowest" if args.bottom_k else "highest", int(args.mask_ratio * patches)
+    left = clips - batch * share.accum
+    left = f", {left} left out of each step" if left else ""
+    runs.say(f"""\
+model   {args.preset}; clips of {c.num_frames} frames, {c.image_size}x{c.image_size}
+data    {args.data}, split {args.split}: {len(data)} videos{text}
+mask    {args.mask}, {which} {masked} of {patches} patches in each of {c.grid[0]} slices
+loss    {loss}
+batch   {clips} clips = {world} x {args.batch_size} x {share.accum}{left}
+steps   {args.epochs} epochs x {steps_per_epoch}; rate {args.blr * clips / 256:.3g}
+device  {args.device}, {"bf16" if args.amp else "fp32"}; run folder {args.out}""")
     if val:
         whole = len(val) // (batch // args.repeat) * (batch // args.repeat)
         runs.say(
             f"val     {whole} of the {len(val)} videos of split {args.val_split}, in whole batches"
         )
-    which, masked = "lowest" if args.bottom_k else "highest", int(args.mask_ratio * patches)
-    runs.say(
-        f"mask    {args.mask}, {which} {masked} of {patches} patches in each of {c.grid[0]} slices"
-    )
-    parts = []
-    if args.mae:
-        parts.append("MAE")
-    if args.vt:
-        parts.append(f"{args.vt_weight:g} VT")
-    line = f"loss    {' + '.join(parts)}"
-    if data.text_from:
-        line += "" if args.vt else ", VT watched"
-        line += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
-    runs.say(line)
-    line = f"batch   {clips} clips = {world} x {args.batch_size} x {share.accum}"
-    if left := clips - batch * share.accum:
-        line += f", {left} left out of each step"
-    runs.say(line)
-    runs.say(f"steps   {args.epochs} epochs x {steps_per_epoch}; rate {args.blr * clips / 256:.3g}")
-    runs.say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {args.out}")
 
 
 @torch.no_grad()
@@ -685,17 +667,10 @@ def draw_samples(path, model, data, clip, args):
     with torch.compiler.set_stance("force_eager"):  # so few clips are not worth compiling for
         pred = model(video, mask)["pred"].float() if args.mae else None
     made = pictures.reconstruct(video, mask, pred, c)
-    rows = []
-    for b in range(0, len(video), args.repeat):
-        said = f'"{batch["captions"][b]}"' if batch["captions"] else "clip"
-        texts = {"clip": said, "masked": f"{args.mask} mask {args.mask_ratio:.0%}"}
-        texts["reconstructed"] = "reconstruction"
-        for name in [name for name in texts if name in made]:
-            frames = pictures.to_uint8(made[name][b : b + 1])
-            frames = frames[:: max(1, c.num_frames // 8)]  # at most 8 side by side
-            rows.append(list(zip([texts[name]] + [""] * len(frames), frames)))
+    mask = f"{args.mask} mask {args.mask_ratio:.0%}"
+    page = pictures.draw_samples(made, batch["captions"], mask, every=args.repeat)
     with runs.replacing(path) as file:
-        pictures.draw_page(rows).save(file, "PNG")
+        page.save(file, "PNG")
 
 
 def finish(out):
@@ -706,14 +681,12 @@ def finish(out):
     for name in ("mae", "vt"):
         if found := [line[name] for line in last if line.get(name) is not None]:
             print(f"{name:<8}{sum(found) / len(found):.3f}, mean of the last {len(found)} steps")
-    bad = sum(line.get("bad", 0) for line in lines)
-    if bad:
-        print(f"bad     {bad} times a video could not be read, another took its place:", end=" ")
-        print(f"{out}/bad_videos.txt")
-    no_motion = sum(line.get("no_motion", 0) for line in lines)
-    if no_motion:
-        print(f"note    {no_motion} times a video had no motion vectors:", end=" ")
-        print("the difference of frames stood in")
+    for name, what in (
+        ("bad", f"times a video could not be read, another took its place: {out}/bad_videos.txt"),
+        ("no_motion", "times a video had no motion vectors: the difference of frames stood in"),
+    ):
+        if count := sum(line.get(name, 0) for line in lines):
+            print(f"{name:<7} {count} {what}")
     print(f"done    {out}/samples.png, {out}/last.pt")
 
 
