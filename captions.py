@@ -321,7 +321,8 @@ def relative(path, folder):
 
 
 def write_text(path, text):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with runs.naming(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     with runs.replacing(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # not UTF-8
         file.write(text)
 
@@ -771,7 +772,8 @@ def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
         text = tgmae.encode_text(clip, tokenizer, captions)
         similarity = similarity_map(clip, frames, text, args.patch_size, args.device)
         path = paths[key]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with runs.naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         with runs.replacing(path) as file:
             similarity, text = similarity.half().numpy(), text.half().cpu().numpy()
             geometry = {"source_size": size, "resized_size": frames.shape[-2:]}

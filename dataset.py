@@ -447,11 +447,10 @@ def _fill_missing(fields):
     motion = np.stack([empty if field is None else field for field in fields])
     gaps = np.isnan(motion).any(0)
     known = ~np.isnan(motion[:, gaps])  # (F, cells with a gap)
-    last = len(motion) - 1
-    number = np.arange(last + 1)[:, None]
-    before = np.maximum.accumulate(np.where(known, number, -2 * last - 2))
-    after = np.minimum.accumulate(np.where(known, number, 3 * last + 3)[::-1])[::-1]
-    nearest = np.where(number - before < after - number, before, after).clip(0, last)
+    number, far = np.arange(len(motion))[:, None], 3 * len(motion)  # farther than any that is there
+    before = np.maximum.accumulate(np.where(known, number, -far))
+    after = np.minimum.accumulate(np.where(known, number, far)[::-1])[::-1]
+    nearest = np.where(number - before < after - number, before, after).clip(0, len(motion) - 1)
     motion[:, gaps] = np.nan_to_num(np.take_along_axis(motion[:, gaps], nearest, axis=0))
     return motion
 

@@ -891,7 +891,8 @@ def features(args):
     about = {"videos": [record["video"] for record in kept], "settings": json.dumps(vars(args))}
     about["labels"] = [str(record.get("label", "")) for record in kept]
     about["splits"] = [record.get("split", "") for record in kept]
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with runs.naming(args.out):
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with runs.replacing(args.out) as file:
         np.savez(file, features=values, **about)
     row = {"file": args.out, "clips": len(kept), "dimensions": values.shape[1]}
@@ -973,14 +974,10 @@ def attention_panels(args, model, video, frames):
     layers = args.layers or sorted({1, (c.depth + 1) // 2, c.depth})
     if not all(1 <= layer <= c.depth for layer in layers):
         raise UserError(f"--layers {' '.join(map(str, layers))}: the encoder has 1 to {c.depth}")
-    maps = pictures.attention_maps(model, video, [layer - 1 for layer in layers], query).view(
-        -1, t, h, w
-    )
+    maps = pictures.attention_maps(model, video, [layer - 1 for layer in layers], query)
     for layer, scores in zip(layers, maps):
-        yield (
-            f"attention {layer}/{c.depth}",
-            pictures.mark(pictures.heat_map(scores, frames), query, c),
-        )
+        heat = pictures.heat_map(scores.view(c.grid), frames)
+        yield f"attention {layer}/{c.depth}", pictures.mark(heat, query, c)
 
 
 def mask_to_show(args, trained, scores):
@@ -1045,22 +1042,17 @@ def show(args):
     """Draw masks, reconstruction and attention of a clip (4.7)."""
     model, saved = load_model(args.checkpoint)
     title, panels, numbers = panels_of(args, model.to(args.device), saved)
-    files = [Path(f"{args.out}.png"), Path(f"{args.out}.gif")]
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    every = -(-len(numbers) // 8)  # the sheet: a row a panel, at most 8 frames of each
-    rows = [list(zip([name] + [""] * 7, frames[::every])) for name, frames in panels]
-    with runs.replacing(files[0]) as file:
-        pictures.draw_page(rows, title).save(file, "PNG")
-    pages = []  # the animation: a page a frame, at most 5 panels a row
-    for i in range(len(numbers)):
-        cells = [(name, frames[i]) for name, frames in panels]
-        rows = [cells[first : first + 5] for first in range(0, len(cells), 5)]
-        pages.append(pictures.draw_page(rows, title, side=160))
-    with runs.replacing(files[1]) as file:
-        pages[0].save(file, "GIF", save_all=True, append_images=pages[1:], duration=250, loop=0)
+    png, gif = f"{args.out}.png", f"{args.out}.gif"
+    with runs.naming(png):
+        Path(png).parent.mkdir(parents=True, exist_ok=True)
+    with runs.replacing(png) as file:
+        pictures.draw_sheet(panels, title).save(file, "PNG")
+    first, *others = pictures.draw_animation(panels, title)
+    with runs.replacing(gif) as file:
+        first.save(file, "GIF", save_all=True, append_images=others, duration=250, loop=0)
     rows = [{"row": i, "shows": name} for i, (name, _) in enumerate(panels, 1)]
-    note = f"{title}. Written: {files[0]}, {files[1]}."
-    report(args, rows, [note], {}, files=list(map(str, files)), frames=numbers)
+    note = f"{title}. Written: {png}, {gif}."
+    report(args, rows, [note], {}, files=[png, gif], frames=numbers)
 
 
 # =================================================================================================

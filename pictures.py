@@ -109,3 +109,18 @@ def draw_samples(made, captions, mask, every=1):
                 frames = frames[:: max(1, len(frames) // 8)]
                 rows.append(list(zip([text] + [""] * len(frames), frames)))
     return draw_page(rows)
+
+
+def draw_sheet(panels, title):
+    """panels [(name, frames (T,S,S,3) uint8), ...] -> a page: a row a panel, at most 8 frames."""
+    every = -(-len(panels[0][1]) // 8)
+    rows = [list(zip([name] + [""] * 7, frames[::every])) for name, frames in panels]
+    return draw_page(rows, title)
+
+
+def draw_animation(panels, title):
+    """The same panels -> a page a frame, with at most 5 panels in a row."""
+    for i in range(len(panels[0][1])):
+        cells = [(name, frames[i]) for name, frames in panels]
+        rows = [cells[first : first + 5] for first in range(0, len(cells), 5)]
+        yield draw_page(rows, title, side=160)

@@ -639,6 +639,19 @@ def test_errors_that_say_nothing(monkeypatch, where, name, call, said):
         call()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("bug", [ValueError, OSError])
+def test_a_bug_keeps_its_traceback(workdir, manifest, monkeypatch, bug, workers):
+    """In somebody's own changed copy, in loaders too: only a UserError becomes a line."""
+
+    def crop(*_, **__):
+        raise bug("a bug")
+
+    monkeypatch.setattr(dataset, "multi_scale_crop", crop)
+    with pytest.raises(bug, match="a bug"):
+        run("--data", manifest(4), f"--workers {workers}")
+
+
 def test_processes_part_after_a_good_end_alone(monkeypatch):
     """After an error the others may stand in a collective, for which parting would wait."""
     left = []
