@@ -737,8 +737,8 @@ def fit(args, model, classes, train, val):
             broken = not (loss_finite and math.isfinite(norm))
             counts = zero.new_tensor([bad, broken, runs.asked_to_stop()])
             sums = runs.sum_over_ranks(torch.cat([loss_sum[None], counts]))
-            loss, bad, broken, stop = sums  # of all processes
-            if broken:
+            all_loss, all_bad, any_broken, any_stop = sums  # of all processes
+            if any_broken:
                 runs.stop_not_finite(args, step + 1, names if world == 1 or not loss_finite else [])
             optimizer.step()
             done = step + 1
@@ -747,8 +747,8 @@ def fit(args, model, classes, train, val):
                 args.repeat * share.forward * share.accum * world,
                 time.perf_counter() - began,
             )
-            line = {"step": done, "epoch": epoch, "loss": round(loss / world, 6), "lr": lr}
-            line |= {"grad_norm": round(norm, 4), "bad": int(bad)}
+            line = {"step": done, "epoch": epoch, "loss": round(all_loss / world, 6), "lr": lr}
+            line |= {"grad_norm": round(norm, 4), "bad": int(all_bad)}
             line["clips_per_s"] = round(clips / took, 2)
             if rank == 0:
                 runs.append_log(out / "log.jsonl", line)
@@ -757,14 +757,14 @@ def fit(args, model, classes, train, val):
 
             epoch_ends = done % steps_per_epoch == 0
             late = 0 < 60 * args.save_minutes <= time.monotonic() - last_saved_at
-            if epoch_ends or late or stop:
+            if epoch_ends or late or any_stop:
                 state = about | {"model": model.state_dict(), "step": done}
                 state["epoch"] = done // steps_per_epoch
                 if rank == 0:
                     saving = state | {"best": best, "optimizer": optimizer.state_dict()}
                     runs.save_checkpoint(out / "last.pt", **saving)
                     last_saved_step, last_saved_at = done, time.monotonic()
-            if stop and done < total:
+            if any_stop and done < total:
                 break  # the run that goes on validates first
             if val and epoch_ends:
                 best = choose_best(state, best, model, val, val_target, args)

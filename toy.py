@@ -301,7 +301,8 @@ def build(out="data/toy", clips=800, seed=0, clip_steps=300):
         return out
     if out.exists():
         raise UserError(f"{out}: exists and is not a toy world; name another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with runs.naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         with runs.naming(out):

@@ -30,7 +30,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from torch.utils.data import DistributedSampler
 
 import dataset
 import pictures
@@ -148,7 +147,7 @@ class Clips(runs.TrainingClips):
     def __init__(self, records, config, args, *, text_from, replace_bad=True):
         super().__init__(records, args.seed, replace_bad=replace_bad)
         self.config, self.args, self.text_from = config, args, text_from
-        # Where the masks come from, of which `load` makes all but CLIP's, and `prepare` those.
+        # Where CLIP sees clips online, `prepare` makes their masks; all others `load` makes.
         self.masks_from_clip = args.mask == "tgm" and text_from == "clip"
 
     def load(self, place, seed):
@@ -165,7 +164,7 @@ class Clips(runs.TrainingClips):
             crop = dataset.multi_scale_crop(size, flip=args.flip, generator=generator)
             videos.append(dataset.crop_frames(frames, crop, c.image_size))
             if self.masks_from_clip:
-                continue  # CLIP is on the device: see `prepare`
+                continue
             if args.mask == "tube":
                 scores = tgmae.tube_scores(1, c.grid, generator=generator)
             elif args.mask == "mgm":
@@ -482,7 +481,8 @@ def go_on(saved, model, optimizer, args, settings, total):
 # and captions; nothing else draws. What comes after last.pt in the log is cut off, and done again.
 #
 # What a second process changes: each takes every other clip of a step, gradients are averaged over
-# both, and VT sees the clips of both as negatives, as if one process had taken the whole step.
+# both, and VT's negatives are the clips of both. So a step of one forward is what it would be in
+# one process. With --accum, or fewer processes, negatives are fewer: they are those of a forward.
 
 
 def train(args, share, saved, settings, model, clip, data, val):
@@ -505,7 +505,8 @@ def train(args, share, saved, settings, model, clip, data, val):
     if rank == 0 and start < total:
         with runs.replacing(out / "args.json", "w") as file:
             file.write(json.dumps(settings, indent=1))
-    if val and start and start % steps_per_epoch == 0 and "lr" in logged:  # saved, not validated
+    ends_with_a_step = "lr" in logged  # not with the validation after it
+    if val and start and start % steps_per_epoch == 0 and ends_with_a_step:
         validate(start, start // steps_per_epoch - 1, net, val, clip, args)
     done, last_saved_step, last_saved_at = start, start, time.monotonic()
     zero = torch.zeros((), device=args.device)
@@ -523,12 +524,13 @@ def train(args, share, saved, settings, model, clip, data, val):
                 groups = batch["groups"].to(args.device)
                 with runs.averaging_if(net, last=micro == share.accum):
                     with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                        # VT that is only watched trains the predictor, and nothing else.
                         losses = net(
                             video, mask, text, mae=args.mae, watch=not args.vt, groups=groups
                         )
                     mae, vt = losses.get("mae", zero), losses.get("vt", zero)
-                    loss = mae + args.vt_weight * vt  # (3.5)
+                    # (3.5). VT that is only watched gives the encoder no gradient; it trains the
+                    # predictor, which AdamW does alike whatever the weight.
+                    loss = mae + args.vt_weight * vt
                     (loss / share.accum).backward()
                 mae_sum = mae_sum + mae.detach().float() / share.accum
                 vt_sum = vt_sum + vt.detach().float() / share.accum
@@ -543,8 +545,8 @@ def train(args, share, saved, settings, model, clip, data, val):
             broken = not (loss_finite and math.isfinite(norm))
             counts = zero.new_tensor([bad, no_motion, broken, runs.asked_to_stop()])
             sums = runs.sum_over_ranks(torch.cat([torch.stack([mae_sum, vt_sum]), counts]))
-            mae, vt, bad, no_motion, broken, stop = sums  # of all processes
-            if broken:
+            all_mae, all_vt, all_bad, all_no_motion, any_broken, any_stop = sums  # of all processes
+            if any_broken:
                 runs.stop_not_finite(args, step + 1, names if world == 1 or not loss_finite else [])
             optimizer.step()
             done = step + 1
@@ -552,12 +554,13 @@ def train(args, share, saved, settings, model, clip, data, val):
             took = time.perf_counter() - began
             line = {"step": done, "epoch": epoch}
             if args.mae:
-                line["mae"] = round(mae / world, 6)
+                line["mae"] = round(all_mae / world, 6)
             if data.text_from:
-                line["vt"] = round(vt / world, 6)
+                line["vt"] = round(all_vt / world, 6)
             line |= {"lr": lr, "grad_norm": round(norm, 4)}
             line["clips_per_s"] = round(args.batch_size * share.accum * world / took, 2)
-            line |= {"wait": round(waited / took, 3), "bad": int(bad), "no_motion": int(no_motion)}
+            line |= {"wait": round(waited / took, 3)}
+            line |= {"bad": int(all_bad), "no_motion": int(all_no_motion)}
             if rank == 0:
                 runs.append_log(out / "log.jsonl", line)
             bar.set_postfix({k: line[k] for k in ("mae", "vt", "wait") if k in line}, refresh=False)
@@ -565,13 +568,13 @@ def train(args, share, saved, settings, model, clip, data, val):
 
             epoch_ends = done % steps_per_epoch == 0
             late = 0 < 60 * args.save_minutes <= time.monotonic() - last_saved_at
-            if rank == 0 and (epoch_ends or late or stop):
+            if rank == 0 and (epoch_ends or late or any_stop):
                 state = {"config": asdict(c), "model": model.state_dict(), "step": done}
                 state |= {"optimizer": optimizer.state_dict(), "epoch": done // steps_per_epoch}
                 state |= {"videos": share.videos, "args": settings}
                 runs.save_checkpoint(out / "last.pt", **state)
                 last_saved_step, last_saved_at = done, time.monotonic()
-            if stop and done < total:
+            if any_stop and done < total:
                 break  # the run that goes on validates first
             if val and epoch_ends:
                 validate(done, epoch, net, val, clip, args)
@@ -585,7 +588,7 @@ def validate(step, epoch, net, data, clip, args):
     processes leave out a batch in which one has a clip that cannot be read."""
     rank, world = runs.rank_and_world()
     net.eval()
-    mine = DistributedSampler(data, world, rank, shuffle=False, drop_last=True)
+    mine = range(rank, len(data) // world * world, world)
     size, samples, losses, bad = args.batch_size // args.repeat, [(0, i) for i in mine], [], []
     batches = runs.batches_of(
         data, args.workers, batch_size=size, sampler=samples, drop_last=True, collate_fn=collate
@@ -656,7 +659,7 @@ def draw_samples(path, model, data, clip, args):
     """samples.png: of four clips the frames, the mask, and, if a decoder was trained, the
     reconstruction, in which masked cubes have their own mean and std put back."""
     c, count = model.config, min(4, len(data))
-    samples = [data[0, i * len(data) // 4] for i in range(count)]
+    samples = [data[0, i * len(data) // count] for i in range(count)]
     readable = [sample for sample in samples if "unreadable" not in sample]
     if not readable:
         runs.say(f"note    {path} is not drawn: {samples[0]['unreadable'][0][1]}")
@@ -715,7 +718,7 @@ def run(args):
     if args.init and not saved and Path(args.init).resolve() == own:
         raise UserError(f"--init {args.init}: a new run in its folder replaces it; another --out")
     share = runs.share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
-    flags = dict(vars(args))  # as they were given
+    flags = dict(vars(args))  # as given; from here on batch_size and accum are a process's share
     del flags["clip_typed"]
     args.batch_size, args.accum = share.forward * args.repeat, share.accum
     records, val, text_from = load_data(args)
