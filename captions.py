@@ -48,12 +48,9 @@ SPLITS |= {"training": "train", "validation": "val", "validate": "val"}  # in an
 SPLIT_WORDS = SPLITS | {"valid": "val", "dev": "val", "testing": "test"}  # in people's own names
 
 
-# =================================================================================================
-# index: a dataset's own annotation files -> records. One generator a dataset, of (the video's name,
+# ==== index =======================================================================================
+# A dataset's own annotation files -> records. One generator a dataset, of (the video's name,
 # record); the record's video is None where the file is missing.
-# =================================================================================================
-
-
 class Annotations:
     """Reads annotation files; `where` is what was read last, for whoever has to complain about
     it."""
@@ -390,10 +387,9 @@ def index(args):
     write_manifest(args.out, found)
 
 
-# =================================================================================================
-# Work that processes share and that survives a kill. A unit of work is a list of keys, each a clip;
-# what became of a key is a line that was appended to MANIFEST.work/RANK.jsonl.
-# =================================================================================================
+# ==== Work: shared by processes, and surviving a kill =============================================
+# A unit of work is a list of keys, each a clip; what became of a key is a line that was appended to
+# MANIFEST.work/RANK.jsonl.
 
 
 def keys_of(records):
@@ -511,10 +507,7 @@ def conclude(manifest, command, outcomes, update):
         raise UserError(f"{manifest}: all {len(failures)} clips failed, the first: {failures[0]}")
 
 
-# =================================================================================================
-# caption: records -> records with captions.
-# =================================================================================================
-
+# ==== caption: records -> records with captions ===================================================
 PROMPTS = (  # the paper's Figure 5(a)
     "Describe the action {}.",
     "What does a person {} look like?",
@@ -685,11 +678,9 @@ def caption(args):
     conclude(args.manifest, "caption", said, update)
 
 
-# =================================================================================================
-# maps: records with captions -> the similarity of every patch of every `--every`th frame to every
+# ==== maps ========================================================================================
+# Records with captions -> the similarity of every patch of every `--every`th frame to every
 # caption, so that training needs no CLIP.
-# =================================================================================================
-
 PIECE = 32  # frames held at full size at a time
 
 
@@ -804,10 +795,7 @@ def maps(args):
     conclude(args.manifest, "maps", made, update)
 
 
-# =================================================================================================
-# Command line.
-# =================================================================================================
-
+# ==== Command line ================================================================================
 MODELS = {"blip2": "Salesforce/blip2-opt-2.7b", "llm": "Qwen/Qwen2.5-1.5B-Instruct"}
 
 

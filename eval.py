@@ -75,11 +75,7 @@ RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # learning rates that `linear` tries
 MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
 
 
-# =================================================================================================
-# Models: a checkpoint of any kind -> TGMAE, or Classifier if it is fine-tuned.
-# =================================================================================================
-
-
+# ==== Models: a checkpoint of any kind -> TGMAE, or Classifier if it is fine-tuned ================
 class Classifier(nn.Module):
     """VideoMAE's fine-tuning model, in its names: encoder without the final norm, mean over cubes,
     a fresh norm, a linear head."""
@@ -157,11 +153,7 @@ def encoders(args):
         yield "random weights, same sizes", tgmae.TGMAE(model.config).eval().to(args.device), saved
 
 
-# =================================================================================================
-# Clips and their labels.
-# =================================================================================================
-
-
+# ==== Clips and their labels ======================================================================
 def data_of(args):
     """The manifest of --data, or "toy": the world in data/toy, made if need be."""
     if args.data != "toy":
@@ -396,12 +388,9 @@ def chance_row(name, classes, ks=(1, 5)):
     return {name: "chance", **{f"top-{k}": min(1.0, k / classes) for k in ks}}
 
 
-# =================================================================================================
-# linear: BatchNorm without affine + Linear on features that are extracted once. The paper names
+# ==== linear ======================================================================================
+# BatchNorm without affine + Linear on features that are extracted once. The paper names
 # only "linear probe"; the head is MAE's (He et al. 2022, A.1), with SGD on fixed features.
-# =================================================================================================
-
-
 def train_head(x, y, num_classes, rate, args):
     """Features (n,V,D), classes (n,) -> BatchNorm1d(affine=False) + Linear, by SGD with a
     cosine."""
@@ -478,11 +467,7 @@ def linear(args):
     report(args, rows, [note], clips, rates=chosen)
 
 
-# =================================================================================================
-# retrieve: nearest neighbours by cosine.
-# =================================================================================================
-
-
+# ==== retrieve: nearest neighbours by cosine ======================================================
 def recall(queries, gallery, query_labels, gallery_labels, ks=(1, 5, 10)):
     """queries (Q,D), gallery (G,D), labels (Q,) and (G,) -> {"R@k": share of queries for which one
     of the k nearest of the gallery, by cosine, has the query's label}."""
@@ -528,12 +513,7 @@ def retrieve(args):
     report(args, rows, [note], clips)
 
 
-# =================================================================================================
-# finetune: the full recipe of VideoMAE (Table 9; run_class_finetuning.py), by torchvision's
-# transforms.
-# =================================================================================================
-
-
+# ==== finetune: VideoMAE's full recipe (Table 9; run_class_finetuning.py), torchvision's transforms
 def augmentation(args, size):
     """frames (T,3,H,W) uint8 -> (T,3,size,size) float, ImageNet-normalised; one draw for all
     frames."""
@@ -859,11 +839,7 @@ def finetune(args):
     report(args, rows, [note], {args.test_split: found})
 
 
-# =================================================================================================
-# features, predict: what people do with a trained model.
-# =================================================================================================
-
-
+# ==== features, predict: what people do with a trained model ======================================
 def given_videos(paths):
     """-> a record for each video file, and for each below the folders."""
     records = []
@@ -921,11 +897,7 @@ def predict(args):
     report(args, rows, [views_text(args)], {"given": found})
 
 
-# =================================================================================================
-# show: the paper's three pictures (4.7): what each masker masks, reconstruction, attention.
-# =================================================================================================
-
-
+# ==== show: the paper's three pictures (4.7): what each masker masks, reconstruction, attention ===
 def clip_of(args, saved):
     """-> (clip, tokenizer) of --clip, else what CHECKPOINT was trained with, else train.py's."""
     own = saved.get("args", {})
@@ -1055,11 +1027,7 @@ def show(args):
     report(args, rows, [note], {}, files=[png, gif], frames=numbers)
 
 
-# =================================================================================================
-# export: for transformers.
-# =================================================================================================
-
-
+# ==== export: for transformers ====================================================================
 def huggingface_of(model):
     """The same model in transformers: VideoMAEForVideoClassification, VideoMAEForPreTraining, or
     VideoMAEModel where there is no decoder."""
@@ -1125,11 +1093,7 @@ def export(args):
     report(args, rows, [note], {}, difference=apart)
 
 
-# =================================================================================================
-# Command line.
-# =================================================================================================
-
-
+# ==== Command line ================================================================================
 def by_recipe(flag, name, help, **more):
     """A flag whose default depends on --recipe: help lists those that are not the paper's."""
     others = [f"{recipe}: {of[name]}" for recipe, of in RECIPES.items() if of[name] != _PAPER[name]]

@@ -40,9 +40,8 @@ import tgmae
 import weights
 from dataset import UserError, VideoError
 
+
 # ==== Processes ===================================================================================
-
-
 def rank_and_world():
     """(rank, world size) of this process; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -125,7 +124,6 @@ def averaging_if(net, last):
 
 
 # ==== Flags, and errors in one line ===============================================================
-
 WORKERS = "loader processes per process; its share of the CPU cores, at most 8"  # of --workers
 YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -219,7 +217,6 @@ def one_line_errors(script, less):
 
 
 # ==== Samples, loaders, steps =====================================================================
-
 MAX_REPLACEMENTS = 100  # bad videos in a row before all are thought to be bad
 PATIENCE, GRACE = 30 * 60, 20  # seconds to wait for a batch; once SIGTERM has come
 
@@ -424,8 +421,6 @@ def stop_not_finite(args, step, videos):
 
 
 # ==== The run folder ==============================================================================
-
-
 @contextlib.contextmanager
 def naming(path):
     """Within it what is raised of a full disk, or another one that cannot be written to, is a

@@ -61,11 +61,7 @@ NOTHING = (
 )  # fmt: skip
 
 
-# =================================================================================================
-# The world: a random generator -> frames, masks, words.
-# =================================================================================================
-
-
+# ==== The world: a random generator -> frames, masks, words =======================================
 def _distance(shape, x, y, r):
     """Signed distance in pixels, roughly, to a shape's outline; negative inside. r: its radius."""
     d, ax, ay = np.hypot(x, y), abs(x), abs(y)
@@ -160,10 +156,7 @@ def write_video(path, frames, *, fps=FPS, codec="libx264", options=None):
         container.mux(stream.encode())
 
 
-# =================================================================================================
-# A tiny CLIP, trained on captioned crops of that world.
-# =================================================================================================
-
+# ==== A tiny CLIP, trained on captioned crops of that world =======================================
 CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
@@ -242,11 +235,7 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
 
 
-# =================================================================================================
-# Building it, once.
-# =================================================================================================
-
-
+# ==== Building it, once ===========================================================================
 def _clip_of(out, seed, clips, number):
     """Makes clip `number` and writes its file -> its manifest record, and 3 stills (training clips)
     or the packed masks (test clips). It follows from the arguments alone, whatever the thread."""
@@ -325,11 +314,7 @@ def read_truth(folder):
         return {name: np.unpackbits(truth[name]).reshape(shape).astype(bool) for name in truth}
 
 
-# =================================================================================================
-# What does each masker hide? The mask follows the words, measured against the drawn truth.
-# =================================================================================================
-
-
+# ==== What does each masker hide? The mask follows the words, measured against the drawn truth ====
 def auc(positive, negative):
     """Area under the ROC curve: how often a score of `positive` lies above one of `negative`."""
     below = torch.searchsorted(negative.sort().values, positive)
@@ -386,11 +371,9 @@ def print_coverage(folder, mask_ratio):
     print(f"ROC AUC of the similarity, {words}")
 
 
-# =================================================================================================
-# The paper's Table 2, its smaller ablations and its Figure 4 on this world. A row is a run of
-# train.py, then of eval.py linear, retrieve and finetune; a row that several of them share runs
-# once.
-# =================================================================================================
+# ==== Table 2, smaller ablations and Figure 4 of the paper, on this world =========================
+# A row is a run of train.py, then of eval.py linear, retrieve and finetune; a row that several of
+# them share runs once.
 
 
 class Row(NamedTuple):

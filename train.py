@@ -40,7 +40,6 @@ from dataset import UserError
 from tgmae import MASK_RATIOS, PRESETS
 
 # ==== Flags =======================================================================================
-
 TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1.0, "batch_size": 16, "blr": 0.016,
        "min_lr": 1e-4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
 REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40.0, "batch_size": 64, "blr": 1.5e-4,
@@ -137,8 +136,6 @@ def check_args(args):
 
 
 # ==== Samples =====================================================================================
-
-
 class Clips(runs.TrainingClips):
     """Samples for training: `repeat` clips of the same frames of a video, each with its own crop,
     mask and caption. text_from: None, "clip" (which will embed the captions) or "maps" (for which
@@ -256,8 +253,6 @@ def prepare(batch, clip, args, config):
 
 
 # ==== Data ========================================================================================
-
-
 def load_data(args):
     """-> training records, validation records or None, and where text comes from: see Clips."""
     manifest, (_, world) = manifest_of(args.data), runs.rank_and_world()
@@ -343,8 +338,6 @@ def clip_of_maps(args, manifest, record):
 
 
 # ==== Model and optimiser =========================================================================
-
-
 def build_model(args, text_from, record, saved=None):
     """-> model on the device, with the weights of --init unless the run goes on from `saved`, and
     (clip, tokenizer), or None where there are text maps, or no text."""
@@ -621,8 +614,6 @@ def validate(step, epoch, net, data, clip, args):
 
 
 # ==== The run =====================================================================================
-
-
 def describe(args, c, data, val, share, steps_per_epoch):
     """Prints what the run is. c: the model's Config."""
     world, patches = runs.rank_and_world()[1], c.grid[1] * c.grid[2]
