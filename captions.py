@@ -351,6 +351,18 @@ def segments(record, seconds):
     return [record | start | end for start, end in zip([{}, *starts], [*ends, {}])]
 
 
+def draw_test_split(args, rows):
+    """Makes records test clips by a hash of their path below ROOT, so that more videos never move
+    those that are there. UserError where the dataset has splits of its own."""
+    records = [record for *_, record in rows if record["video"]]
+    if args.dataset not in ("folder", "list") or any(r["split"] != "train" for r in records):
+        raise UserError(f"--test-share {args.test_share}: {args.root} has splits of its own")
+    for record in records:
+        name = os.fsencode(os.path.relpath(record["video"], args.root))
+        if int.from_bytes(hashlib.sha256(name).digest()[:8]) < args.test_share * 2**64:
+            record["split"] = "test"
+
+
 def index(args):
     if runs.rank_and_world()[0]:
         return
@@ -359,6 +371,8 @@ def index(args):
     if args.out.exists() and not args.force:
         raise UserError(f"{args.out}: exists, perhaps with captions; --force writes it anew")
     rows = read_annotations(args)
+    if args.test_share:
+        draw_test_split(args, rows)
     found, problems, counts = [], [], defaultdict(Counter)
     for where, name, record in rows:
         video, state, reason, clips = record["video"], "found", None, [record]
@@ -381,6 +395,11 @@ def index(args):
         labels = {record.get("label") for record in found if record["split"] == split} - {None}
         said = ", ".join(f"{states[state]} {state}" for state in ("found", "missing", "unreadable"))
         print(f"{args.out}: {split}: {said}; {len(labels)} labels")
+    if args.test_share:
+        labels = {split: {r.get("label") for r in found if r["split"] == split} for split in counts}
+        for split, other in (("test", "train"), ("train", "test")):
+            if lacking := labels.get(other, set()) - labels.get(split, set()) - {None}:
+                print(f"{args.out}: {split}: no clip of {', '.join(sorted(map(str, lacking)))}")
     report(args.out, "index", problems)
     if not found:
         raise UserError(f"{args.root}: none of {len(rows)} videos can be read")
@@ -823,6 +842,8 @@ def parse_args(argv=None):
     flag("--classes", None, "list: file with the names of labels 0, 1, ..., a line each", type=Path)
     pieces = "make a clip of every so many seconds of longer videos"
     flag("--segment", None, pieces, type=runs.positive)
+    shares = "folder, list: share of the videos that become test clips; none"
+    flag("--test-share", None, shares, type=runs.proper_fraction)
     flag("--out", Path("data.jsonl"), "the manifest to write", type=Path)
     flag("--force", False, "overwrite the manifest")
 

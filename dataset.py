@@ -643,7 +643,8 @@ def read_manifest(path, split=None) -> Manifest:
             lines.extend((start, end))
     if not lines:
         of_split = f" of split {split!r}" if split else ""
-        raise UserError(f"{path}: no clips{of_split}")
+        way = "; captions.py index ... --test-share 0.2 makes some" if split == "test" else ""
+        raise UserError(f"{path}: no clips{of_split}{way}")
     return Manifest(path, data, np.frombuffer(lines, np.int64).reshape(-1, 2))
 
 
@@ -669,7 +670,8 @@ def refuse_shared_clips(manifest, sides):
             raise UserError(
                 f"{manifest}: {len(shared):,} of {len(records):,} clips of {side} are on another "
                 f'side, too, such as {video}, also of {other}. Give each clip one "split" (a clip '
-                "without is of every split), or name another split"
+                "without is of every split; captions.py index ... --test-share 0.2 draws a test "
+                "split), or name another split"
             )
         for file, piece in pieces:
             earlier.setdefault(file, []).append(piece)

@@ -245,6 +245,39 @@ def test_folder(tree, capsys):
     assert records("data.jsonl") == [found[0], *found[2:]]
 
 
+def test_share_of_test_videos(tree, capsys):
+    """By the path below ROOT: more videos move none, wherever ROOT is, and all pieces of a video
+    are on one side."""
+    names = [f"{label}/{i}.mp4" for label in ("wave", "jump") for i in range(30)]
+    tree(dict.fromkeys(names[:40]))
+
+    def sides(manifest, root="data"):
+        found = {}
+        for record in dataset.read_manifest(manifest):
+            below = os.path.relpath(record["path"], root)
+            found.setdefault(below, set()).add(record["split"])
+        return found
+
+    run("index data --test-share 0.3 --segment 0.5")
+    few = sides("data.jsonl")
+    assert 4 <= sum(side == {"test"} for side in few.values()) <= 20
+    assert all(len(side) == 1 for side in few.values())
+    tree(dict.fromkeys(names[40:]))
+    os.rename("data", "moved")
+    run("index moved --test-share 0.3 --out more.jsonl")
+    assert few.items() <= sides("more.jsonl", "moved").items()
+    run("index moved --test-share 0.9999 --out all.jsonl")
+    assert "all.jsonl: train: no clip of jump, wave" in capsys.readouterr().out
+    Path("moved/list.txt").write_text("".join(f"{name} {name[:4]}\n" for name in names))
+    run("index list moved --test-share 0.3 --out list.jsonl")
+    assert sides("list.jsonl", "moved") == sides("more.jsonl", "moved")
+    for split in ("train", "test"):
+        Path(f"moved/{split}.txt").write_text(f"{names[0]} wave\n")
+    os.remove("moved/list.txt")
+    said = fails("index list moved --test-share 0.3 --out own.jsonl")
+    assert said == "captions.py: --test-share 0.3: moved has splits of its own"
+
+
 def test_a_folder_without_a_readable_video(tree):
     tree({"bad.mp4": "", "worse.mp4": ""})
     assert "data: none of 2 videos can be read" in fails("index data")
