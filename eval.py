@@ -121,6 +121,17 @@ def pooled(model, video):
     return model.features(video) if isinstance(model, Classifier) else model.encode(video).mean(1)
 
 
+def tokens_of(model, video, layer=None):
+    """(B,3,T,S,S) -> (B,N,D), none masked: after so many blocks of the encoder, without its final
+    norm; None, or all of them: with it."""
+    c, encoder = model.config, model.encoder
+    cubes = tgmae.patchify(video, c.patch_size, c.tubelet_size)
+    if layer in (None, c.depth):
+        return encoder(cubes)
+    x = encoder.patch_embed(cubes)
+    return encoder.blocks[:layer](x + encoder.pos_embed.to(x.dtype))
+
+
 def load_model(source):
     """-> model in eval mode, what else the checkpoint holds. ValueError if it cannot be
     loaded, or is a classifier of another kind."""
@@ -859,11 +870,21 @@ def features(args):
         name = args.split or "all"
         records = dataset.read_manifest(data_of(args), args.split)
     model, _ = load_model(args.checkpoint)
-    pool = functools.partial(pooled, model.to(args.device))
-    found = compute_clips(name, records, args, model.config, args.view_grid, pool)
+    model.to(args.device)
+    if args.layer and args.layer > model.config.depth:
+        raise UserError(f"--layer {args.layer}: the encoder has 1 to {model.config.depth}")
+
+    def compute(video):
+        if args.tokens:
+            return tokens_of(model, video, args.layer)
+        return tokens_of(model, video, args.layer).mean(1) if args.layer else pooled(model, video)
+
+    found = compute_clips(name, records, args, model.config, args.view_grid, compute)
     if runs.rank_and_world()[0]:
         return
-    values, kept = found.values.mean(1).numpy(), [records[number] for number in found.kept]  # (n,D)
+    kept, values = [records[number] for number in found.kept], found.values.mean(1).numpy()
+    if args.tokens:
+        values = values.astype(np.float16)  # (n,N,D); else (n,D)
     about = {"videos": [record["video"] for record in kept], "settings": json.dumps(vars(args))}
     about["labels"] = [str(record.get("label", "")) for record in kept]
     about["splits"] = [record.get("split", "") for record in kept]
@@ -871,7 +892,7 @@ def features(args):
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with runs.replacing(args.out) as file:
         np.savez(file, features=values, **about)
-    row = {"file": args.out, "clips": len(kept), "dimensions": values.shape[1]}
+    row = {"file": args.out, "clips": len(kept), "dimensions": values.shape[-1]}
     report(args, [row], [views_text(args)], {name: found})
 
 
@@ -1196,6 +1217,9 @@ def features_flags(flag):
     flag("--split", None, "split of the manifest; all of it")
     flag("--views", "1x1", "of each clip, time x space")
     by_recipe(flag, "batch_size", "views at a time, per process", type=runs.positive_int)
+    layers = "after which block, from 1; the last, and the final norm"
+    flag("--layer", None, layers, type=runs.positive_int)
+    flag("--tokens", False, "of each cube (n,N,D), float16, in place of their mean")
 
 
 def predict_flags(flag):
@@ -1315,6 +1339,8 @@ def check_args(args):
         if getattr(args, name, None):
             grid = view_grid(f"--{name.replace('_', '-')}", getattr(args, name))
             setattr(args, name.replace("views", "view_grid"), grid)
+    if args.command == "features" and args.tokens and args.views != "1x1":
+        raise UserError(f"--tokens, --views {args.views}: tokens are of one view")
     if args.command == "finetune":
         if args.epochs and args.warmup_epochs > args.epochs:
             raise UserError(

@@ -966,6 +966,36 @@ def test_features(checkpoint, clips, capsys, monkeypatch):
         assert set(file["splits"]) == {"train", "test"} and len(file["features"]) == 12
 
 
+def test_features_of_layers_and_tokens(checkpoint, clips, capsys):
+    """Against hooks on the blocks; the mean of tokens is what is written without --tokens."""
+    data, found = clips(3, 2), {}
+    depth = torch.load(checkpoint, weights_only=True)["config"]["depth"]
+    for name, more in (
+        ("mean", ""), ("last", f"--layer {depth}"), ("first", "--layer 1"), ("tokens", "--tokens"),
+        ("first tokens", "--layer 1 --tokens"),
+    ):  # fmt: skip
+        flags = f"--views 1x1 --no-amp --batch-size 2 --out {name.replace(' ', '-')}.npz"
+        run(capsys, f"features {checkpoint} --data {data} {flags} {more}")
+        found[name] = np.load(f"{name.replace(' ', '-')}.npz")["features"]
+    assert (found["mean"] == found["last"]).all()
+    assert found["tokens"].dtype == np.float16 and found["tokens"].ndim == 3
+    for mean, tokens in (("mean", "tokens"), ("first", "first tokens")):
+        of_tokens = found[tokens].astype(np.float32).mean(1)
+        np.testing.assert_allclose(of_tokens, found[mean], atol=2e-3)
+    model, _ = ev.load_model(checkpoint)
+    seen = {}
+    model.encoder.blocks[0].register_forward_hook(lambda *hooked: seen.update(first=hooked[2]))
+    args = ev.parse_args(f"features {checkpoint} --data {data}".split())
+    video = ev.Views(dataset.read_manifest(data), model.config, args, (1, 1))[0][1]
+    model.encode(tgmae.normalize(video))
+    np.testing.assert_allclose(seen["first"].mean(1)[0].detach(), found["first"][0], atol=1e-5)
+    command = f"features {checkpoint} --data {data}"
+    assert f"--layer 9: the encoder has 1 to {depth}" in fails(f"{command} --layer 9")
+    assert "--tokens, --views 2x1: tokens are of one view" in fails(
+        f"{command} --tokens --views 2x1"
+    )
+
+
 def test_features_of_files_and_folders(checkpoint, world, folder, capsys):
     (folder / "some/deep").mkdir(parents=True)
     records = dataset.read_manifest(world / "manifest.jsonl")
