@@ -824,6 +824,9 @@ def train_classifier(args, manifest, test):
         runs.checkpoint_blocks(model)
     with runs.lock_folder(Path(args.out)):
         fit(args, model, classes, train, val)
+        if runs.rank_and_world()[0] == 0:
+            with runs.replacing(Path(args.out) / "losses.png") as file:
+                pictures.draw_losses(runs.read_log(Path(args.out))).savefig(file, format="png")
     kept = [Path(args.out) / name for name in ("last.pt", "best.pt") if val or name == "last.pt"]
     return {str(path): load_model(path)[0] for path in kept}, classes, len(val)
 

@@ -1,5 +1,5 @@
-"""All that is drawn of a clip: reconstructions, heat and attention maps, and the page that holds
-them."""
+"""All that is drawn of a clip or a run: reconstructions, heat and attention maps, the page that
+holds them; the curves of a log."""
 
 import math
 import textwrap
@@ -7,6 +7,7 @@ import textwrap
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 import tgmae
@@ -124,3 +125,26 @@ def draw_animation(panels, title):
         cells = [(name, frames[i]) for name, frames in panels]
         rows = [cells[first : first + 5] for first in range(0, len(cells), 5)]
         yield draw_page(rows, title, side=160)
+
+
+def draw_losses(log):
+    """log: the lines of a run's log.jsonl -> a Figure of its losses and held-out values over steps,
+    with the learning rate in grey."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    left = figure.subplots(subplot_kw={"xlabel": "step"})
+    right = left.twinx()
+    for key, axes, look in (
+        ("lr", right, {"color": "0.8"}),
+        ("mae", left, {"color": "C0"}), ("vt", left, {"color": "C1"}),
+        ("loss", left, {"color": "C0"}), ("val_mae", left, {"color": "C0", "marker": "o"}),
+        ("val_vt", left, {"color": "C1", "marker": "o"}),
+        ("val top-1", left, {"color": "C2", "marker": "o"}),
+    ):  # fmt: skip
+        points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points), label=key, linewidth=1, markersize=3, **look)
+    right.set_ylabel("learning rate", color="0.6")
+    left.set_zorder(right.get_zorder() + 1)  # losses above the rate
+    left.patch.set_visible(False)
+    left.legend(frameon=False)
+    return figure

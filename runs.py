@@ -592,6 +592,11 @@ def open_log(out, start):
     return gather_objects(last)[0]
 
 
+def read_log(out):
+    """The lines of a run's log, dicts."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
 def cut_log(path, step):
     """Drops what comes after `step`: it will be taken again. -> the last line left, a dict."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []

@@ -501,7 +501,8 @@ def train(args, share, saved, settings, model, clip, data, val):
     ends_with_a_step = "lr" in logged  # not with the validation after it
     if val and start and start % steps_per_epoch == 0 and ends_with_a_step:
         validate(start, start // steps_per_epoch - 1, net, val, clip, args)
-    done, last_saved_step, last_saved_at = start, start, time.monotonic()
+    done, last_saved_step = start, start
+    drawn_at = last_saved_at = time.monotonic()
     zero = torch.zeros((), device=args.device)
     runs.listen()
     with runs.progress(total=total, initial=start, unit="step", disable=rank > 0) as bar:
@@ -571,6 +572,9 @@ def train(args, share, saved, settings, model, clip, data, val):
                 break  # the run that goes on validates first
             if val and epoch_ends:
                 validate(done, epoch, net, val, clip, args)
+            if rank == 0 and last_saved_step == done < total and last_saved_at > drawn_at + 60:
+                draw_losses(out)
+                drawn_at = time.monotonic()
 
     runs.leave(out, last_saved_step, unfinished=done < total)
 
@@ -667,10 +671,15 @@ def draw_samples(path, model, data, clip, args):
         page.save(file, "PNG")
 
 
+def draw_losses(out):
+    """losses.png: what log.jsonl holds."""
+    with runs.replacing(out / "losses.png") as file:
+        pictures.draw_losses(runs.read_log(out)).savefig(file, format="png")
+
+
 def finish(out):
     """Says how the run ended."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "lr" in line]  # of steps, not of validation
+    lines = [line for line in runs.read_log(out) if "lr" in line]  # of steps, not of validation
     last = lines[-max(1, len(lines) // 20) :]
     for name in ("mae", "vt"):
         if found := [line[name] for line in last if line.get(name) is not None]:
@@ -681,7 +690,7 @@ def finish(out):
     ):
         if count := sum(line.get(name, 0) for line in lines):
             print(f"{name:<7} {count} {what}")
-    print(f"done    {out}/samples.png, {out}/last.pt")
+    print(f"done    {out}/samples.png, {out}/losses.png, {out}/last.pt")
 
 
 def facts_of(args, records, text_from, clip, goes_on):
@@ -721,6 +730,7 @@ def run(args):
     train(args, share, saved, settings, model, clip, data, val)
     if runs.rank_and_world()[0] == 0:
         draw_samples(Path(args.out) / "samples.png", model, val or data, clip, args)
+        draw_losses(Path(args.out))
         finish(Path(args.out))
 
 

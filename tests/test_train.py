@@ -22,6 +22,7 @@ from test_ranks import torchrun
 import captions
 import dataset
 import eval as ev
+import pictures
 import runs
 import tgmae
 import toy
@@ -109,6 +110,20 @@ def test_the_other_flags(workdir, manifest, clip_flags, capsys):
     # Captions, and no --clip: no text.
     run("--data", manifest(12), "--mask tube --no-vt --out third", FEW)
     assert "vt" not in log("third")[0]
+
+
+def test_losses_are_drawn(workdir, manifest):
+    """What the log holds, with gaps where it has null."""
+    run("--data", manifest(8, held=4), "--mask tube --val-split held --epochs 2 --out run", FEW)
+    assert Image.open("run/losses.png").size[0] > 400
+    lines = log("run")
+    lines[0]["mae"] = None
+    left, right = pictures.draw_losses(lines).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in [*left.lines, *right.lines]}
+    assert drawn.keys() == {"mae", "val_mae", "lr"}
+    for key, points in drawn.items():
+        assert points == [[x["step"], x[key]] for x in lines if x.get(key) is not None]
+    assert len(drawn["mae"]) == 3 and len(drawn["val_mae"]) == 2
 
 
 def test_another_way_to_start_processes(workdir, manifest):
