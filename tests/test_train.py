@@ -114,7 +114,7 @@ def test_the_other_flags(workdir, manifest, clip_flags, capsys):
 
 def test_losses_are_drawn(workdir, manifest):
     """What the log holds, with gaps where it has null."""
-    run("--data", manifest(8, held=4), "--mask tube --val-split held --epochs 2 --out run", FEW)
+    run("--data", manifest(8, held=4), FEW, "--mask tube --val-split held --epochs 2 --out run")
     assert Image.open("run/losses.png").size[0] > 400
     lines = log("run")
     lines[0]["mae"] = None
