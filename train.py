@@ -61,7 +61,7 @@ def add_flags(parser):
     flag("--num-frames", None, "frames of a clip; the preset's", type=runs.positive_int)
     flag("--image-size", None, "pixels of a clip's side; the preset's", type=runs.positive_int)
     flag("--mask", "tube", "noise, most motion, or most like the caption", choices=MASK_RATIOS)
-    flag("--mask-ratio", None, f"of cubes masked; {MASK_RATIOS}", type=runs.proper_fraction)
+    flag("--mask-ratio", None, f"share of the cubes; {MASK_RATIOS}", type=runs.proper_fraction)
     flag("--bottom-k", False, "mask the lowest scores instead of the highest")
     flag("--vt", False, "optimise the video-text contrastive loss")
     flag("--mae", True, "optimise the reconstruction loss")
@@ -77,7 +77,7 @@ def add_flags(parser):
     by_data("--warmup-epochs", "epochs of linear warm-up", type=runs.not_negative)
     by_data("--batch-size", "clips per process and forward", type=runs.positive_int)
     flag("--accum", 1, "forwards per step", type=runs.positive_int)
-    flag("--repeat", 1, "crops, masks, captions of the same frames", type=runs.positive_int)
+    flag("--repeat", 1, "clips of the same frames, each its own crop", type=runs.positive_int)
     by_data("--blr", "learning rate per 256 clips of global batch", type=runs.not_negative)
     by_data("--min-lr", "last learning rate per 256 clips", type=runs.not_negative)
     flag("--weight-decay", 0.05, "of AdamW, on matrices only", type=runs.not_negative)
@@ -90,7 +90,7 @@ def add_flags(parser):
     flag("--compile", False, "torch.compile encoder and decoder")
     flag("--seed", 0, "of weights, order, crops and masks", type=runs.seed)
     flag("--out", None, "run folder; runs/DATA-MASK...")
-    flag("--save-minutes", 10.0, "between checkpoints; 0: epochs", type=runs.not_negative)
+    flag("--save-minutes", 10.0, "minutes between saves; 0: epochs alone", type=runs.not_negative)
     flag("--resume", True, "go on from the run folder's last.pt")
 
 
