@@ -1031,6 +1031,8 @@ def panels_of(args, model, saved):
         panels.append(("as predicted", pictures.to_uint8(made["predicted"])))
     else:
         runs.say(f"note    {args.checkpoint} has no decoder: no reconstruction")
+    colours = pictures.principal_components(tokens_of(model, video)[0], c)
+    panels.append(("tokens, 3 components", colours))
     return title, [*panels, *attention_panels(args, model, video, frames)], numbers
 
 

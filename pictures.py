@@ -61,6 +61,21 @@ def attention_maps(model, video, layers, query):
     return torch.stack([maps[layer] for layer in layers])
 
 
+def principal_components(tokens, config):
+    """tokens (N,D) of a clip -> (T,S,S,3) uint8: their first three principal components as red,
+    green and blue, each from its least to its greatest value. A sign is arbitrary: here the value
+    farthest from the mean is positive."""
+    x = tokens.float() - tokens.float().mean(0)
+    axes = torch.linalg.svd(x, full_matrices=False).Vh[:3]  # (3,D)
+    values = x @ axes.T  # (N,3)
+    values = values * values.gather(0, values.abs().argmax(0)[None]).sign()
+    values = values - values.amin(0)
+    values = values / values.amax(0).clamp(min=1e-12)
+    c = config
+    volume = values.T.reshape(1, 3, *c.grid)  # (1,3,t,h,w)
+    return to_uint8(F.interpolate(volume, (c.num_frames, c.image_size, c.image_size)))
+
+
 def mark(frames, query, config):
     """Draws a white box around cube number `query`."""
     _, h, w = config.grid

@@ -776,10 +776,26 @@ def test_show(world, checkpoint, clips, folder, capsys):
 def test_show_on_toy(trained, workdir, capsys):
     found, said = run(capsys, f"show {trained} --out pictures/toy --layers 1 4")
     sheet, moving = Image.open("pictures/toy.png"), Image.open("pictures/toy.gif")
-    assert len(found["rows"]) == 9 and sheet.width > 400 and sheet.height > 9 * 112
+    assert len(found["rows"]) == 10 and sheet.width > 400 and sheet.height > 10 * 112
     assert "similarity " in said and "reconstruction" in said and "as predicted" in said
     pages = [np.asarray(page.convert("RGB")) for page in ImageSequence.Iterator(moving)]
     assert len(pages) == 4 and moving.width < 830 and (pages[0] != pages[2]).any()
+
+
+def test_principal_components(config):
+    """Of tokens that vary along three axes, most along the first: each is a colour, from 0 to 1,
+    up to its sign."""
+    N = config.num_patches
+    parts = torch.linalg.qr(torch.randn(N, 3) - torch.randn(N, 3).mean(0)).Q
+    parts = parts - parts.mean(0)
+    parts = torch.linalg.qr(parts).Q * torch.tensor([9.0, 3.0, 1.0])  # orthogonal, centred
+    axes = torch.linalg.qr(torch.randn(16, 3)).Q  # (16,3)
+    frames = pictures.principal_components(parts @ axes.T + 5, config)
+    p, t = config.patch_size, config.tubelet_size
+    found = frames[::t, ::p, ::p].reshape(N, 3) / 255
+    for colour, part in zip(found.T, parts.T):
+        part = (part - part.min()) / (part.max() - part.min())
+        assert min((colour - part).abs().max(), (1 - colour - part).abs().max()) < 0.01
 
 
 @needs_transformers
@@ -788,13 +804,13 @@ def test_show_on_footage(footage, checkpoint, capsys):
     video, hevc = footage / "sports" / "basketball.mp4", footage / "odd" / "h265_video.mp4"
     found, said = run(capsys, f"show {checkpoint} --video {video} --mask mgm --start 1")
     assert "no --caption: no text mask" in said and "mgm mask 75%" in said
-    assert len(found["rows"]) == 7
+    assert len(found["rows"]) == 8
     ev.main(f"export {checkpoint} --out folder".split())
-    assert len(run(capsys, f"show folder --video {video}")[0]["rows"]) == 7
+    assert len(run(capsys, f"show folder --video {video}")[0]["rows"]) == 8
     transformers.VideoMAEModel.from_pretrained("folder").save_pretrained("encoder")
     with pytest.warns(dataset.NoMotionVectors):
         found, said = run(capsys, f"show encoder --video {hevc}")
-    assert "has no decoder" in said and len(found["rows"]) == 5
+    assert "has no decoder" in said and len(found["rows"]) == 6
 
 
 def test_heat_map():
