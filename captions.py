@@ -820,10 +820,7 @@ MODELS = {"blip2": "Salesforce/blip2-opt-2.7b", "llm": "Qwen/Qwen2.5-1.5B-Instru
 
 def parse_args(argv=None):
     about = "Manifest, captions and text maps for train.py."
-    parser, positive = (
-        runs.Parser(prog="captions.py", description=about),
-        {"type": runs.positive_int},
-    )
+    parser = runs.Parser(prog="captions.py", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
 
@@ -853,10 +850,15 @@ def parse_args(argv=None):
     flag("--source", None, sources, required=True, choices=("blip2", "label", "llm", "human"))
     models = ", ".join(f"{source}: {model}" for source, model in MODELS.items())
     flag("--model", None, f"hub name or folder for transformers; {models}")
-    flag("--frames", 3, "blip2: keyframes, a caption each (1: the centre frame)", **positive)
-    flag("--batch-size", 8, "blip2: clips per forward", **positive)
-    flag("--per-prompt", 3, "llm: answers to each of the three prompts", **positive)
-    flag("--max-new-tokens", 60, "longest caption, in the model's tokens", **positive)
+    flag(
+        "--frames",
+        3,
+        "blip2: keyframes, a caption each (1: the centre frame)",
+        type=runs.positive_int,
+    )
+    flag("--batch-size", 8, "blip2: clips per forward", type=runs.positive_int)
+    flag("--per-prompt", 3, "llm: answers to each of the three prompts", type=runs.positive_int)
+    flag("--max-new-tokens", 60, "longest caption, in the model's tokens", type=runs.positive_int)
     flag("--seed", 0, "llm: of the sampling", type=runs.seed)
     flag("--append", False, "add to the captions that are there (the paper's BLIP + GPT)")
     flag("--force", False, "replace captions that are there")
@@ -866,9 +868,14 @@ def parse_args(argv=None):
     flag("manifest", None, "JSON lines; rewritten at the end, maps/ beside it", type=Path)
     flag("--clip", "ViT-B-32-quickgelu", "open_clip model, hf-hub:NAME or local-dir:FOLDER")
     flag("--clip-pretrained", "openai", "tag of open_clip, or a file of weights")
-    flag("--every", 8, "frames from one mapped frame to the next", **positive)
-    flag("--image-size", 224, "the frame's short side in pixels, as the model's", **positive)
-    flag("--patch-size", 16, "pixels, as the model's patch_size", **positive)
+    flag("--every", 8, "frames from one mapped frame to the next", type=runs.positive_int)
+    flag(
+        "--image-size",
+        224,
+        "the frame's short side in pixels, as the model's",
+        type=runs.positive_int,
+    )
+    flag("--patch-size", 16, "pixels, as the model's patch_size", type=runs.positive_int)
     flag("--force", False, "make maps anew that are there")
     flag("--workers", None, runs.WORKERS, type=runs.natural)
 

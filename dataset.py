@@ -642,9 +642,12 @@ def read_manifest(path, split=None) -> Manifest:
         if split is None or record.get("split", split) == split:
             lines.extend((start, end))
     if not lines:
-        of_split = f" of split {split!r}" if split else ""
-        way = "; captions.py index ... --test-share 0.2 makes some" if split == "test" else ""
-        raise UserError(f"{path}: no clips{of_split}{way}")
+        if split is None:
+            raise UserError(f"{path}: no clips")
+        raise UserError(
+            f"{path}: no clips of split {split!r}; captions.py index ... --test-share 0.2 makes a "
+            "test split"
+        )
     return Manifest(path, data, np.frombuffer(lines, np.int64).reshape(-1, 2))
 
 

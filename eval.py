@@ -165,10 +165,10 @@ def encoders(args):
 
 
 # ==== Clips and their labels ======================================================================
-def data_of(args):
-    """The manifest of --data, or "toy": the world in data/toy, made if need be."""
-    if args.data != "toy":
-        return Path(args.data)
+def manifest_of(data):
+    """For --data: the path of a manifest, or "toy": the world in data/toy, made if need be."""
+    if data != "toy":
+        return Path(data)
     import toy
 
     return toy.manifest_of()
@@ -455,7 +455,7 @@ def choose_rate(x, y, num_classes, args):
 
 def linear(args):
     """Train a linear classifier on frozen features, then test it (4.2)."""
-    train, test, classes, train_target, test_target = splits_of(args, data_of(args))
+    train, test, classes, train_target, test_target = splits_of(args, manifest_of(args.data))
     rows, chosen, rates = [], {}, []
     for name, model, _ in encoders(args):
         features, c = functools.partial(pooled, model), model.config
@@ -507,7 +507,7 @@ def recall_by_chance(query_labels, gallery_labels, ks=(1, 5, 10)):
 
 def retrieve(args):
     """Find clips of the same class, zero-shot (4.4)."""
-    gallery, query, _, gallery_target, query_target = splits_of(args, data_of(args))
+    gallery, query, _, gallery_target, query_target = splits_of(args, manifest_of(args.data))
     rows, clips = [], {}
     what = {"retrieval": "clip -> a training clip of its class"}
     for name, model, _ in encoders(args):
@@ -833,7 +833,7 @@ def train_classifier(args, manifest, test):
 
 def finetune(args):
     """Train all of the network on labels, then test it (4.2)."""
-    manifest = data_of(args)
+    manifest = manifest_of(args.data)
     test = labelled(manifest, args.test_split)
     run = train_classifier if args.epochs else without_training
     models, classes, count = run(args, manifest, test)
@@ -871,7 +871,7 @@ def features(args):
         name, records = "given", given_videos(args.videos)
     else:
         name = args.split or "all"
-        records = dataset.read_manifest(data_of(args), args.split)
+        records = dataset.read_manifest(manifest_of(args.data), args.split)
     model, _ = load_model(args.checkpoint)
     model.to(args.device)
     if args.layer and args.layer > model.config.depth:
@@ -944,7 +944,7 @@ def clip_to_show(args, config):
     (3,T,S,S) uint8, their centre cropped, and their motion (T,h,w)."""
     record = {"path": args.video, "video": args.video}
     if not args.video:
-        records = dataset.read_manifest(data_of(args), args.test_split)
+        records = dataset.read_manifest(manifest_of(args.data), args.test_split)
         if not 0 <= args.number < len(records):
             raise UserError(
                 f"--number {args.number}: split {args.test_split!r} has clips 0 to "
@@ -1161,40 +1161,36 @@ def finetune_flags(flag):
     common_flags(flag, out="run folder")
     data_flags(flag)
     test_flags(flag)
-    not_negative, share = {"type": runs.not_negative}, {"type": runs.fraction}
-    by_recipe(flag, "lr", "learning rate per 256 videos of global batch", **not_negative)
-    flag(
-        "--min-lr", 1e-6, "per 256 videos, where warm-up begins and the cosine ends", **not_negative
-    )
+    by_recipe(flag, "lr", "learning rate per 256 videos of global batch", type=runs.not_negative)
+    least = "per 256 videos, where warm-up begins and the cosine ends"
+    flag("--min-lr", 1e-6, least, type=runs.not_negative)
     tests = "passes over the data; 0 tests a fine-tuned checkpoint as it is"
     by_recipe(flag, "epochs", tests, type=runs.natural)
-    by_recipe(flag, "warmup_epochs", "epochs of linear warm-up", **not_negative)
+    by_recipe(flag, "warmup_epochs", "epochs of linear warm-up", type=runs.not_negative)
     flag("--accum", 1, "forwards per step", type=runs.positive_int)
     decay = "factor of the learning rate from a block to the one below"
-    by_recipe(flag, "layer_decay", decay, **share)
-    flag("--weight-decay", 0.05, "of AdamW, on matrices only", **not_negative)
+    by_recipe(flag, "layer_decay", decay, type=runs.fraction)
+    flag("--weight-decay", 0.05, "of AdamW, on matrices only", type=runs.not_negative)
     drop = "chance to drop the last block for a clip; less for those below"
-    by_recipe(flag, "drop_path", drop, **share)
-    by_recipe(flag, "smoothing", "label smoothing", **share)
-    by_recipe(flag, "mixup", "alpha of MixUp; 0: none", **not_negative)
-    by_recipe(flag, "cutmix", "alpha of CutMix; 0: none", **not_negative)
+    by_recipe(flag, "drop_path", drop, type=runs.fraction)
+    by_recipe(flag, "smoothing", "label smoothing", type=runs.fraction)
+    by_recipe(flag, "mixup", "alpha of MixUp; 0: none", type=runs.not_negative)
+    by_recipe(flag, "cutmix", "alpha of CutMix; 0: none", type=runs.not_negative)
     bins = "RandAugment's bin of 31, in each of 4 operations; 0: none"
     by_recipe(flag, "randaug", bins, type=runs.randaug_bin)
-    by_recipe(flag, "crop_scale", "least area of a crop, as a share of the frame", **share)
-    by_recipe(flag, "erasing", "chance to erase a box of a clip", **share)
+    by_recipe(
+        flag, "crop_scale", "least area of a crop, as a share of the frame", type=runs.fraction
+    )
+    by_recipe(flag, "erasing", "chance to erase a box of a clip", type=runs.fraction)
     by_recipe(flag, "flip", "mirror half the clips")
     by_recipe(flag, "repeat", "augmented clips from each decoded video", type=runs.positive_int)
     chooses = "share of the training clips that chooses best.pt; 0: no best.pt"
-    by_recipe(flag, "holdout", chooses, **share)
+    by_recipe(flag, "holdout", chooses, type=runs.fraction)
     flag("--val-split", None, "split to choose best.pt by, in place of --holdout")
     flag("--scratch", False, "begin with random weights, of CHECKPOINT's sizes")
     flag("--grad-checkpointing", False, "less memory for a third more time")
-    flag(
-        "--save-minutes",
-        10.0,
-        "minutes between checkpoints; 0: none between epochs",
-        **not_negative,
-    )
+    minutes = "minutes between checkpoints; 0: none between epochs"
+    flag("--save-minutes", 10.0, minutes, type=runs.not_negative)
     flag("--resume", True, "go on from the run folder's last.pt")
 
 

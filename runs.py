@@ -209,8 +209,10 @@ def one_line_errors(script, less):
         if str(error).startswith("DataLoader worker"):  # it has said why, or the kernel's log does
             sys.exit(f"{script}: {last_line(error)}")
         if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
-            way = "leave it out, or install what it needs: g++, and triton for a GPU"
-            sys.exit(f"{script}: --compile: {weights.first_line(error)}; {way}")
+            sys.exit(
+                f"{script}: --compile: {weights.first_line(error)}; leave it out, or install what "
+                "it needs: g++, and triton for a GPU"
+            )
         raise
     if dist.is_initialized():  # after an error the other processes may stand in a collective
         dist.destroy_process_group()
@@ -414,9 +416,10 @@ def stop_not_finite(args, step, videos):
     """Ends the run, on all processes, before numbers that are not finite reach the weights."""
     last = Path(args.out) / "last.pt"
     names = f", of {', '.join(videos)}" if videos else ""
+    good = f"; {last}, the last good one, can begin another run" if last.exists() else ""
     raise UserError(
-        f"step {step}: loss or gradient is not finite{names}. Ways out: --no-amp, or --init {last} "
-        "with another --out: it is the last good one"
+        f"step {step}: loss or gradient is not finite{names}. Ways out: --no-amp, a smaller "
+        f"learning rate{good}"
     )
 
 

@@ -260,9 +260,8 @@ def _clip_of(out, seed, clips, number):
 def _build(out, clips, seed, clip_steps):
     total = clips + clips // 4
     (out / "clips").mkdir()
-    with ThreadPoolExecutor(
-        runs.usable_cores()
-    ) as pool:  # numpy and x264 let go of the interpreter
+    # Threads: numpy and x264 let go of the interpreter.
+    with ThreadPoolExecutor(runs.usable_cores()) as pool:
         made = pool.map(functools.partial(_clip_of, out, seed, clips), range(total))
         records, extras = zip(*runs.progress(made, desc="toy world", unit="clip", total=total))
     (out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -577,10 +576,9 @@ def report(args, name, found):
     log = [{"row": title, "seed": seed, **found[title, seed]} for title, seed in order]
     table, plot = (curve_table, curve_plot) if name == "figure4" else (share_table, share_plot)
     lines = table(name, log)
-    gpu = torch.cuda.is_available()
-    device = (
-        torch.cuda.get_device_name() if gpu else f"{runs.usable_cores()} {platform.machine()} cores"
-    )
+    device = f"{runs.usable_cores()} {platform.machine()} cores"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     how = f"`python toy.py {' '.join(sys.argv[1:])}`; {device}, "
     how += f"Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
     folder.mkdir(parents=True, exist_ok=True)
@@ -639,7 +637,7 @@ def parse_args(argv=None):
     flag("--out", Path("data/toy"), "folder of the world", type=Path)
     flag("--clips", 800, "training clips; a quarter as many test clips")
     flag("--seed", 0, "of everything in the world", type=runs.seed)
-    flag("--mask-ratio", 0.25, "of coverage")
+    flag("--mask-ratio", 0.25, "of coverage", type=runs.proper_fraction)
     flag("--seeds", 3, "runs of each row, with seeds 0, 1, ...", type=runs.positive_int)
     flag("--runs", Path("runs/toy"), "folder of the rows' runs", type=Path)
     flag("--report", None, "folder of table, plot and their log; that of --runs", type=Path)

@@ -65,7 +65,7 @@ def add_flags(parser):
     flag("--bottom-k", False, "mask the lowest scores instead of the highest")
     flag("--vt", False, "optimise the video-text contrastive loss")
     flag("--mae", True, "optimise the reconstruction loss")
-    flag("--vt-weight", 1.0, "weight of the contrastive loss")
+    flag("--vt-weight", 1.0, "weight of the contrastive loss", type=runs.not_negative)
     flag("--temperature", 0.07, "of the contrastive loss", type=runs.positive)
     clips = "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is at least watched"
     flag("--clip", None, f"{clips}; {TOY['clip']}, or {REAL['clip']}")
@@ -267,7 +267,7 @@ def load_data(args):
     if with_text:
         records = without_failed(manifest, records)
         val = val and without_failed(manifest, val)
-        with_maps = any("map_path" in record for record in records[:1])
+        with_maps = len(records) > 0 and "map_path" in records[0]
         for record in itertools.chain(records, val or ()):
             check_text(manifest, record, with_maps)
     videos = world * args.batch_size // args.repeat
@@ -310,19 +310,18 @@ def without_failed(manifest, records):
 
 def check_text(manifest, record, with_maps):
     """UserError if a record lacks what its text needs."""
-    maps = f"python captions.py maps {manifest} makes them"
+    clip, maps = f"{manifest}: {record['video']}", f"python captions.py maps {manifest} makes them"
     if not record.get("captions"):
-        wrong = "has no captions, which --mask tgm, --vt and --clip need"
-        wrong += f"; python captions.py caption {manifest} --source ... makes them"
-    elif with_maps and "map_path" not in record:
-        wrong = f"has no text map, others have; {maps}"
-    elif not with_maps and "map_path" in record:
-        wrong = f"has a text map, others have none; {maps}"
-    elif with_maps and not os.path.exists(record["map_path"]):
-        wrong = f"has no text map at {record['map_path']}; {maps}"
-    else:
-        return
-    raise UserError(f"{manifest}: {record['video']} {wrong}")
+        raise UserError(
+            f"{clip} has no captions, which --mask tgm, --vt and --clip need; python captions.py "
+            f"caption {manifest} --source ... makes them"
+        )
+    if with_maps and "map_path" not in record:
+        raise UserError(f"{clip} has no text map, others have; {maps}")
+    if not with_maps and "map_path" in record:
+        raise UserError(f"{clip} has a text map, others have none; {maps}")
+    if with_maps and not os.path.exists(record["map_path"]):
+        raise UserError(f"{clip} has no text map at {record['map_path']}; {maps}")
 
 
 def clip_of_maps(args, manifest, record):
@@ -622,14 +621,15 @@ def describe(args, c, data, val, share, steps_per_epoch):
     """Prints what the run is. c: the model's Config."""
     world, patches = runs.rank_and_world()[1], c.grid[1] * c.grid[2]
     batch, clips = args.batch_size * world, share.videos * args.repeat
-    text = ""
-    loss = f"MAE + {args.vt_weight:g} VT" if args.vt else "MAE"
-    loss = loss if args.mae else f"{args.vt_weight:g} VT"
+    text, loss = "", "MAE"
+    if args.vt:
+        loss = f"MAE + {args.vt_weight:g} VT" if args.mae else f"{args.vt_weight:g} VT"
+    elif data.text_from:
+        loss = "MAE, VT watched"
     if data.text_from:
         how = {"clip": "CLIP online", "maps": "text maps"}[data.text_from]
         distinct = {r["captions"][i] for r in data.records for i in data.captions_used(r)}
         text = f"; {how} ({args.clip}); {len(distinct):,} distinct captions"
-        loss += "" if args.vt else ", VT watched"
         loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
     which, masked = "lowest" if args.bottom_k else "highest", int(args.mask_ratio * patches)
     left = clips - batch * share.accum
@@ -735,8 +735,7 @@ def run(args):
 
 
 def main(argv=None):
-    less = "a smaller --batch-size (with a larger --accum), --grad-checkpointing, --amp, "
-    less += "a smaller --preset"
+    less = "a smaller --batch-size (with a larger --accum) or --preset, --grad-checkpointing, --amp"
     with runs.one_line_errors("train.py", less):
         args = parse_args(argv)
         runs.start_processes(args)

@@ -38,6 +38,8 @@ LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", README)
 (DIFF,) = [text for language, text in FENCED if language == "diff"]
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&")]
 COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", ALL)
+for script in (train, toy, captions, evaluation):  # their headers
+    COMMANDS += re.findall(r"^    ((?:python|torchrun) [^#\n]*)", script.__doc__, re.M)
 COMMANDS = sorted({" ".join(command.split()) for command in COMMANDS})
 
 

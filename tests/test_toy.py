@@ -125,6 +125,17 @@ def caption(path, *flags):
     captions.caption(captions.parse_args(["caption", str(path), "--source", "label", *flags]))
 
 
+def test_label_captions(manifest):
+    path = manifest(0, extra=[{"video": "a.mp4", "label": "ApplyLipstick", "unknown": 7},
+                              {"video": "b.mp4", "label": "apply_eye_makeup",
+                               "captions": ["Mine."]}])  # fmt: skip
+    for flags, second in ((), "Mine."), (["--force"], "Apply eye makeup."):
+        caption(path, *flags)  # what is there stays, unless forced
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [r["captions"] for r in records] == [["Apply lipstick."], [second]]
+        assert records[0]["unknown"] == 7 and "path" not in records[0]
+
+
 @pytest.mark.parametrize("line, reason", [
     ("not json", "m.jsonl:2: not JSON"),
     ('{"label": "x"}', 'm.jsonl:2: no "video"'),
