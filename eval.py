@@ -26,9 +26,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-# Loader processes share the cores with us: threads without work must sleep, not spin. Read when
-# torch loads.
+# Loader processes share the cores with us: threads without work must sleep, after a short spin that
+# spares small models much waking. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
 import torch
@@ -62,6 +63,13 @@ RECIPES = {
         "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6, "erasing": 0.0,
         "random": True,
     },
+    # From a few to a few thousand clips, on one machine, in minutes. Its epochs: FEW_STEPS steps.
+    "few": _PAPER | {
+        "lr": 0.01, "epochs": None, "views": "3x1", "batch_size": 16, "warmup_epochs": None,
+        "holdout": 0.1, "test_split": "test", "layer_decay": 0.9, "repeat": 1,
+        "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6, "erasing": 0.0,
+        "random": True,
+    },
     "other": _PAPER | {"test_split": "test"},
     "k400": _PAPER,
     "ssv2": _PAPER | {"lr": 5e-4, "epochs": 30, "stride": 2, "flip": False, "sampling": "tsn",
@@ -71,6 +79,7 @@ RECIPES = {
     "diving48": _PAPER | {"epochs": 50, "test_split": "test"},
     "epic55": _PAPER | {"epochs": 50},
 }  # fmt: skip
+FEW_STEPS = 1000
 RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # learning rates that `linear` tries
 MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
 
@@ -166,12 +175,13 @@ def encoders(args):
 
 # ==== Clips and their labels ======================================================================
 def manifest_of(data):
-    """For --data: the path of a manifest, or "toy": the world in data/toy, made if need be."""
-    if data != "toy":
-        return Path(data)
-    import toy
+    """For --data: the path of a manifest, that of a toy world, or "toy": of the world in data/toy,
+    made if need be."""
+    if data == "toy":
+        import toy
 
-    return toy.manifest_of()
+        return toy.manifest_of()
+    return runs.manifest_path(data)
 
 
 def labelled(manifest, split):
@@ -659,6 +669,9 @@ def fit(args, model, classes, train, val):
     --out. What happens in a step is read here, from top to bottom, as in train.train."""
     rank, world = runs.rank_and_world()
     saved = runs.load_last(args)
+    if args.recipe == "few":
+        runs.fit_to_few(args, len(train), FEW_STEPS)
+        check_args(args)
     share = runs.share_step(args.batch_size, args.accum, saved and saved["videos"])
     data = Augmented(train, targets(train, classes, args.split), model.config, args)
     val_target = targets(val, classes, "held-out clips") if val else None
@@ -666,7 +679,7 @@ def fit(args, model, classes, train, val):
     if not steps_per_epoch:
         raise UserError(
             f"{len(data)} training clips are fewer than a step takes ({world} processes x "
-            f"--batch-size {args.batch_size} x --accum {args.accum})"
+            f"--batch-size {args.batch_size} x --accum {args.accum}); --recipe few is for few clips"
         )
     total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     settings = vars(args) | {"clips": len(data), "world": world, "classes": classes}
@@ -770,7 +783,7 @@ def without_training(args, manifest, test):
     if not isinstance(model, Classifier):
         raise UserError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
     own = weights.flags_of(args.checkpoint)
-    if own.get("data") and os.path.realpath(own["data"]) == os.path.realpath(args.data):
+    if own.get("data") and runs.same_data(own["data"], args.data):
         split = own.get("split", args.split)
         sides = {f"--split {split} of its training": dataset.read_manifest(manifest, split)}
         sides[f"--test-split {args.test_split}"] = test
@@ -835,7 +848,7 @@ def finetune(args):
     """Train all of the network on labels, then test it (4.2)."""
     manifest = manifest_of(args.data)
     test = labelled(manifest, args.test_split)
-    run = train_classifier if args.epochs else without_training
+    run = without_training if args.epochs == 0 else train_classifier
     models, classes, count = run(args, manifest, test)
     target = targets(test, classes, f"{manifest}, split {args.test_split!r}")
     rows = []
@@ -928,7 +941,8 @@ def clip_of(args, saved):
     made_by = own["clip"] if own.get("text_from") == "maps" else None
     if made_by:  # maps call a CLIP by a name of their own: see dataset.clip_name
         own = {}
-    default = "local-dir:data/toy/clip" if args.data == "toy" else "ViT-B-32-quickgelu"
+    world = runs.toy_world(args.data or own.get("data"))
+    default = f"local-dir:{world}/clip" if world else "ViT-B-32-quickgelu"
     name = args.clip or own.get("clip") or default
     tag = args.clip_pretrained or (None if args.clip else own.get("clip_pretrained")) or "openai"
     if made_by and not args.clip and not made_by.startswith(dataset.clip_name(name, tag) + " "):
@@ -1122,8 +1136,11 @@ def export(args):
 # ==== Command line ================================================================================
 def by_recipe(flag, name, help, **more):
     """A flag whose default depends on --recipe: help lists those that are not the paper's."""
-    others = [f"{recipe}: {of[name]}" for recipe, of in RECIPES.items() if of[name] != _PAPER[name]]
-    flag(f"--{name.replace('_', '-')}", _PAPER[name], "; ".join([help, *others]), **more)
+    own = {recipe: of[name] for recipe, of in RECIPES.items()}
+    own = {recipe: value for recipe, value in own.items() if value not in (None, _PAPER[name])}
+    others = [f"{recipe} {value}" for recipe, value in own.items()]
+    values = ", ".join([str(_PAPER[name]), *others])
+    flag(f"--{name.replace('_', '-')}", None, f"{help}; {values}", **more)
 
 
 def common_flags(flag, out=None):
@@ -1138,8 +1155,9 @@ def common_flags(flag, out=None):
 
 def data_flags(flag, train_split=True, test_split=True):
     flag("--workers", None, runs.WORKERS, type=runs.natural)
-    flag("--data", None, "toy, or a manifest (JSON lines); what CHECKPOINT was trained on")
-    whose = "whose defaults to take; on CHECKPOINT's data its own; toy for --data toy, else other"
+    what = "toy, a folder that toy.py made, or a manifest; what CHECKPOINT was trained on"
+    flag("--data", None, what)
+    whose = "whose defaults to take; on CHECKPOINT's data its own; toy for a toy world, else other"
     flag("--recipe", None, whose, choices=RECIPES)
     if train_split:
         flag("--split", "train", "split of the manifest to train on, or to retrieve from")
@@ -1164,9 +1182,12 @@ def finetune_flags(flag):
     by_recipe(flag, "lr", "learning rate per 256 videos of global batch", type=runs.not_negative)
     least = "per 256 videos, where warm-up begins and the cosine ends"
     flag("--min-lr", 1e-6, least, type=runs.not_negative)
-    tests = "passes over the data; 0 tests a fine-tuned checkpoint as it is"
+    tests = (
+        f"passes over the data; 0 tests a fine-tuned checkpoint as it is; few: {FEW_STEPS} steps"
+    )
     by_recipe(flag, "epochs", tests, type=runs.natural)
-    by_recipe(flag, "warmup_epochs", "epochs of linear warm-up", type=runs.not_negative)
+    warmup = "epochs of linear warm-up; a fifth of --epochs, if that is typed"
+    by_recipe(flag, "warmup_epochs", warmup, type=runs.not_negative)
     flag("--accum", 1, "forwards per step", type=runs.positive_int)
     decay = "factor of the learning rate from a block to the one below"
     by_recipe(flag, "layer_decay", decay, type=runs.fraction)
@@ -1182,7 +1203,7 @@ def finetune_flags(flag):
         flag, "crop_scale", "least area of a crop, as a share of the frame", type=runs.fraction
     )
     by_recipe(flag, "erasing", "chance to erase a box of a clip", type=runs.fraction)
-    by_recipe(flag, "flip", "mirror half the clips")
+    by_recipe(flag, "flip", "mirror half the clips", action=runs.YES_NO)
     by_recipe(flag, "repeat", "augmented clips from each decoded video", type=runs.positive_int)
     chooses = "share of the training clips that chooses best.pt; 0: no best.pt"
     by_recipe(flag, "holdout", chooses, type=runs.fraction)
@@ -1207,7 +1228,8 @@ def retrieve_flags(flag):
     common_flags(flag)
     data_flags(flag)
     test_flags(flag)
-    by_recipe(flag, "random", "do the same with random weights, beside it")
+    beside = "do the same with random weights, beside it"
+    by_recipe(flag, "random", beside, action=runs.YES_NO)
 
 
 def features_flags(flag):
@@ -1280,13 +1302,13 @@ def data_and_recipe(args):
         raise UserError(
             f"--data: {args.checkpoint} does not say what it was trained on; a manifest, or toy"
         )
-    if not given and not args.data and data != "toy" and not os.path.exists(data):
+    if not given and not args.data and not runs.toy_world(data) and not os.path.exists(data):
         raise UserError(
             f"--data: {args.checkpoint} was trained on {data}, which is not there now; name a "
             "manifest"
         )
-    recipe = "toy" if data == "toy" else "other"
-    if own.get("recipe") in RECIPES and os.path.realpath(data) == os.path.realpath(own["data"]):
+    recipe = "toy" if runs.toy_world(data) else "other"
+    if own.get("recipe") in RECIPES and runs.same_data(data, own["data"]):
         recipe = own["recipe"]
     return None if given else data, args.recipe or recipe
 
@@ -1303,7 +1325,9 @@ def late_defaults(args):
     late = RECIPES[recipe] | {"data": data, "recipe": recipe, "out": str(folder / args.command)}
     if args.command == "finetune":
         scratch = "-scratch" if args.scratch else ""
-        late["out"] = str(folder / f"finetune-{Path(data).stem}{scratch}")
+        late["out"] = runs.name_run(f"{folder}/finetune-{{}}{scratch}", data)
+        if args.epochs is not None:
+            late["warmup_epochs"] = args.epochs / 5
     elif args.command == "linear":
         del late["epochs"], late["holdout"]
     elif args.command == "features":
@@ -1324,7 +1348,7 @@ def parse_args(argv=None):
     own = commands.choices[first.command]
     own.set_defaults(**late_defaults(first))
     args = parser.parse_args(argv)
-    if args.command == "finetune" and args.epochs:
+    if args.command == "finetune" and args.epochs != 0:
         args, _ = runs.parse_like_run(own, lambda: parser.parse_args(argv), args)
     if args.command == "features" and first.out:
         check_folder("--out", first.out)
@@ -1343,7 +1367,7 @@ def check_args(args):
     if args.command == "features" and args.tokens and args.views != "1x1":
         raise UserError(f"--tokens, --views {args.views}: tokens are of one view")
     if args.command == "finetune":
-        if args.epochs and args.warmup_epochs > args.epochs:
+        if args.epochs and args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
             raise UserError(
                 f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
             )

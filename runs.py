@@ -348,6 +348,21 @@ class Share(NamedTuple):
     accum: int  # forwards of a process
 
 
+def fit_to_few(args, videos, steps, clips_of_video=1):
+    """A step takes no more videos than there are. --epochs, where not typed: about so many `steps`;
+    --warmup-epochs: a fifth of it. --batch-size counts clips, so many of a video."""
+    step = rank_and_world()[1] * args.accum  # of a batch of one video
+    most = max(1, videos // step) * clips_of_video
+    if args.batch_size > most:
+        say(f"note    --batch-size {most}, not {args.batch_size}: there are {videos} videos")
+        args.batch_size = most
+    if args.epochs is None:
+        steps_per_epoch = videos // (step * args.batch_size // clips_of_video)
+        args.epochs = math.ceil(steps / max(1, steps_per_epoch))
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 5
+
+
 def share_step(forward, accum, videos=None):
     """-> Share. The processes that there are share a step of `accum` forwards of `forward` videos
     each, or, where a run goes on, of the `videos` that its steps had, at most `forward` at a time.
@@ -424,6 +439,34 @@ def stop_not_finite(args, step, videos):
 
 
 # ==== The run folder ==============================================================================
+def toy_world(data):
+    """The folder of the toy world that --data names, or None."""
+    if data == "toy":
+        return Path("data/toy")
+    return Path(data) if data and Path(data, "world.json").exists() else None
+
+
+def manifest_path(data):
+    """Of --data: of a toy world that in its folder."""
+    world = toy_world(data)
+    return world / "manifest.jsonl" if world else Path(data)
+
+
+def same_data(one, other):
+    return os.path.realpath(manifest_path(one)) == os.path.realpath(manifest_path(other))
+
+
+def name_run(form, data):
+    """A run folder: form.format(the name of the toy world that has the manifest, else of the
+    manifest). A run that is there under the manifest's name, as they all were, goes on there."""
+    path = Path(os.path.abspath(manifest_path(data)))
+    old, new = form.format(path.stem), form.format(path.parent.name)
+    if not (toy_world(data) or toy_world(path.parent)):
+        return old
+    theirs = weights.flags_of(Path(old) / "last.pt").get("data")
+    return old if theirs and same_data(theirs, data) else new
+
+
 @contextlib.contextmanager
 def naming(path):
     """Within it what is raised of a full disk, or another one that cannot be written to, is a
@@ -569,6 +612,8 @@ def refuse_another_run(args, saved, now, defaults):
         was, value = then[name], now[name]
         if BY_CONTENT.get(name) in then:
             continue
+        if name == "data":
+            was, value = manifest_path(was), manifest_path(value)
         if name in ("data", "init", "checkpoint"):
             was, value = os.path.realpath(str(was)), os.path.realpath(str(value))
         if was != value:
@@ -609,12 +654,16 @@ def cut_log(path, step):
     return json.loads(kept[-1]) if kept else {}
 
 
-def leave(out, saved_step, unfinished):
+def leave(out, saved_step, unfinished, last=None):
     """After the last step: nothing listens to SIGTERM any more. A run that it has stopped exits as
-    if it had ended it. saved_step: of last.pt."""
+    if it had ended it, after process 0 has called `last`, within GRACE. saved_step: of last.pt."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     wait_for_all()  # process 0 has written
     if unfinished:
         if rank_and_world()[0] == 0:
             print(f"stopped by SIGTERM; {out}/last.pt holds step {saved_step}", file=sys.stderr)
+            signal.signal(signal.SIGALRM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            signal.alarm(GRACE)
+            if last:
+                last()
         sys.exit(128 + signal.SIGTERM)

@@ -173,7 +173,7 @@ CLIP_CONFIG = {
 def _crops(rng, stills, count):
     """Random boxes, half of them patches of 8 pixels -> images (count,3,16,16) in [0,1], captions,
     and groups (count,): crops that show the same thing."""
-    images, captions, groups = [], [], []
+    boxes, captions, groups = [], [], []
     names = [None, *((shape, colour) for shape in ACTORS + DISTRACTORS for colour in COLOURS)]
     for number in rng.integers(len(stills), size=count):
         frame, *masks, actor, distractor = stills[number]
@@ -183,11 +183,15 @@ def _crops(rng, stills, count):
         # How much of the crop each fills, or how much of each is in the crop, whichever is more.
         seen = [max(mask[box].mean(), mask[box].sum() / 300) for mask in masks]
         words = (actor, distractor)[int(seen[1] > seen[0])] if max(seen) > 0.25 else None
-        image = torch.from_numpy(frame[box]).permute(2, 0, 1)[None].float() / 255
-        images.append(F.interpolate(image, (16, 16), mode="bicubic", antialias=side > 16))
+        boxes.append(frame[box])
         captions.append(str(rng.choice(captions_of(words) if words else NOTHING)))
         groups.append(names.index((words["shape"], words["colour"]) if words else None))
-    return torch.cat(images).clamp(0, 1), captions, torch.tensor(groups)
+    images, sides = torch.empty(count, 3, 16, 16), np.array([len(box) for box in boxes])
+    for side in np.unique(sides):
+        alike = np.flatnonzero(sides == side)
+        image = torch.from_numpy(np.stack([boxes[i] for i in alike])).movedim(-1, 1).float() / 255
+        images[alike] = F.interpolate(image, (16, 16), mode="bicubic", antialias=bool(side > 16))
+    return images.clamp(0, 1), captions, torch.tensor(groups)
 
 
 def _paraphrases(rng, count):
@@ -215,17 +219,19 @@ def train_clip(folder, stills, *, seed=0, steps=300, batch=192):
         torch.manual_seed(seed)
         clip = CLIP(**CLIP_CONFIG["model_cfg"])
     tokenizer = SimpleTokenizer(context_length=clip.context_length)
+    tokens = functools.cache(lambda caption: tokenizer(caption)[0])  # of 507 captions
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in CLIP_CONFIG["preprocess_cfg"].values())
-    optimizer = torch.optim.AdamW(clip.parameters(), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(clip.parameters(), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     for _ in runs.progress(range(steps), desc="toy CLIP", unit="step"):
         images, captions, groups = _crops(rng, stills, batch)
         image = clip.encode_image((images - mean) / std)
-        text = clip.encode_text(tokenizer(captions))
+        one, other, words = _paraphrases(rng, batch // 2)
+        texts, numbers = np.unique(captions + one + other, return_inverse=True)
+        text = clip.encode_text(torch.stack([*map(tokens, texts.tolist())]))[numbers]
+        text, one, other = text.split([batch, batch // 2, batch // 2])
         loss = tgmae.info_nce(image, text, 0.07, groups=groups)
-        one, other, groups = _paraphrases(rng, batch // 2)
-        one, other = clip.encode_text(tokenizer(one + other)).chunk(2)
-        loss = loss + tgmae.info_nce(one, other, 0.07, groups=groups)
+        loss = loss + tgmae.info_nce(one, other, 0.07, groups=words)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

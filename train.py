@@ -24,9 +24,10 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
-# Loader processes share the cores with us: threads without work must sleep, not spin. Read when
-# torch loads.
+# Loader processes share the cores with us: threads without work must sleep, after a short spin that
+# spares small models much waking. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
 import torch
@@ -40,24 +41,33 @@ from dataset import UserError
 from tgmae import MASK_RATIOS, PRESETS
 
 # ==== Flags =======================================================================================
-TOY = {"preset": "toy", "epochs": 14, "warmup_epochs": 1.0, "batch_size": 16, "blr": 0.016,
-       "min_lr": 1e-4, "flip": False, "clip": "local-dir:data/toy/clip"}  # fmt: skip
-REAL = {"preset": "base", "epochs": 200, "warmup_epochs": 40.0, "batch_size": 64, "blr": 1.5e-4,
-        "min_lr": 1e-5, "flip": True, "clip": "ViT-B-32-quickgelu"}  # fmt: skip
+# few: from a few to a few thousand clips, on one machine, in minutes. Its epochs: FEW_STEPS steps.
+RECIPES = {
+    "paper": {"preset": "base", "epochs": 200, "warmup_epochs": 40.0, "batch_size": 64,
+              "repeat": 1, "blr": 1.5e-4, "min_lr": 1e-5, "flip": True},
+    "few": {"preset": "toy", "epochs": None, "warmup_epochs": None, "batch_size": 16,
+            "repeat": 4, "blr": 0.032, "min_lr": 1e-4, "flip": True},
+    "toy": {"preset": "toy", "epochs": 14, "warmup_epochs": 1.0, "batch_size": 16,
+            "repeat": 1, "blr": 0.016, "min_lr": 1e-4, "flip": False},
+}  # fmt: skip
+FEW_STEPS, LEAST_STEPS, MANY_VIDEOS = 2000, 150, 20_000
 
 
 def add_flags(parser):
     flag = functools.partial(runs.add_flag, parser)
 
-    def by_data(name, help, **more):
-        """A flag whose default depends on --data."""
+    def by_recipe(name, help, **more):
+        """A flag whose default depends on --recipe."""
         key = name[2:].replace("-", "_")
-        flag(name, TOY[key], f"{help}; for other data than toy {REAL[key]}", **more)
+        own = [f"{recipe} {of[key]}" for recipe, of in RECIPES.items() if of[key] is not None]
+        flag(name, None, f"{help}; {', '.join(own)}", **more)
 
-    flag("--data", "toy", "toy, or a manifest (JSON lines, see captions.py)")
+    flag("--data", "toy", "toy, a folder that toy.py made, or a manifest (see captions.py)")
+    whose = "whose defaults to take; toy for a toy world, else paper; few: for few videos"
+    flag("--recipe", None, whose, choices=RECIPES)
     flag("--split", "train", "split of the manifest to train on")
     flag("--val-split", None, "split for held-out losses after each epoch")
-    by_data("--preset", "size of the model", choices=PRESETS)
+    by_recipe("--preset", "size of the model", choices=PRESETS)
     flag("--num-frames", None, "frames of a clip; the preset's", type=runs.positive_int)
     flag("--image-size", None, "pixels of a clip's side; the preset's", type=runs.positive_int)
     flag("--mask", "tube", "noise, most motion, or most like the caption", choices=MASK_RATIOS)
@@ -68,22 +78,25 @@ def add_flags(parser):
     flag("--vt-weight", 1.0, "weight of the contrastive loss", type=runs.not_negative)
     flag("--temperature", 0.07, "of the contrastive loss", type=runs.positive)
     clips = "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is at least watched"
-    flag("--clip", None, f"{clips}; {TOY['clip']}, or {REAL['clip']}")
+    flag("--clip", None, f"{clips}; a toy world's own, else ViT-B-32-quickgelu")
     flag("--clip-pretrained", "openai", "tag of open_clip, or a file of weights")
+    flag("--maps", True, "use the text maps of --data; --no-maps: CLIP online", dest="use_maps")
     flag("--num-captions", 0, "captions to draw from, evenly spread; 0: all", type=runs.natural)
     flag("--init", None, "checkpoint to start from: ours, VideoMAE's, transformers'")
     flag("--grad-checkpointing", False, "less memory for about a third more time")
-    by_data("--epochs", "passes over the data", type=runs.positive_int)
-    by_data("--warmup-epochs", "epochs of linear warm-up", type=runs.not_negative)
-    by_data("--batch-size", "clips per process and forward", type=runs.positive_int)
+    passes = f"passes over the data; few: as many as make {FEW_STEPS:,} steps"
+    by_recipe("--epochs", passes, type=runs.positive_int)
+    warmup = "epochs of linear warm-up; a fifth of --epochs, if that is typed"
+    by_recipe("--warmup-epochs", warmup, type=runs.not_negative)
+    by_recipe("--batch-size", "clips per process and forward", type=runs.positive_int)
     flag("--accum", 1, "forwards per step", type=runs.positive_int)
-    flag("--repeat", 1, "clips of the same frames, each its own crop", type=runs.positive_int)
-    by_data("--blr", "learning rate per 256 clips of global batch", type=runs.not_negative)
-    by_data("--min-lr", "last learning rate per 256 clips", type=runs.not_negative)
+    by_recipe("--repeat", "clips of the same frames, each its own crop", type=runs.positive_int)
+    by_recipe("--blr", "learning rate per 256 clips of global batch", type=runs.not_negative)
+    by_recipe("--min-lr", "last learning rate per 256 clips", type=runs.not_negative)
     flag("--weight-decay", 0.05, "of AdamW, on matrices only", type=runs.not_negative)
     flag("--clip-grad", 0.0, "largest gradient norm; 0: no limit", type=runs.not_negative)
     flag("--stride", 4, "frames from one of a clip to the next", type=runs.positive_int)
-    by_data("--flip", "mirror half the clips")
+    by_recipe("--flip", "mirror half the clips", action=runs.YES_NO)
     flag("--workers", None, runs.WORKERS, type=runs.natural)
     flag("--device", "auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     flag("--amp", None, "bf16 autocast; where the hardware has it", action=runs.YES_NO)
@@ -101,13 +114,18 @@ def parse_args(argv=None):
     )
     add_flags(parser)
     first = parser.parse_args(argv)
-    out = f"runs/{Path(first.data).stem}-{first.mask}"
-    if not first.mae:
-        out += "-no-mae"
-    if first.vt:
-        out += "-vt"
-    parser.set_defaults(**TOY if first.data == "toy" else REAL)
-    parser.set_defaults(mask_ratio=MASK_RATIOS[first.mask], out=out, clip_given=False)
+    world = runs.toy_world(first.data)
+    recipe = first.recipe or ("toy" if world else "paper")
+    late = RECIPES[recipe] | {"recipe": recipe, "clip_given": False}
+    if first.epochs:
+        late["warmup_epochs"] = first.epochs / 5
+    if recipe == "toy":
+        world = world or Path("data/toy")
+    late["clip"] = f"local-dir:{world}/clip" if world else "ViT-B-32-quickgelu"
+    late["mask_ratio"] = MASK_RATIOS[first.mask]
+    loss = ("" if first.mae else "-no-mae") + ("-vt" if first.vt else "")
+    late["out"] = runs.name_run("runs/{}-" + first.mask + loss, first.data)
+    parser.set_defaults(**late)
     args = parser.parse_args(argv)
     args, typed = runs.parse_like_run(parser, lambda: parser.parse_args(argv), args)
     args.clip_typed = "clip" in typed
@@ -129,7 +147,7 @@ def check_args(args):
         raise UserError(
             f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}"
         )
-    if args.warmup_epochs > args.epochs:
+    if None not in (args.warmup_epochs, args.epochs) and args.warmup_epochs > args.epochs:
         raise UserError(
             f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
         )
@@ -255,7 +273,7 @@ def prepare(batch, clip, args, config):
 # ==== Data ========================================================================================
 def load_data(args):
     """-> training records, validation records or None, and where text comes from: see Clips."""
-    manifest, (_, world) = manifest_of(args.data), runs.rank_and_world()
+    manifest = manifest_of(args.data)
     records = dataset.read_manifest(manifest, args.split)
     val = dataset.read_manifest(manifest, args.val_split) if args.val_split else None
     if val:
@@ -263,38 +281,44 @@ def load_data(args):
         dataset.refuse_shared_clips(manifest, sides)
     # VT is watched where that costs no download that nobody asked for: on the toy world, or with
     # --clip.
-    with_text = args.mask == "tgm" or args.vt or args.data == "toy" or args.clip_given
-    if with_text:
-        records = without_failed(manifest, records)
-        val = val and without_failed(manifest, val)
-        with_maps = len(records) > 0 and "map_path" in records[0]
-        for record in itertools.chain(records, val or ()):
-            check_text(manifest, record, with_maps)
-    videos = world * args.batch_size // args.repeat
-    for part, name, accum in ((records, args.split, args.accum), (val, args.val_split, 1)):
-        if part is not None and len(part) < videos * accum:
-            raise UserError(
-                f"{manifest}: {len(part)} clips of split {name!r} are fewer than a step takes "
-                f"({world} processes x --batch-size {args.batch_size} x --accum {accum} / --repeat "
-                f"{args.repeat})"
-            )
-    if not with_text:
+    watched = runs.toy_world(args.data) or args.clip_given
+    if not (args.mask == "tgm" or args.vt or watched):
         return records, val, None
-    if videos < 2:
-        what = "--vt" if args.vt else "VT, which is watched,"
-        raise UserError(f"{what} with a global batch of {videos} video: no negatives")
+    records = without_failed(manifest, records)
+    val = val and without_failed(manifest, val)
+    with_maps = args.use_maps and len(records) > 0 and "map_path" in records[0]
+    for record in itertools.chain(records, val or ()):
+        check_text(args, manifest, record, with_maps)
     if with_maps:
         args.clip = clip_of_maps(args, manifest, records[0])
     return records, val, "maps" if with_maps else "clip"
 
 
 def manifest_of(data):
-    """For --data: the path of a manifest, or "toy": the world in data/toy, made if need be."""
-    if data != "toy":
-        return Path(data)
-    import toy
+    """For --data: the path of a manifest, that of a toy world, or "toy": of the world in data/toy,
+    made if need be."""
+    if data == "toy":
+        import toy
 
-    return toy.manifest_of()
+        return toy.manifest_of()
+    return runs.manifest_path(data)
+
+
+def check_sizes(args, records, val, text_from):
+    """UserError if there are fewer clips than a step takes, or no negatives for VT."""
+    world = runs.rank_and_world()[1]
+    videos = world * args.batch_size // args.repeat
+    for part, name, accum in ((records, args.split, args.accum), (val, args.val_split, 1)):
+        if part is not None and len(part) < videos * accum:
+            few = "; --recipe few has settings for few videos" if args.recipe == "paper" else ""
+            raise UserError(
+                f"{part.path}: {len(part)} clips of split {name!r} are fewer than a step takes "
+                f"({world} processes x --batch-size {args.batch_size} x --accum {accum} / --repeat "
+                f"{args.repeat}){few}"
+            )
+    if text_from and videos < 2:
+        what = "--vt" if args.vt else "VT, which is watched,"
+        raise UserError(f"{what} with a global batch of {videos} video: no negatives")
 
 
 def without_failed(manifest, records):
@@ -308,7 +332,7 @@ def without_failed(manifest, records):
     return records[~failed]
 
 
-def check_text(manifest, record, with_maps):
+def check_text(args, manifest, record, with_maps):
     """UserError if a record lacks what its text needs."""
     clip, maps = f"{manifest}: {record['video']}", f"python captions.py maps {manifest} makes them"
     if not record.get("captions"):
@@ -318,7 +342,7 @@ def check_text(manifest, record, with_maps):
         )
     if with_maps and "map_path" not in record:
         raise UserError(f"{clip} has no text map, others have; {maps}")
-    if not with_maps and "map_path" in record:
+    if args.use_maps and not with_maps and "map_path" in record:
         raise UserError(f"{clip} has a text map, others have none; {maps}")
     if with_maps and not os.path.exists(record["map_path"]):
         raise UserError(f"{clip} has no text map at {record['map_path']}; {maps}")
@@ -360,6 +384,9 @@ def build_model(args, text_from, record, saved=None):
                 f"--image-size {side} --patch-size {patch} --force makes such maps"
             )
     runs.check_mask_ratio(args.mask_ratio, config.grid)
+    if args.device == "cpu" and args.amp and config.num_patches < 256:
+        # Of so few tokens torch's fused attention in bf16 takes three times as long as the plain.
+        torch.backends.cuda.enable_flash_sdp(False)  # on a CPU, too
     state = {}
     if saved:  # it may be that of --init
         config = replace(config, layer_norm_eps=saved["config"]["layer_norm_eps"])
@@ -487,7 +514,7 @@ def train(args, share, saved, settings, model, clip, data, val):
     peak = args.blr * share.videos * args.repeat / 256
     least = args.min_lr * share.videos * args.repeat / 256
     optimizer = make_optimizer(model, args)
-    describe(args, c, data, val, share, steps_per_epoch)
+    describe(args, c, data, val, share, total)
     start = go_on(saved, model, optimizer, args, settings, total) if saved else 0
     if args.compile:  # each by itself: between them the mask's counts break a graph
         model.encoder.compile()
@@ -572,10 +599,11 @@ def train(args, share, saved, settings, model, clip, data, val):
             if val and epoch_ends:
                 validate(done, epoch, net, val, clip, args)
             if rank == 0 and last_saved_step == done < total and last_saved_at > drawn_at + 60:
-                draw_losses(out)
+                draw(out, model, val or data, clip, args)
                 drawn_at = time.monotonic()
 
-    runs.leave(out, last_saved_step, unfinished=done < total)
+    draws = functools.partial(draw, out, model, val or data, clip, args)
+    runs.leave(out, last_saved_step, unfinished=done < total, last=draws)
 
 
 @torch.no_grad()
@@ -617,8 +645,8 @@ def validate(step, epoch, net, data, clip, args):
 
 
 # ==== The run =====================================================================================
-def describe(args, c, data, val, share, steps_per_epoch):
-    """Prints what the run is. c: the model's Config."""
+def describe(args, c, data, val, share, total):
+    """Prints what the run of `total` steps is. c: the model's Config."""
     world, patches = runs.rank_and_world()[1], c.grid[1] * c.grid[2]
     batch, clips = args.batch_size * world, share.videos * args.repeat
     text, loss = "", "MAE"
@@ -636,17 +664,30 @@ def describe(args, c, data, val, share, steps_per_epoch):
     left = f", {left} left out of each step" if left else ""
     runs.say(f"""\
 model   {args.preset}; clips of {c.num_frames} frames, {c.image_size}x{c.image_size}
+recipe  {args.recipe}
 data    {args.data}, split {args.split}: {len(data)} videos{text}
 mask    {args.mask}, {which} {masked} of {patches} patches in each of {c.grid[0]} slices
 loss    {loss}
 batch   {clips} clips = {world} x {args.batch_size} x {share.accum}{left}
-steps   {args.epochs} epochs x {steps_per_epoch}; rate {args.blr * clips / 256:.3g}
+steps   {args.epochs} epochs x {total // args.epochs}; rate {args.blr * clips / 256:.3g}
 device  {args.device}, {"bf16" if args.amp else "fp32"}; run folder {args.out}""")
     if val:
         whole = len(val) // (batch // args.repeat) * (batch // args.repeat)
         runs.say(
             f"val     {whole} of the {len(val)} videos of split {args.val_split}, in whole batches"
         )
+    if args.recipe == "paper" and len(data) < MANY_VIDEOS:
+        fit = "--recipe few has settings for few videos"
+        runs.say(f"note    {len(data):,} videos are few for the paper's settings; {fit}")
+    if total < LEAST_STEPS:
+        runs.say(f"note    {total} steps are too few to learn from; {LEAST_STEPS} at least")
+
+
+def draw(out, model, data, clip, args):
+    """losses.png: what log.jsonl holds, and samples.png."""
+    with runs.replacing(out / "losses.png") as file:
+        pictures.draw_losses(runs.read_log(out)).savefig(file, format="png")
+    draw_samples(out / "samples.png", model, data, clip, args)
 
 
 @torch.no_grad()
@@ -664,17 +705,12 @@ def draw_samples(path, model, data, clip, args):
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # so few clips are not worth compiling for
         pred = model(video, mask)["pred"].float() if args.mae else None
+    model.train()
     made = pictures.reconstruct(video, mask, pred, c)
     mask = f"{args.mask} mask {args.mask_ratio:.0%}"
     page = pictures.draw_samples(made, batch["captions"], mask, every=args.repeat)
     with runs.replacing(path) as file:
         page.save(file, "PNG")
-
-
-def draw_losses(out):
-    """losses.png: what log.jsonl holds."""
-    with runs.replacing(out / "losses.png") as file:
-        pictures.draw_losses(runs.read_log(out)).savefig(file, format="png")
 
 
 def finish(out):
@@ -717,20 +753,22 @@ def run(args):
     own = Path(args.out, "last.pt").resolve()
     if args.init and not saved and Path(args.init).resolve() == own:
         raise UserError(f"--init {args.init}: a new run in its folder replaces it; another --out")
+    records, val, text_from = load_data(args)
+    if args.recipe == "few":
+        runs.fit_to_few(args, len(records), FEW_STEPS, clips_of_video=args.repeat)
+        check_args(args)
     share = runs.share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
     flags = dict(vars(args))  # as given; from here on batch_size and accum are a process's share
     del flags["clip_typed"]
     args.batch_size, args.accum = share.forward * args.repeat, share.accum
-    records, val, text_from = load_data(args)
+    check_sizes(args, records, val, text_from)
     model, clip = build_model(args, text_from, records[0], saved)
-    settings = flags | {"clip": args.clip}  # that of maps
-    settings |= facts_of(args, records, text_from, clip, goes_on=bool(saved))
+    settings = flags | facts_of(args, records, text_from, clip, goes_on=bool(saved))
     data = Clips(records, model.config, args, text_from=text_from)
     val = val and Clips(val, model.config, args, text_from=text_from, replace_bad=False)
     train(args, share, saved, settings, model, clip, data, val)
     if runs.rank_and_world()[0] == 0:
-        draw_samples(Path(args.out) / "samples.png", model, val or data, clip, args)
-        draw_losses(Path(args.out))
+        draw(Path(args.out), model, val or data, clip, args)
         finish(Path(args.out))
 
 

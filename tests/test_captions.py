@@ -584,6 +584,19 @@ def test_map_equals_online_scores(world, manifest, monkeypatch):
         assert all(file[name].dtype != object for name in file.files)
 
 
+def test_maps_or_clip(world, manifest, capsys):
+    """--no-maps asks CLIP about clips that have text maps; a run does not change that."""
+    data, (command, clip) = manifest(4), map_command(world)
+    flags = f"--data {data} --recipe few --mask tgm --epochs 2 --workers 0 --out run"
+    run(command, clip)
+    train.main([*flags.split(), "--no-maps", "--clip", clip])
+    assert "CLIP online (" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="use_maps False -> True"):
+        train.main([*flags.split(), "--maps"])
+    train.main([*flags.split(), "--no-resume"])
+    assert "text maps (local-dir:clip " in capsys.readouterr().out
+
+
 def test_crop_map_between_cells():
     """Bilinear at the centre of each patch of the crop, mirrored: NumPy's, along one axis after the
     other."""

@@ -321,6 +321,23 @@ def test_the_loss_is_smoothed(checkpoint, clips, monkeypatch):
     assert logged == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_finetuning_on_few_clips(checkpoint, clips, capsys, monkeypatch):
+    """A step of no more clips than there are, steps enough; both stay when the run goes on."""
+    monkeypatch.setattr(ev, "FEW_STEPS", 3)
+    flags = "--recipe few --views 1x1 --stride 2 --holdout 0 --workers 0 --out run"
+    for _ in range(2):
+        ev.main(words(f"finetune {checkpoint} --data {clips(4, 4)} {flags}"))
+    saved, said = torch.load("run/last.pt", weights_only=True), capsys.readouterr().out
+    assert "--batch-size 4, not 16: there are 4 videos" in said and "from step 3" in said
+    names = "epochs warmup_epochs batch_size"
+    assert [saved["args"][name] for name in names.split()] == [3, 0.6, 4] and saved["step"] == 3
+    args = ev.parse_args(words(f"finetune {checkpoint} --data data.jsonl --epochs 10"))
+    assert args.warmup_epochs == 2.0
+    assert "--recipe few is for few clips" in fails(
+        f"finetune {checkpoint} --data data.jsonl --recipe other --batch-size 9 --out new"
+    )
+
+
 def test_mixed_classes_reach_the_loss(checkpoint, clips, monkeypatch):
     seen = Mock(wraps=F.cross_entropy)
     monkeypatch.setattr(F, "cross_entropy", seen)
@@ -863,10 +880,14 @@ def test_the_data_are_those_of_the_checkpoint(checkpoint, clips, folder, monkeyp
     for name, args in (
         ("toy", {"data": "toy"}), ("own", {"data": "data.jsonl"}), ("gone", {"data": "gone.jsonl"}),
         ("tuned", {"data": "data.jsonl", "recipe": "ssv2"}),
-        ("odd", {"data": "data.jsonl", "recipe": "mine"}),
+        ("odd", {"data": "data.jsonl", "recipe": "mine"}), ("world", {"data": "world"}),
+        ("few", {"data": "data.jsonl", "recipe": "few"}),
+        ("paper", {"data": "data.jsonl", "recipe": "paper"}),
     ):  # fmt: skip
         torch.save(small | {"args": args}, f"{name}.pt")
     (folder / "export").mkdir()
+    (folder / "world").mkdir()
+    (folder / "world/world.json").write_text("{}")
     torch.save(small | {"args": {"data": "data.jsonl"}}, "export/model.pt")
     monkeypatch.setattr(torch, "load", Mock(wraps=torch.load))
     for flags, data, recipe in (
@@ -877,6 +898,9 @@ def test_the_data_are_those_of_the_checkpoint(checkpoint, clips, folder, monkeyp
         ("toy.pt --data ./data.jsonl", "./data.jsonl", "other"),
         ("tuned.pt --data ./data.jsonl", "./data.jsonl", "ssv2"),
         ("tuned.pt --data other.jsonl", "other.jsonl", "other"),
+        ("world.pt", "world", "toy"), ("own.pt --data world", "world", "toy"),
+        ("few.pt", "data.jsonl", "few"), ("paper.pt", "data.jsonl", "other"),
+        ("few.pt --data other.jsonl", "other.jsonl", "other"),
         ("gone.pt --data toy", "toy", "toy"), ("small.pt --data data.jsonl", "data.jsonl", "other"),
     ):  # fmt: skip
         for command in ("linear", "retrieve", "finetune", "features", "show"):

@@ -35,7 +35,7 @@ FENCED = re.findall(r"^```(\w*)\n(.*?)^```", ALL, re.S | re.M)
 BLOCKS = [text for language, text in dict.fromkeys(FENCED) if not language]
 SNIPPETS = [text for language, text in FENCED if language == "python"]
 LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", README)
-(DIFF,) = [text for language, text in FENCED if language == "diff"]
+DIFFS = [text for language, text in FENCED if language == "diff"]
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&")]
 COMMANDS += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", ALL)
 for script in (train, toy, captions, evaluation):  # their headers
@@ -174,6 +174,7 @@ def test_snippet_runs(snippet, trained, workdir, monkeypatch):
     text, found = SNIPPETS[snippet].replace("test-00805", "test-00069"), {}
     if "features.npz" in text:
         evaluation.main("features runs/toy-tgm-vt/last.pt --workers 0".split())
+        shutil.copy("data/toy/manifest.jsonl", "windows.jsonl")
     exec(compile(text, "README.md", "exec"), found)
     if "loss" in found:
         found["loss"].backward()
@@ -194,28 +195,62 @@ def test_snippet_runs(snippet, trained, workdir, monkeypatch):
         assert found["mask"].float().mean() == pytest.approx(0.75)
     if "predicted" in found:
         assert found["predicted"].shape == (16,) and len(found["classes"]) == 16
-    if "features" in found:
+    if "rows" in found:
+        assert len(found["rows"]) == 80
+    elif "features" in found:
         assert found["features"].shape == (1, 128)
 
 
-def test_a_masker_of_ones_own_trains(workdir):
-    """The README's function, line and diff, in copies of the scripts."""
-    for name in "tgmae dataset weights runs pictures toy train".split():
+def test_a_masker_of_ones_own_trains(workdir, manifest):
+    """The README's functions, lines and diffs, in copies of the scripts; what it says in words of
+    the masker that uses text."""
+    for name in "tgmae dataset weights runs pictures toy train eval".split():
         shutil.copy(ROOT / f"{name}.py", f"{name}.py")
     (snippet,) = [text for text in SNIPPETS if "random_scores" in text]
-    own = re.search(r"def random_scores.*?\n\n\n", snippet, re.S).group()
+    own = (
+        "".join(re.findall(r"def \w+_scores.*?\n\n\n", snippet, re.S))
+        + """
+def block_scores(batch, grid, ratio, *, generator=None):
+    assert 0 < ratio < 1
+    return torch.rand(batch, *grid, generator=generator)
+
+
+MASK_RATIOS |= {"blocks": 0.8, "still": 0.75, "sampled": 0.6}
+"""
+    )
     own += re.search(r"`(MASK_RATIOS\[.*?)`", README).group(1)
-    name, *lines = DIFF.splitlines()
-    before, after = ("".join(f"{x[1:]}\n" for x in lines if x[0] != sign) for sign in "+-")
-    changes = {"tgmae.py": ("def tube_scores", f"{own}\n\n\ndef tube_scores")}
-    changes["train.py"] = before, after
-    for file, (old, new) in changes.items():
+    changes = [("tgmae.py", "def tube_scores", f"{own}\n\n\ndef tube_scores")]
+    for part in re.split("^--- ", "".join(DIFFS), flags=re.M)[1:]:
+        name, *lines = part.splitlines()
+        texts = ["".join(f"{x[1:]}\n" for x in lines if x[0] != sign) for sign in "+-"]
+        changes.append((name.split(",")[0], *texts))
+    of_text = 'args.mask == "tgm"', 'args.mask in ("tgm", "sampled")'
+    changes += [("train.py", f"{x} {of_text[0]}", f"{x} {of_text[1]}") for x in ("=", "elif")]
+    online, sampled = "        mask = tgmae.topk_mask(scores.cpu()", "tgmae.sampled_scores(scores)"
+    changes.append(("train.py", online, f"        scores = {sampled}\n{online}"))
+    from_map = "            masks.append("
+    also = f"            scores = {sampled} if args.mask == 'sampled' else scores\n{from_map}"
+    changes.append(("train.py", from_map, also))
+    for file, old, new in changes:
         text = (workdir / file).read_text()
         assert text.count(old) == 1, old
         (workdir / file).write_text(text.replace(old, new))
-    flags = "--mask random --epochs 1 --warmup-epochs 0 --batch-size 16 --workers 1 --out run"
-    done = subprocess.run(
-        [sys.executable, "train.py", *flags.split()], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0 and "random" in done.stdout, done.stderr
+
+    def call(command):
+        words = [sys.executable, *command.split()]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    few = "--epochs 1 --warmup-epochs 0 --batch-size 16 --workers 1 --vt"
+    assert "random, highest" in call(f"train.py --mask random {few} --out run")
     assert len((workdir / "run/log.jsonl").read_text().splitlines()) == 4
+    shown = call("eval.py show run/last.pt --mask blocks --mask-ratio 0.5")
+    for title in ("random mask 90%", "blocks mask 50%", "still mask 75%", "sampled mask 60%"):
+        assert f"| {title} |" in shown
+    assert "CLIP online" in call(f"train.py --mask sampled {few} --out online")
+    maps = f"maps {manifest(16)} --clip local-dir:data/toy/clip --image-size 64 --patch-size 8"
+    captions.main(maps.split())
+    assert "text maps" in call(
+        f"train.py --data some.jsonl --recipe toy --mask sampled {few} --out maps"
+    )

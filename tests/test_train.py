@@ -112,6 +112,73 @@ def test_the_other_flags(workdir, manifest, clip_flags, capsys):
     assert "vt" not in log("third")[0]
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", "toy toy 14 1.0 16 local-dir:data/toy/clip runs/toy-tube"),
+        ("--data toy --epochs 4", "toy toy 4 0.8 16 local-dir:data/toy/clip runs/toy-tube"),
+        ("--data small", "toy toy 14 1.0 16 local-dir:small/clip runs/small-tube"),
+        ("--data small/manifest.jsonl",
+         "paper base 200 40.0 64 ViT-B-32-quickgelu runs/small-tube"),
+        ("--data some.jsonl --vt", "paper base 200 40.0 64 ViT-B-32-quickgelu runs/some-tube-vt"),
+        ("--data some.jsonl --recipe toy",
+         "toy toy 14 1.0 16 local-dir:data/toy/clip runs/some-tube"),
+        ("--data some.jsonl --recipe few --preset small --batch-size 3 --repeat 1 --epochs 10",
+         "few small 10 2.0 3 ViT-B-32-quickgelu runs/some-tube"),
+        ("--data small --recipe few --no-mae --vt",
+         "few toy None None 16 local-dir:small/clip runs/small-tube-no-mae-vt"),
+        ("--data some.jsonl --epochs 30 --warmup-epochs 3",
+         "paper base 30 3.0 64 ViT-B-32-quickgelu runs/some-tube"),
+    ],
+)  # fmt: skip
+def test_recipes(flags, expected, workdir, world):
+    Path("small").symlink_to(world)
+    args = args_of(flags)
+    names = "recipe preset epochs warmup_epochs batch_size clip out"
+    assert " ".join(str(getattr(args, name)) for name in names.split()) == expected
+
+
+def test_a_run_under_its_old_name_is_found(workdir, world, manifest):
+    """Of a world's manifest, which was called "manifest"; that of another world is not."""
+    Path("small").symlink_to(world)
+    flags = "--data small/manifest.jsonl --split test"
+    run(flags, FEW, "--out runs/manifest-tube")
+    assert args_of(flags).out == "runs/manifest-tube"
+    assert args_of("--data data/toy/manifest.jsonl").out == "runs/manifest-tube"  # the same file
+    other = Path("other")
+    other.mkdir()
+    for name in ("world.json", "manifest.jsonl"):
+        (other / name).write_bytes((world / name).read_bytes())
+    assert args_of("--data other/manifest.jsonl").out == "runs/other-tube"
+
+
+def test_few_videos(workdir, manifest, capsys, monkeypatch):
+    """A step of no more videos than there are, steps enough; both stay when the run goes on."""
+    monkeypatch.setattr(train, "FEW_STEPS", 5)
+    data, flags = manifest(3), "--recipe few --mask tube --workers 0 --out run --data"
+    run(flags, data)
+    saved, said = load("run"), capsys.readouterr().out
+    assert "--batch-size 12, not 16: there are 3 videos" in said
+    assert "5 steps are too few to learn from; 150 at least" in said
+    assert (saved["step"], saved["videos"], len(log("run"))) == (5, 3, 5)
+    names = "recipe epochs warmup_epochs batch_size repeat flip"
+    assert [saved["args"][name] for name in names.split()] == ["few", 5, 1.0, 12, 4, True]
+    run(flags, data)
+    assert "finished" in capsys.readouterr().out and load("run")["step"] == 5
+    assert "recipe few -> paper" in fails(flags, data, "--recipe paper")
+    run(
+        "--data", manifest(11, name="more.jsonl"), "--recipe few --mask tube --workers 0 --out more"
+    )
+    assert (load("more")["args"]["epochs"], load("more")["step"]) == (3, 6)  # of 2 steps of 4
+
+
+def test_the_papers_recipe_for_few_videos(workdir, manifest, capsys):
+    data = manifest(8)
+    assert "--recipe few has settings for few videos" in fails("--data", data)
+    run("--data", data, FEW, "--out run")
+    assert "8 videos are few for the paper's settings; --recipe few has" in capsys.readouterr().out
+
+
 def test_losses_are_drawn(workdir, manifest):
     """What the log holds, with gaps where it has null."""
     run("--data", manifest(8, held=4), FEW, "--mask tube --val-split held --epochs 2 --out run")
