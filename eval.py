@@ -954,7 +954,7 @@ def clip_of(args, saved):
 
 
 def clip_to_show(args, config):
-    """-> name and caption (or None) of a clip, numbers of the frames in its middle, these frames
+    """-> name and captions (or [None]) of a clip, numbers of the frames in its middle, these frames
     (3,T,S,S) uint8, their centre cropped, and their motion (T,h,w)."""
     record = {"path": args.video, "video": args.video}
     if not args.video:
@@ -972,21 +972,25 @@ def clip_to_show(args, config):
     frames, motion = dataset.read_clip(record["path"], numbers, motion=True)
     (crop,) = view_crops(frames.shape[1:3], 1)
     name = os.fsencode(record["video"]).decode("utf-8", "replace")  # drawn, whatever its bytes
-    found = name, args.caption or captions[len(captions) // 2], numbers
+    found = name, args.caption or [captions[len(captions) // 2]], numbers
     video = dataset.crop_frames(frames, crop, config.image_size)
     return *found, video, dataset.crop_motion(motion, crop, config.grid)
 
 
-def attention_panels(args, model, video, frames):
+def attention_of(args, model, video):
+    """-> numbers of layers, from 1, and their attention (layers,N,N)."""
     c = model.config
-    t, h, w = c.grid
-    query = (t // 2 * h + h // 2) * w + w // 2  # the centre cube
     layers = args.layers or sorted({1, (c.depth + 1) // 2, c.depth})
     if not all(1 <= layer <= c.depth for layer in layers):
         raise UserError(f"--layers {' '.join(map(str, layers))}: the encoder has 1 to {c.depth}")
-    maps = pictures.attention_maps(model, video, [layer - 1 for layer in layers], query)
-    for layer, scores in zip(layers, maps):
-        heat = pictures.heat_map(scores.view(c.grid), frames)
+    return layers, pictures.attention_maps(model, video, [layer - 1 for layer in layers])
+
+
+def attention_panels(c, layers, attention, frames):
+    t, h, w = c.grid
+    query = (t // 2 * h + h // 2) * w + w // 2  # the centre cube
+    for layer, of_layer in zip(layers, attention):
+        heat = pictures.heat_map(of_layer[query].view(c.grid), frames)
         yield f"attention {layer}/{c.depth}", pictures.mark(heat, query, c)
 
 
@@ -1004,23 +1008,25 @@ def mask_to_show(args, trained, scores):
 
 @torch.no_grad()
 def panels_of(args, model, saved):
-    """-> title, [(name, frames (T,S,S,3) uint8), ...], numbers of the frames."""
+    """-> title, [(name, frames (T,S,S,3) uint8), ...], numbers of the frames, and the page to play
+    with, or None without --html."""
     c, trained = model.config, saved.get("args", {})
-    name, caption, numbers, frames, motion = clip_to_show(args, c)
+    name, captions, numbers, frames, motion = clip_to_show(args, c)
     video = tgmae.normalize(frames[None]).to(args.device)
     frames = frames.permute(1, 2, 3, 0)  # (T,S,S,3)
     title, panels = f"{name}, frames {numbers[0]} to {numbers[-1]}", [("clip", frames)]
     generator = torch.Generator().manual_seed(args.seed)
     scores = {"tube": tgmae.tube_scores(1, c.grid, generator=generator)}
     scores["mgm"] = tgmae.motion_scores(motion[None], c.grid, generator=generator)
-    if caption:
-        title = f'"{caption}"   {title}'
+    if captions[0]:
+        title = f'"{captions[0]}"   {title}'
         clip, tokenizer = clip_of(args, saved)
-        text = tgmae.encode_text(clip, tokenizer, [caption])
-        like = tgmae.text_scores(clip, video, text, c.patch_size, c.tubelet_size).cpu()
-        label = f"similarity {like.min():.2f} to {like.max():.2f}"
+        text = tgmae.encode_text(clip, tokenizer, captions)
+        videos = video.expand(len(captions), -1, -1, -1, -1)
+        like = tgmae.text_scores(clip, videos, text, c.patch_size, c.tubelet_size).cpu()
+        label = f"similarity {like[0].min():.2f} to {like[0].max():.2f}"
         panels.append((label, pictures.heat_map(like[0], frames)))
-        scores["tgm"] = like
+        scores["tgm"] = like[:1]
     else:
         runs.say("note    no --caption: no text mask")
     chosen = mask_to_show(args, trained, scores)
@@ -1036,25 +1042,38 @@ def panels_of(args, model, saved):
             (label, pictures.to_uint8(pictures.reconstruct(video, masks[way], None, c)["masked"]))
         )
     finite(pooled(model, video), name)
+    made = {}
     if model.has_decoder and not model.norm_pix_loss:
         runs.say(f"note    {args.checkpoint}: its targets are not normalised: no reconstruction")
     elif model.has_decoder:
         pred = finite(model(video, masks[chosen])["pred"].float(), name)
         made = pictures.reconstruct(video, masks[chosen], pred, c)
-        panels.append(("reconstruction", pictures.to_uint8(made["reconstructed"])))
-        panels.append(("as predicted", pictures.to_uint8(made["predicted"])))
+        made = {key: pictures.to_uint8(made[key]) for key in ("reconstructed", "predicted")}
+        panels.append(("reconstruction", made["reconstructed"]))
+        panels.append(("as predicted", made["predicted"]))
     else:
         runs.say(f"note    {args.checkpoint} has no decoder: no reconstruction")
     colours = pictures.principal_components(tokens_of(model, video)[0], c)
     panels.append(("tokens, 3 components", colours))
-    return title, [*panels, *attention_panels(args, model, video, frames)], numbers
+    layers, attention = attention_of(args, model, video)
+    panels += attention_panels(c, layers, attention, frames)
+    if not args.html:
+        return title, panels, numbers, None
+    scores = {way: score for way, score in scores.items() if score.shape[1:] == c.grid}
+    if captions[0]:
+        scores["tgm"] = like
+    about = {"mask": chosen, "ratio": ratios[chosen], "lowest": own.get("bottom_k", False)}
+    about |= {"captions": captions if captions[0] else [], "title": title.split("   ")[-1]}
+    about["layers"] = [f"{layer} of {c.depth}" for layer in layers]
+    page = pictures.explore(frames, made, scores, attention, c, **about)
+    return title, panels, numbers, page
 
 
 def show(args):
     """Draw masks, reconstruction and attention of a clip (4.7)."""
     model, saved = load_model(args.checkpoint)
-    title, panels, numbers = panels_of(args, model.to(args.device), saved)
-    png, gif = f"{args.out}.png", f"{args.out}.gif"
+    title, panels, numbers, page = panels_of(args, model.to(args.device), saved)
+    png, gif, html = (f"{args.out}.{kind}" for kind in ("png", "gif", "html"))
     with runs.naming(png):
         Path(png).parent.mkdir(parents=True, exist_ok=True)
     with runs.replacing(png) as file:
@@ -1062,9 +1081,14 @@ def show(args):
     first, *others = pictures.draw_animation(panels, title)
     with runs.replacing(gif) as file:
         first.save(file, "GIF", save_all=True, append_images=others, duration=250, loop=0)
+    files = [png, gif]
+    if page:
+        files.append(html)
+        with runs.replacing(html, "w", encoding="utf-8") as file:
+            file.write(page)
     rows = [{"row": i, "shows": name} for i, (name, _) in enumerate(panels, 1)]
-    note = f"{title}. Written: {png}, {gif}."
-    report(args, rows, [note], {}, files=[png, gif], frames=numbers)
+    note = f"{title}. Written: {', '.join(files)}."
+    report(args, rows, [note], {}, files=files, frames=numbers)
 
 
 # ==== export: for transformers ====================================================================
@@ -1264,7 +1288,9 @@ def show_flags(flag):
     flag("--clip", None, "open_clip model of the caption; the one of CHECKPOINT's training")
     flag("--clip-pretrained", None, "tag of open_clip, or a file; likewise, or openai")
     flag("--video", None, "a video file, in place of a clip of --data")
-    flag("--caption", None, "what it shows; of a clip of --data: its middle caption")
+    says = "what it shows, again for --html's choice; of a clip of --data: its middle caption"
+    flag("--caption", None, says, action="append")
+    flag("--html", False, "write OUT.html, too: a page to play with")
     flag("--number", 0, "which clip of --data, without --video")
     flag("--start", None, "seconds; the clip is from the middle of what follows", type=float)
     whose = "of the reconstruction; CHECKPOINT's own, or tube"

@@ -1,8 +1,12 @@
 """All that is drawn of a clip or a run: reconstructions, heat and attention maps, the page that
 holds them; the curves of a log."""
 
+import base64
+import io
+import json
 import math
 import textwrap
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,18 +49,22 @@ def heat_map(scores, frames):
 
 
 @torch.no_grad()
-def attention_maps(model, video, layers, query):
-    """video (1,3,T,S,S) -> (layers,N): how much cube number `query` attends to each cube, the mean
-    over heads, in the given layers (from 0) of the encoder. None is masked."""
+def attention_maps(model, video, layers):
+    """video (1,3,T,S,S) -> (layers,N,N): how much each cube attends to each cube, the mean over
+    heads, in the given layers (from 0) of the encoder. None is masked."""
     c, encoder, maps = model.config, model.encoder, []
     x = encoder.patch_embed(tgmae.patchify(video, c.patch_size, c.tubelet_size))
     x = x + encoder.pos_embed  # (1,N,D)
     for block in encoder.blocks:
         y, attn = block.norm1(x)[0], block.attn  # (N,D)
         wq, wk, _ = attn.qkv.weight.chunk(3)
-        q = F.linear(y[query], wq, attn.q_bias).view(attn.num_heads, -1, 1)  # (heads,D/heads,1)
-        k = F.linear(y, wk).view(len(y), attn.num_heads, -1).transpose(0, 1)  # (heads,N,D/heads)
-        maps.append((k @ q / math.sqrt(q.shape[1]))[..., 0].softmax(-1).mean(0))  # (N,)
+        if len(maps) in layers:
+            q = F.linear(y, wq, attn.q_bias).view(len(y), attn.num_heads, -1)  # (N,heads,D/heads)
+            k = F.linear(y, wk).view_as(q)
+            similarity = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+            maps.append(similarity.softmax(-1).mean(0))  # (N,N)
+        else:
+            maps.append(None)
         x = block(x)
     return torch.stack([maps[layer] for layer in layers])
 
@@ -140,6 +148,37 @@ def draw_animation(panels, title):
         cells = [(name, frames[i]) for name, frames in panels]
         rows = [cells[first : first + 5] for first in range(0, len(cells), 5)]
         yield draw_page(rows, title, side=160)
+
+
+def explore(clip, made, scores, attention, config, **about):
+    """-> the text of pictures.html with a clip's numbers in it. clip (T,S,S,3) uint8; made: its
+    `reconstructed` and `predicted`, or none; scores: (1,t,h,w) of each masker, of tgm
+    (captions,t,h,w); attention (layers,N,N); about: title, captions, layers, and what the page
+    begins with: mask, ratio, lowest."""
+
+    def strip(frames):
+        file, side_by_side = io.BytesIO(), torch.cat([*frames], 1)
+        Image.fromarray(side_by_side.numpy()).save(file, "JPEG", quality=90)
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+    every = 1 if config.num_patches <= 512 else 2
+    some = attention.unflatten(2, config.grid).unflatten(1, config.grid)
+    for dimension in range(1, 7):
+        some = some.index_select(dimension, torch.arange(0, some.shape[dimension], every))
+    some = some.flatten(4, 6).flatten(1, 3)  # (layers,N,N) of every `every`th cube
+    some = (255 * some / some.amax(2, keepdim=True)).round().byte().cpu().numpy()
+    data = about | {
+        "grid": config.grid,
+        "tubelet": config.tubelet_size,
+        "every": every,
+        "colours": MASK_COLOURS,
+        "pictures": {name: strip(frames) for name, frames in {"clip": clip, **made}.items()},
+        "attention": [base64.b64encode(layer.tobytes()).decode() for layer in some],
+        "scores": {mask: volume.flatten(1).tolist() for mask, volume in scores.items()},
+    }
+    template = Path(__file__).with_suffix(".html").read_text()
+    text = json.dumps(data).replace("<", "\\u003c")  # a name may hold markup
+    return template.replace(">{}<", f">{text}<")
 
 
 def draw_losses(log):
