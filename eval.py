@@ -79,7 +79,7 @@ RECIPES = {
     "diving48": _PAPER | {"epochs": 50, "test_split": "test"},
     "epic55": _PAPER | {"epochs": 50},
 }  # fmt: skip
-FEW_STEPS = 1000
+FEW_STEPS = 500
 RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # learning rates that `linear` tries
 MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
 

@@ -350,7 +350,7 @@ class Share(NamedTuple):
 
 def fit_to_few(args, videos, steps, clips_of_video=1):
     """A step takes no more videos than there are. --epochs, where not typed: about so many `steps`;
-    --warmup-epochs: a fifth of it. --batch-size counts clips, so many of a video."""
+    --warmup-epochs: a twentieth of it. --batch-size counts clips, so many of a video."""
     step = rank_and_world()[1] * args.accum  # of a batch of one video
     most = max(1, videos // step) * clips_of_video
     if args.batch_size > most:
@@ -360,7 +360,7 @@ def fit_to_few(args, videos, steps, clips_of_video=1):
         steps_per_epoch = videos // (step * args.batch_size // clips_of_video)
         args.epochs = math.ceil(steps / max(1, steps_per_epoch))
     if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs / 5
+        args.warmup_epochs = args.epochs / 20
 
 
 def share_step(forward, accum, videos=None):

@@ -330,7 +330,7 @@ def test_finetuning_on_few_clips(checkpoint, clips, capsys, monkeypatch):
     saved, said = torch.load("run/last.pt", weights_only=True), capsys.readouterr().out
     assert "--batch-size 4, not 16: there are 4 videos" in said and "from step 3" in said
     names = "epochs warmup_epochs batch_size"
-    assert [saved["args"][name] for name in names.split()] == [3, 0.6, 4] and saved["step"] == 3
+    assert [saved["args"][name] for name in names.split()] == [3, 0.15, 4] and saved["step"] == 3
     args = ev.parse_args(words(f"finetune {checkpoint} --data data.jsonl --epochs 10"))
     assert args.warmup_epochs == 2.0
     assert "--recipe few is for few clips" in fails(

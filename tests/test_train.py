@@ -162,7 +162,7 @@ def test_few_videos(workdir, manifest, capsys, monkeypatch):
     assert "5 steps are too few to learn from; 150 at least" in said
     assert (saved["step"], saved["videos"], len(log("run"))) == (5, 3, 5)
     names = "recipe epochs warmup_epochs batch_size repeat flip"
-    assert [saved["args"][name] for name in names.split()] == ["few", 5, 1.0, 12, 4, True]
+    assert [saved["args"][name] for name in names.split()] == ["few", 5, 0.25, 12, 4, True]
     run(flags, data)
     assert "finished" in capsys.readouterr().out and load("run")["step"] == 5
     assert "recipe few -> paper" in fails(flags, data, "--recipe paper")
