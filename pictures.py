@@ -158,7 +158,7 @@ def explore(clip, made, scores, attention, config, **about):
 
     def strip(frames):
         file, side_by_side = io.BytesIO(), torch.cat([*frames], 1)
-        Image.fromarray(side_by_side.numpy()).save(file, "JPEG", quality=90)
+        Image.fromarray(side_by_side.numpy()).save(file, "JPEG", quality=90, subsampling=0)
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
     every = 1 if config.num_patches <= 512 else 2
