@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import bench
 import pytest
@@ -171,6 +172,9 @@ def test_snippet_runs(snippet, trained, workdir, monkeypatch):
     )
     os.makedirs("runs/toy-tgm-vt")
     os.symlink(trained, "runs/toy-tgm-vt/last.pt")
+    os.symlink(trained.with_name("log.jsonl"), "runs/toy-tgm-vt/log.jsonl")
+    board = MagicMock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     text, found = SNIPPETS[snippet].replace("test-00805", "test-00069"), {}
     if "features.npz" in text:
         evaluation.main("features runs/toy-tgm-vt/last.pt --workers 0".split())
@@ -195,6 +199,9 @@ def test_snippet_runs(snippet, trained, workdir, monkeypatch):
         assert found["mask"].float().mean() == pytest.approx(0.75)
     if "predicted" in found:
         assert found["predicted"].shape == (16,) and len(found["classes"]) == 16
+    if "writer" in found:
+        written = board.SummaryWriter().__enter__().add_scalar.call_args_list
+        assert {call.args[0] for call in written} >= {"mae", "vt", "lr"} and len(written) > 20
     if "rows" in found:
         assert len(found["rows"]) == 80
     elif "features" in found:
