@@ -572,8 +572,8 @@ def curve_plot(Figure, log):
 
 
 def report(args, name, found):
-    """Writes NAME.jsonl (a line a row and seed), NAME.md and NAME.svg. found: {(title, seed): what
-    run_row has found}. -> lines of the table."""
+    """Writes NAME.jsonl (a line a row and seed) and NAME.svg. found: {(title, seed): what run_row
+    has found}. -> lines of the table, and how it was made."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -590,13 +590,12 @@ def report(args, name, found):
     folder.mkdir(parents=True, exist_ok=True)
     with runs.naming(folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        (folder / f"{name}.md").write_text("\n".join([*lines, "", how, ""]))
     style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}  # words stay words
     style |= {"axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style), runs.naming(folder):
         figure = plot(Figure, log)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
-    return lines
+    return [*lines, "", how]
 
 
 def compare(args, name):

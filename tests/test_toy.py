@@ -350,7 +350,8 @@ def test_tables_and_plots(world, tmp_path):
                 made[name, title, seed] = shares | {"vt": rng.random(3).tolist()}
         args = toy.parse_args([name, "--report", str(tmp_path / "docs")])
         found = {key[1:]: value for key, value in reversed(made.items()) if key[0] == name}
-        lines = toy.report(args, name, found)
+        *lines, _, how = toy.report(args, name, found)
+        assert how.startswith("`python toy.py ") and torch.__version__ in how
         for title, row in zip(toy.COMPARISONS[name], lines[2:], strict=True):
             runs = [value for key, value in made.items() if key[:2] == (name, title)]
             if name == "table2":
@@ -365,7 +366,6 @@ def test_tables_and_plots(world, tmp_path):
             for (of, title, seed), value in made.items()
             if of == name
         ]
-        assert (tmp_path / "docs" / f"{name}.md").read_text().startswith("\n".join(lines))
         plot = xml.etree.ElementTree.parse(tmp_path / "docs" / f"{name}.svg")
         words = "".join(plot.getroot().itertext())
         assert all(title in words for title in toy.COMPARISONS[name])
