@@ -447,7 +447,7 @@ def toy_world(data):
 
 
 def manifest_path(data):
-    """Of --data: of a toy world that in its folder."""
+    """For --data: the path of its manifest, which a toy world has in its folder."""
     world = toy_world(data)
     return world / "manifest.jsonl" if world else Path(data)
 
@@ -662,6 +662,7 @@ def leave(out, saved_step, unfinished, last=None):
     if unfinished:
         if rank_and_world()[0] == 0:
             print(f"stopped by SIGTERM; {out}/last.pt holds step {saved_step}", file=sys.stderr)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when the others are gone
             signal.signal(signal.SIGALRM, lambda *_: sys.exit(128 + signal.SIGTERM))
             signal.alarm(GRACE)
             if last:

@@ -528,7 +528,8 @@ def train(args, share, saved, settings, model, clip, data, val):
     if val and start and start % steps_per_epoch == 0 and ends_with_a_step:
         validate(start, start // steps_per_epoch - 1, net, val, clip, args)
     done, last_saved_step = start, start
-    drawn_at = last_saved_at = time.monotonic()
+    last_saved_at = time.monotonic()
+    draw_at = last_saved_at + 60
     zero = torch.zeros((), device=args.device)
     runs.listen()
     with runs.progress(total=total, initial=start, unit="step", disable=rank > 0) as bar:
@@ -598,9 +599,11 @@ def train(args, share, saved, settings, model, clip, data, val):
                 break  # the run that goes on validates first
             if val and epoch_ends:
                 validate(done, epoch, net, val, clip, args)
-            if rank == 0 and last_saved_step == done < total and last_saved_at > drawn_at + 60:
+            if rank == 0 and last_saved_step == done < total and time.monotonic() > draw_at:
+                began = time.monotonic()
                 draw(out, model, val or data, clip, args)
-                drawn_at = time.monotonic()
+                took = time.monotonic() - began
+                draw_at = began + max(60, 20 * took)  # a twentieth of the time at most
 
     draws = functools.partial(draw, out, model, val or data, clip, args)
     runs.leave(out, last_saved_step, unfinished=done < total, last=draws)
