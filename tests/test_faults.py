@@ -156,7 +156,8 @@ def test_sigterm_saves_and_stops(command):
     said = ends(start(FAULTY, "term:8", *command, "--out run --save-minutes 0"), 143)
     assert "stopped by SIGTERM" in said and "Traceback" not in said and "holds step 9" in said
     assert load("run")["step"] == log("run")[-1]["step"] == 9  # not at an epoch's end
-    assert Image.open("run/samples.png").size and Image.open("run/losses.png").size
+    if "finetune" not in command:
+        assert Image.open("run/samples.png").size and Image.open("run/losses.png").size
     for out in ("run", "whole"):
         ends(start(*command, "--out", out))
     assert_same_run("whole", "run")
