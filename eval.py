@@ -671,7 +671,8 @@ def fit(args, model, classes, train, val):
     saved = runs.load_last(args)
     if args.recipe == "few":
         runs.fit_to_few(args, len(train), FEW_STEPS)
-        check_args(args)
+    if not saved:  # else a typed --epochs is refused as another run's
+        runs.check_warmup(args)
     share = runs.share_step(args.batch_size, args.accum, saved and saved["videos"])
     data = Augmented(train, targets(train, classes, args.split), model.config, args)
     val_target = targets(val, classes, "held-out clips") if val else None
@@ -1393,10 +1394,6 @@ def check_args(args):
     if args.command == "features" and args.tokens and args.views != "1x1":
         raise UserError(f"--tokens, --views {args.views}: tokens are of one view")
     if args.command == "finetune":
-        if args.epochs and args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
-            raise UserError(
-                f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
-            )
         if args.holdout == 1:
             raise UserError("--holdout 1: leaves no clip to train on")
 

@@ -363,6 +363,13 @@ def fit_to_few(args, videos, steps, clips_of_video=1):
         args.warmup_epochs = args.epochs / 20
 
 
+def check_warmup(args):
+    if args.warmup_epochs > args.epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
+        )
+
+
 def share_step(forward, accum, videos=None):
     """-> Share. The processes that there are share a step of `accum` forwards of `forward` videos
     each, or, where a run goes on, of the `videos` that its steps had, at most `forward` at a time.

@@ -147,10 +147,6 @@ def check_args(args):
         raise UserError(
             f"--batch-size {args.batch_size} is not divisible by --repeat {args.repeat}"
         )
-    if None not in (args.warmup_epochs, args.epochs) and args.warmup_epochs > args.epochs:
-        raise UserError(
-            f"--warmup-epochs {args.warmup_epochs}: must lie in 0 to --epochs {args.epochs}"
-        )
 
 
 # ==== Samples =====================================================================================
@@ -759,7 +755,8 @@ def run(args):
     records, val, text_from = load_data(args)
     if args.recipe == "few":
         runs.fit_to_few(args, len(records), FEW_STEPS, clips_of_video=args.repeat)
-        check_args(args)
+    if not saved:  # else a typed --epochs is refused as another run's
+        runs.check_warmup(args)
     share = runs.share_step(args.batch_size // args.repeat, args.accum, saved and saved["videos"])
     flags = dict(vars(args))  # as given; from here on batch_size and accum are a process's share
     del flags["clip_typed"]

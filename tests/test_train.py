@@ -166,6 +166,7 @@ def test_few_videos(workdir, manifest, capsys, monkeypatch):
     run(flags, data)
     assert "finished" in capsys.readouterr().out and load("run")["step"] == 5
     assert "recipe few -> paper" in fails(flags, data, "--recipe paper")
+    assert "epochs 5 -> 3" in fails(flags, data, "--epochs 3")
     run(
         "--data", manifest(11, name="more.jsonl"), "--recipe few --mask tube --workers 0 --out more"
     )
