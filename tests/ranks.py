@@ -51,10 +51,10 @@ def main(out):
     if rank == 0:
         torch.save(results, out)
 
-    # MAE alone, MAE with VT watched, VT alone, both
+    # MAE alone, MAE with VT watched, VT alone, both, the predictor alone
     for flags, has_text in (
         ("--mae --no-vt", False), ("--mae --no-vt", True), ("--no-mae --vt", True),
-        ("--mae --vt", True),
+        ("--mae --vt", True), ("--no-mae --no-vt", True),
     ):  # fmt: skip
         args = train.parse_args(flags.split())
         torch.manual_seed(0)

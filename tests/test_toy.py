@@ -211,7 +211,7 @@ def test_the_rows_are_the_papers():
     ]  # fmt: skip
     rows = [row for rows in toy.COMPARISONS.values() for row in rows.values()]
     # Shared ones run once.
-    assert len({row.name for row in rows}) == len(set(rows)) == 9 + 4 + 1 + 1 + 5
+    assert len({row.name for row in rows}) == len(set(rows)) == 9 + 4 + 1 + 1 + 5 + 3
 
 
 @pytest.mark.parametrize("words", ["ablate", "table2 ratio", "--clips 3", "table2 --seeds 0"])
@@ -325,7 +325,8 @@ def test_ablation_goes_on(small_world, tmp_path, capsys):
     flags = ["--out", str(small_world), "--runs", str(runs), "--seeds", "1", "--jobs", "2", *few]
     for name, words in (("table2", ["table2"]), ("num-captions", ["ablate", "num-captions"])):
         toy.main([*words, *flags])
-        head, _, *rows = capsys.readouterr().out.splitlines()
+        head, _, *rows, _, how = capsys.readouterr().out.splitlines()
+        assert how.startswith("`python toy.py ")
         assert head == f"| {name} | linear probe | fine-tuned | retrieval R@1 | seeds |"
         log = [json.loads(line) for line in (runs / f"{name}.jsonl").read_text().splitlines()]
         for title, line, row in zip(toy.COMPARISONS[name], log, rows, strict=True):

@@ -59,9 +59,10 @@ def clip_flags(world):
 
 
 @pytest.mark.parametrize("mask", tgmae.MASK_RATIOS)
-@pytest.mark.parametrize("losses", ["", "--vt", "--vt --no-mae"])
+@pytest.mark.parametrize("losses", ["", "--vt", "--vt --no-mae", "--no-mae"])
 def test_every_mask_and_loss(mask, losses, workdir, manifest, clip_flags, capsys):
-    """The paper's Table 2, two steps each, with VT watched where it is not optimised."""
+    """The paper's Table 2, two steps each, with VT watched where it is not optimised; and the
+    predictor alone."""
     run("--data", manifest(8), "--mask", mask, losses, clip_flags, FEW, "--out run")
     lines = log("run")
     assert [line["step"] for line in lines] == [1, 2]
@@ -74,6 +75,14 @@ def test_every_mask_and_loss(mask, losses, workdir, manifest, clip_flags, capsys
     assert f"{mask}, highest" in said and "3 negatives" in said and "CLIP online" in said
     assert "; 24 distinct captions\n" in said
     assert ("VT watched" in said) == (not losses)
+    assert ("of the predictor alone" in said) == (losses == "--no-mae")
+    then = load("run")
+    torch.manual_seed(0)
+    begun = tgmae.TGMAE(tgmae.Config(**then["config"])).state_dict()
+    names = [name for name in begun if not torch.equal(begun[name], then["model"][name])]
+    decoder = {"decoder"} if "--no-mae" not in losses else set()
+    encoder = {"encoder", "encoder.norm"} if losses != "--no-mae" else set()
+    assert {weights.part_of(name) for name in names} == decoder | encoder | {"predictor"}
 
 
 @pytest.mark.slow
@@ -874,7 +883,7 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags):
         (few + "--val-split dev", shared),
         (few + "--val-split train", shared.replace("dev", "train")),
         (few + "--mask-ratio 0.001", "--mask-ratio 0.001: masks 0 of 64"),
-        (data + "--no-mae", "--no-mae without --vt"),
+        (few + "--no-mae", "--no-mae without --vt leaves nothing to learn, unless VT is watched"),
         (data + "--batch-size 3 --repeat 2", "--batch-size 3 is not divisible by --repeat 2"),
         (few + "--batch-size 16", "8 clips of split 'train' are fewer than a step takes"),
         (few + f"--batch-size 1 --vt {clip_flags}", "--vt with a global batch of 1"),
