@@ -56,20 +56,15 @@ _PAPER = {
     "erasing": 0.25, "holdout": 0.02, "random": False,
     "test_split": "val",  # Kinetics' and SSv2's test labels are not public
 }  # fmt: skip
+# From a few to a few thousand clips, on one machine, in minutes. Its epochs: FEW_STEPS steps.
+_FEW = _PAPER | {
+    "lr": 0.01, "epochs": None, "views": "3x1", "batch_size": 16, "warmup_epochs": None,
+    "repeat": 1, "layer_decay": 0.9, "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6,
+    "erasing": 0.0, "holdout": 0.1, "random": True, "test_split": "test",
+}  # fmt: skip
 RECIPES = {
-    "toy": _PAPER | {
-        "lr": 0.03, "epochs": 16, "flip": False, "views": "3x1", "batch_size": 16,
-        "warmup_epochs": 2.0, "holdout": 0.1, "test_split": "test", "layer_decay": 0.9, "repeat": 1,
-        "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6, "erasing": 0.0,
-        "random": True,
-    },
-    # From a few to a few thousand clips, on one machine, in minutes. Its epochs: FEW_STEPS steps.
-    "few": _PAPER | {
-        "lr": 0.01, "epochs": None, "views": "3x1", "batch_size": 16, "warmup_epochs": None,
-        "holdout": 0.1, "test_split": "test", "layer_decay": 0.9, "repeat": 1,
-        "mixup": 0.0, "cutmix": 0.0, "randaug": 0, "crop_scale": 0.6, "erasing": 0.0,
-        "random": True,
-    },
+    "toy": _FEW | {"lr": 0.03, "epochs": 16, "warmup_epochs": 2.0, "flip": False},
+    "few": _FEW,
     "other": _PAPER | {"test_split": "test"},
     "k400": _PAPER,
     "ssv2": _PAPER | {"lr": 5e-4, "epochs": 30, "stride": 2, "flip": False, "sampling": "tsn",
@@ -224,10 +219,22 @@ def targets(records, classes, where):
     return target
 
 
+def note_moved_clips(args, train):
+    """Says so if the manifest has moved clips out of the split on which CHECKPOINT was trained."""
+    own = weights.flags_of(args.checkpoint)
+    same = own.get("split") == args.split and runs.same_data(own["data"], args.data)
+    if same and len(train) < own.get("clips", 0):
+        runs.say(
+            f"note    {args.checkpoint} was trained on {own['clips']} clips of split {args.split!r}"
+            f", which has {len(train)} now: it may have seen the test clips"
+        )
+
+
 def splits_of(args, manifest):
     """-> records to train on (or to retrieve from), and to test on; names of the classes; class
     numbers of both."""
     train, test = (labelled(manifest, split) for split in (args.split, args.test_split))
+    note_moved_clips(args, train)
     sides = {f"--split {args.split}": train, f"--test-split {args.test_split}": test}
     dataset.refuse_shared_clips(manifest, sides)
     classes = class_names(train)
@@ -678,9 +685,10 @@ def fit(args, model, classes, train, val):
     val_target = targets(val, classes, "held-out clips") if val else None
     out, steps_per_epoch = Path(args.out), len(data) // share.videos
     if not steps_per_epoch:
+        few = "; --recipe few is for few clips" if args.recipe != "few" else ""
         raise UserError(
             f"{len(data)} training clips are fewer than a step takes ({world} processes x "
-            f"--batch-size {args.batch_size} x --accum {args.accum}); --recipe few is for few clips"
+            f"--batch-size {args.batch_size} x --accum {args.accum}){few}"
         )
     total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     settings = vars(args) | {"clips": len(data), "world": world, "classes": classes}
@@ -774,7 +782,16 @@ def fit(args, model, classes, train, val):
             if val and epoch_ends:
                 best = choose_best(state, best, model, val, val_target, args)
 
-    runs.leave(out, last_saved_step, unfinished=done < total)
+    draws = functools.partial(draw, out)
+    runs.leave(out, last_saved_step, unfinished=done < total, draw=draws)
+    if rank == 0:
+        draws()
+
+
+def draw(out):
+    """losses.png: what log.jsonl holds."""
+    with runs.replacing(out / "losses.png") as file:
+        pictures.draw_losses(runs.read_log(out)).savefig(file, format="png")
 
 
 def without_training(args, manifest, test):
@@ -809,8 +826,10 @@ def train_classifier(args, manifest, test):
     """Fine-tunes CHECKPOINT -> {name: model} of what was kept, names of the classes, how many clips
     chose best.pt."""
     train = labelled(manifest, args.split)
+    note_moved_clips(args, train)
     sides = {f"--split {args.split}": train}
     classes = class_names(train)
+    runs.note_sides(args, classes)
     if len(classes) < 2:
         raise UserError(f"{manifest}: split {args.split!r} has one class, {classes[0]!r}")
     targets(test, classes, f"{manifest}, split {args.test_split!r}")  # says now what is wrong
@@ -838,9 +857,6 @@ def train_classifier(args, manifest, test):
         runs.checkpoint_blocks(model)
     with runs.lock_folder(Path(args.out)):
         fit(args, model, classes, train, val)
-        if runs.rank_and_world()[0] == 0:
-            with runs.replacing(Path(args.out) / "losses.png") as file:
-                pictures.draw_losses(runs.read_log(Path(args.out))).savefig(file, format="png")
     kept = [Path(args.out) / name for name in ("last.pt", "best.pt") if val or name == "last.pt"]
     return {str(path): load_model(path)[0] for path in kept}, classes, len(val)
 
@@ -1015,12 +1031,12 @@ def panels_of(args, model, saved):
     name, captions, numbers, frames, motion = clip_to_show(args, c)
     video = tgmae.normalize(frames[None]).to(args.device)
     frames = frames.permute(1, 2, 3, 0)  # (T,S,S,3)
-    title, panels = f"{name}, frames {numbers[0]} to {numbers[-1]}", [("clip", frames)]
+    what, panels = f"{name}, frames {numbers[0]} to {numbers[-1]}", [("clip", frames)]
+    title = f'"{captions[0]}"   {what}' if captions[0] else what
     generator = torch.Generator().manual_seed(args.seed)
     scores = {"tube": tgmae.tube_scores(1, c.grid, generator=generator)}
     scores["mgm"] = tgmae.motion_scores(motion[None], c.grid, generator=generator)
     if captions[0]:
-        title = f'"{captions[0]}"   {title}'
         clip, tokenizer = clip_of(args, saved)
         text = tgmae.encode_text(clip, tokenizer, captions)
         videos = video.expand(len(captions), -1, -1, -1, -1)
@@ -1064,7 +1080,7 @@ def panels_of(args, model, saved):
     if captions[0]:
         scores["tgm"] = like
     about = {"mask": chosen, "ratio": ratios[chosen], "lowest": own.get("bottom_k", False)}
-    about |= {"captions": captions if captions[0] else [], "title": title.split("   ")[-1]}
+    about |= {"captions": captions if captions[0] else [], "title": what}
     about["layers"] = [f"{layer} of {c.depth}" for layer in layers]
     page = pictures.explore(frames, made, scores, attention, c, **about)
     return title, panels, numbers, page
@@ -1352,7 +1368,7 @@ def late_defaults(args):
     late = RECIPES[recipe] | {"data": data, "recipe": recipe, "out": str(folder / args.command)}
     if args.command == "finetune":
         scratch = "-scratch" if args.scratch else ""
-        late["out"] = runs.name_run(f"{folder}/finetune-{{}}{scratch}", data)
+        late["out"] = runs.name_run(f"{folder}/finetune-", data, scratch)
         if args.epochs is not None:
             late["warmup_epochs"] = args.epochs / 5
     elif args.command == "linear":
@@ -1393,9 +1409,8 @@ def check_args(args):
             setattr(args, name.replace("views", "view_grid"), grid)
     if args.command == "features" and args.tokens and args.views != "1x1":
         raise UserError(f"--tokens, --views {args.views}: tokens are of one view")
-    if args.command == "finetune":
-        if args.holdout == 1:
-            raise UserError("--holdout 1: leaves no clip to train on")
+    if args.command == "finetune" and args.holdout == 1:
+        raise UserError("--holdout 1: leaves no clip to train on")
 
 
 def check_folder(flag, path):

@@ -52,19 +52,17 @@ def heat_map(scores, frames):
 def attention_maps(model, video, layers):
     """video (1,3,T,S,S) -> (layers,N,N): how much each cube attends to each cube, the mean over
     heads, in the given layers (from 0) of the encoder. None is masked."""
-    c, encoder, maps = model.config, model.encoder, []
+    c, encoder, maps = model.config, model.encoder, {}
     x = encoder.patch_embed(tgmae.patchify(video, c.patch_size, c.tubelet_size))
     x = x + encoder.pos_embed  # (1,N,D)
-    for block in encoder.blocks:
+    for layer, block in enumerate(encoder.blocks):
         y, attn = block.norm1(x)[0], block.attn  # (N,D)
         wq, wk, _ = attn.qkv.weight.chunk(3)
-        if len(maps) in layers:
+        if layer in layers:
             q = F.linear(y, wq, attn.q_bias).view(len(y), attn.num_heads, -1)  # (N,heads,D/heads)
             k = F.linear(y, wk).view_as(q)
             similarity = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
-            maps.append(similarity.softmax(-1).mean(0))  # (N,N)
-        else:
-            maps.append(None)
+            maps[layer] = similarity.softmax(-1).mean(0)  # (N,N)
         x = block(x)
     return torch.stack([maps[layer] for layer in layers])
 
@@ -161,16 +159,14 @@ def explore(clip, made, scores, attention, config, **about):
         Image.fromarray(side_by_side.numpy()).save(file, "JPEG", quality=90, subsampling=0)
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
-    every = 1 if config.num_patches <= 512 else 2
-    some = attention.unflatten(2, config.grid).unflatten(1, config.grid)
-    for dimension in range(1, 7):
-        some = some.index_select(dimension, torch.arange(0, some.shape[dimension], every))
-    some = some.flatten(4, 6).flatten(1, 3)  # (layers,N,N) of every `every`th cube
-    some = (255 * some / some.amax(2, keepdim=True)).round().byte().cpu().numpy()
+    e = 1 if config.num_patches <= 512 else 2  # attention of every e-th cube, in each direction
+    some = attention.cpu().view(-1, *config.grid, *config.grid)[:, ::e, ::e, ::e, ::e, ::e, ::e]
+    some = some.flatten(4, 6).flatten(1, 3)  # (layers,N,N)
+    some = (255 * some / some.amax(2, keepdim=True)).round().byte().numpy()
     data = about | {
         "grid": config.grid,
         "tubelet": config.tubelet_size,
-        "every": every,
+        "every": e,
         "colours": MASK_COLOURS,
         "pictures": {name: strip(frames) for name, frames in {"clip": clip, **made}.items()},
         "attention": [base64.b64encode(layer.tobytes()).decode() for layer in some],

@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing as mp
 import os
+import re
 import signal
 import sys
 import time
@@ -445,7 +446,7 @@ def stop_not_finite(args, step, videos):
     )
 
 
-# ==== The run folder ==============================================================================
+# ==== --data ======================================================================================
 def toy_world(data):
     """The folder of the toy world that --data names, or None."""
     if data == "toy":
@@ -463,17 +464,25 @@ def same_data(one, other):
     return os.path.realpath(manifest_path(one)) == os.path.realpath(manifest_path(other))
 
 
-def name_run(form, data):
-    """A run folder: form.format(the name of the toy world that has the manifest, else of the
-    manifest). A run that is there under the manifest's name, as they all were, goes on there."""
+def name_run(before, data, after):
+    """A run folder: between `before` and `after` the name of the manifest, or of the toy world that
+    has it. A run that is there under the manifest's name, as they all were, goes on there."""
     path = Path(os.path.abspath(manifest_path(data)))
-    old, new = form.format(path.stem), form.format(path.parent.name)
+    old, new = f"{before}{path.stem}{after}", f"{before}{path.parent.name}{after}"
     if not (toy_world(data) or toy_world(path.parent)):
         return old
     theirs = weights.flags_of(Path(old) / "last.pt").get("data")
     return old if theirs and same_data(theirs, data) else new
 
 
+def note_sides(args, texts):
+    """Says so where half the clips are mirrored, and texts say left or right."""
+    word = re.compile("(?<![a-z])(left|right)(?![a-z])", re.IGNORECASE)
+    if args.flip and (sided := sorted(filter(word.search, texts))):
+        say(f"note    half the clips are mirrored, and texts say {sided[0]!r}: --no-flip, perhaps")
+
+
+# ==== The run folder ==============================================================================
 @contextlib.contextmanager
 def naming(path):
     """Within it what is raised of a full disk, or another one that cannot be written to, is a
@@ -661,9 +670,9 @@ def cut_log(path, step):
     return json.loads(kept[-1]) if kept else {}
 
 
-def leave(out, saved_step, unfinished, last=None):
+def leave(out, saved_step, unfinished, draw):
     """After the last step: nothing listens to SIGTERM any more. A run that it has stopped exits as
-    if it had ended it, after process 0 has called `last`, within GRACE. saved_step: of last.pt."""
+    if it had ended it, after process 0 has called `draw`, within GRACE. saved_step: of last.pt."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     wait_for_all()  # process 0 has written
     if unfinished:
@@ -672,6 +681,5 @@ def leave(out, saved_step, unfinished, last=None):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when the others are gone
             signal.signal(signal.SIGALRM, lambda *_: sys.exit(128 + signal.SIGTERM))
             signal.alarm(GRACE)
-            if last:
-                last()
+            draw()
         sys.exit(128 + signal.SIGTERM)

@@ -125,7 +125,7 @@ def parse_args(argv=None):
     late["clip"] = f"local-dir:{world}/clip" if world else "ViT-B-32-quickgelu"
     late["mask_ratio"] = MASK_RATIOS[first.mask]
     loss = ("" if first.mae else "-no-mae") + ("-vt" if first.vt else "")
-    late["out"] = runs.name_run("runs/{}-" + first.mask + loss, first.data)
+    late["out"] = runs.name_run("runs/", first.data, f"-{first.mask}{loss}")
     parser.set_defaults(**late)
     args = parser.parse_args(argv)
     args, typed = runs.parse_like_run(parser, lambda: parser.parse_args(argv), args)
@@ -528,6 +528,7 @@ def train(args, share, saved, settings, model, clip, data, val):
         validate(start, start // steps_per_epoch - 1, net, val, clip, args)
     done, last_saved_step = start, start
     last_saved_at = time.monotonic()
+    draws = functools.partial(draw, out, model, val or data, clip, args)
     draw_at = last_saved_at + 60
     zero = torch.zeros((), device=args.device)
     runs.listen()
@@ -599,13 +600,12 @@ def train(args, share, saved, settings, model, clip, data, val):
             if val and epoch_ends:
                 validate(done, epoch, net, val, clip, args)
             if rank == 0 and last_saved_step == done < total and time.monotonic() > draw_at:
-                began = time.monotonic()
-                draw(out, model, val or data, clip, args)
-                took = time.monotonic() - began
-                draw_at = began + max(60, 20 * took)  # a twentieth of the time at most
+                drawn_at = time.monotonic()
+                draws()
+                # Once a minute, and for a twentieth of the time, at most.
+                draw_at = drawn_at + max(60, 20 * (time.monotonic() - drawn_at))
 
-    draws = functools.partial(draw, out, model, val or data, clip, args)
-    runs.leave(out, last_saved_step, unfinished=done < total, last=draws)
+    runs.leave(out, last_saved_step, unfinished=done < total, draw=draws)
 
 
 @torch.no_grad()
@@ -659,9 +659,13 @@ def describe(args, c, data, val, share, total):
     if data.text_from:
         how = {"clip": "CLIP online", "maps": "text maps"}[data.text_from]
         distinct = {r["captions"][i] for r in data.records for i in data.captions_used(r)}
+        runs.note_sides(args, distinct)
         text = f"; {how} ({args.clip}); {len(distinct):,} distinct captions"
-        loss += f"; {batch - args.repeat} negatives a clip, temperature {c.temperature:g}"
+        negatives = batch - args.repeat
+        loss += f"; {negatives} negatives a clip: by chance VT is {math.log(negatives + 1):.2f}"
+        loss += f"; temperature {c.temperature:g}"
     which, masked = "lowest" if args.bottom_k else "highest", int(args.mask_ratio * patches)
+    of_videos = f", {args.repeat} of each video" if args.repeat > 1 else ""
     left = clips - batch * share.accum
     left = f", {left} left out of each step" if left else ""
     runs.say(f"""\
@@ -670,7 +674,7 @@ recipe  {args.recipe}
 data    {args.data}, split {args.split}: {len(data)} videos{text}
 mask    {args.mask}, {which} {masked} of {patches} patches in each of {c.grid[0]} slices
 loss    {loss}
-batch   {clips} clips = {world} x {args.batch_size} x {share.accum}{left}
+batch   {clips} clips = {world} x {args.batch_size} x {share.accum}{of_videos}{left}
 steps   {args.epochs} epochs x {total // args.epochs}; rate {args.blr * clips / 256:.3g}
 device  {args.device}, {"bf16" if args.amp else "fp32"}; run folder {args.out}""")
     if val:

@@ -338,6 +338,30 @@ def test_finetuning_on_few_clips(checkpoint, clips, capsys, monkeypatch):
     )
 
 
+def test_mirrored_clips_of_sided_classes(checkpoint, clips, capsys):
+    names = ["push_right", "Copyright", "push up"]
+    clips(6, 6, {i: {"label": names[i % 3]} for i in range(12)})
+    flags = "--recipe few --views 1x1 --stride 2 --holdout 0 --epochs 1 --out"
+    for more, expected in (("run", 1), ("unmirrored --no-flip", 0)):
+        ev.main(words(f"finetune {checkpoint} --data data.jsonl {flags} {more}"))
+        said = capsys.readouterr().out
+        assert said.count("clips are mirrored, and texts say 'push_right': --no-flip") == expected
+
+
+@pytest.mark.parametrize("command", ["linear", "retrieve", "finetune --epochs 1 --holdout 0"])
+def test_clips_that_were_pretrained_on(command, checkpoint, clips, capsys):
+    """They are test clips now."""
+    clips(6, 4)
+    saved = torch.load(checkpoint, weights_only=True)
+    for count in (10, 6):
+        args = {"mask": "tube", "data": "data.jsonl", "split": "train", "clips": count}
+        torch.save(saved | {"args": args}, "moved.pt")
+        name, *flags = command.split()
+        ev.main(words(f"{name} moved.pt --views 1x1 --stride 2 {' '.join(flags)} --batch-size 2"))
+        note = "moved.pt was trained on 10 clips of split 'train', which has 6 now: it may have"
+        assert (note in capsys.readouterr().out) == (count == 10)
+
+
 def test_mixed_classes_reach_the_loss(checkpoint, clips, monkeypatch):
     seen = Mock(wraps=F.cross_entropy)
     monkeypatch.setattr(F, "cross_entropy", seen)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import dataset
 import eval as ev
@@ -80,6 +81,14 @@ def test_markup_does_not_run(trained, workdir, world):
     (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', text)
     assert json.loads(data)["captions"] == [caption]
     assert json.loads(data)["title"].startswith(name)
+
+
+def test_the_page_of_the_docs():
+    """docs/explore.html is of this template."""
+    data = r'(?<="application/json">).*(?=</script>)'
+    template = (ROOT / "pictures.html").read_text()
+    made = (ROOT / "docs/explore.html").read_text()
+    assert re.sub(data, "{}", made) == template
 
 
 def opened(page, address):

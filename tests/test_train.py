@@ -73,7 +73,7 @@ def test_every_mask_and_loss(mask, losses, workdir, manifest, clip_flags, capsys
     assert sheet.size[0] > 250 and len(sheet.getcolors(2**24)) > 100
     said = capsys.readouterr().out
     assert f"{mask}, highest" in said and "3 negatives" in said and "CLIP online" in said
-    assert "; 24 distinct captions\n" in said
+    assert "; 24 distinct captions\n" in said and "by chance VT is 1.39" in said
     assert ("VT watched" in said) == (not losses)
     assert ("of the predictor alone" in said) == (losses == "--no-mae")
     then = load("run")
@@ -161,13 +161,15 @@ def test_a_run_under_its_old_name_is_found(workdir, world, manifest):
     assert args_of("--data other/manifest.jsonl").out == "runs/other-tube"
 
 
-def test_few_videos(workdir, manifest, capsys, monkeypatch):
+def test_few_videos(workdir, manifest, clip_flags, capsys, monkeypatch):
     """A step of no more videos than there are, steps enough; both stay when the run goes on."""
     monkeypatch.setattr(train, "FEW_STEPS", 5)
     data, flags = manifest(3), "--recipe few --mask tube --workers 0 --out run --data"
     run(flags, data)
     saved, said = load("run"), capsys.readouterr().out
+    assert "mirrored" not in said  # nothing reads the captions
     assert "--batch-size 12, not 16: there are 3 videos" in said
+    assert "batch   12 clips = 1 x 12 x 1, 4 of each video\n" in said
     assert "5 steps are too few to learn from; 150 at least" in said
     assert (saved["step"], saved["videos"], len(log("run"))) == (5, 3, 5)
     names = "recipe epochs warmup_epochs batch_size repeat flip"
@@ -177,8 +179,9 @@ def test_few_videos(workdir, manifest, capsys, monkeypatch):
     assert "recipe few -> paper" in fails(flags, data, "--recipe paper")
     assert "epochs 5 -> 3" in fails(flags, data, "--epochs 3")
     run(
-        "--data", manifest(11, name="more.jsonl"), "--recipe few --mask tube --workers 0 --out more"
+        "--data", manifest(11, name="more.jsonl"), "--recipe few --workers 0 --out more", clip_flags
     )
+    assert "half the clips are mirrored, and texts say 'a " in capsys.readouterr().out
     assert (load("more")["args"]["epochs"], load("more")["step"]) == (3, 6)  # of 2 steps of 4
 
 
