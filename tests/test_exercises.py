@@ -1,5 +1,6 @@
 """docs/exercises.md: its commands parse, its masker does what it says, and its diff fits."""
 
+import math
 import re
 import shlex
 
@@ -37,6 +38,25 @@ def test_masker():
     assert (tgmae.topk_mask(scores, 0.75).view(2, 4, 64).sum(-1) == 48).all()
 
 
-def test_diff_fits():
-    old = re.findall(r"--- (\w+\.py).*\n[ -](.*)", BLOCKS["diff"])  # each part's first line
-    assert [(ROOT / name).read_text().count(line) for name, line in old] == [1, 1, 1]
+def test_diffs_fit():
+    diffs = "".join(re.findall(r"```diff\n(.*?)```", PAGE, re.S))
+    old = re.findall(r"--- (\w+\.py).*\n[ -](.*)", diffs)  # each part's first line
+    assert [(ROOT / name).read_text().count(line) for name, line in old] == [1, 1, 1, 1]
+
+
+def test_the_bound_of_exercise_3():
+    """No vectors have a lower loss; a regular simplex has this one."""
+    B, temperature = 5, 0.5
+    bound = math.log(1 + (B - 1) * math.exp(-B / (B - 1) / temperature))
+    simplex = torch.eye(B, dtype=torch.float64) - 1 / B
+    assert tgmae.info_nce(simplex, simplex, temperature).item() == pytest.approx(bound)
+    torch.manual_seed(0)
+    pairs = torch.randn(2, B, 8, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([pairs], lr=0.05)
+    for _ in range(300):
+        loss = tgmae.info_nce(*pairs, temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert loss.item() > bound - 1e-9
+    assert loss.item() == pytest.approx(bound, abs=1e-3)
