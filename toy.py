@@ -514,8 +514,8 @@ def mean_std(values, digits):
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-def share_table(name, log):
-    heads = [name, *COLUMNS.values(), "seeds"]
+def share_table(log):
+    heads = ["pre-training", *COLUMNS.values(), "seeds"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for title, seeds in by_row(log, "seed").items():
         shares = [[100 * share for share in by_row(log, column)[title]] for column in COLUMNS]
@@ -543,7 +543,7 @@ def share_plot(Figure, log):
     return figure
 
 
-def curve_table(name, log):
+def curve_table(log):
     lines = ["| contrastive loss | first epoch | last epoch | seeds |", "| --- | --- | --- | --- |"]
     for title, curves in by_row(log, "vt").items():
         first = mean_std([curve[0] for curve in curves], 2)
@@ -582,7 +582,7 @@ def report(args, name, found):
     order = sorted(found, key=lambda key: (titles.index(key[0]), key[1]))
     log = [{"row": title, "seed": seed, **found[title, seed]} for title, seed in order]
     table, plot = (curve_table, curve_plot) if name == "figure4" else (share_table, share_plot)
-    lines = table(name, log)
+    lines = table(log)
     device = f"{runs.usable_cores()} {platform.machine()} cores"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

@@ -151,7 +151,7 @@ def test_tables_are_those_of_the_logs(name):
     """docs/NAME.jsonl -> figures and plot in docs/results.md."""
     docs, results = ROOT / "docs", (ROOT / "docs/results.md").read_text()
     log = [json.loads(line) for line in (docs / f"{name}.jsonl").read_text().splitlines()]
-    table = (toy.curve_table if name == "figure4" else toy.share_table)(name, log)
+    table = (toy.curve_table if name == "figure4" else toy.share_table)(log)
     rows = {"table2": toy.TABLE2, "figure4": toy.FIGURE4} | toy.ABLATIONS
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {title}" for title in rows[name]]
     assert f"]({name}.svg)" in results

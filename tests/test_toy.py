@@ -327,7 +327,7 @@ def test_ablation_goes_on(small_world, tmp_path, capsys):
         toy.main([*words, *flags])
         head, _, *rows, _, how = capsys.readouterr().out.splitlines()
         assert how.startswith("`python toy.py ")
-        assert head == f"| {name} | linear probe | fine-tuned | retrieval R@1 | seeds |"
+        assert head == "| pre-training | linear probe | fine-tuned | retrieval R@1 | seeds |"
         log = [json.loads(line) for line in (runs / f"{name}.jsonl").read_text().splitlines()]
         for title, line, row in zip(toy.COMPARISONS[name], log, rows, strict=True):
             shares = [line[column] for column in toy.COLUMNS]
