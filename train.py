@@ -8,7 +8,7 @@ nothing more (MAE), with --vt (MAE + VT), with --vt --no-mae (VT). With --no-mae
 stays random, and the predictor learns, where VT is watched: a control for Figure 4.
 
 The first command builds the toy world (data/toy) and ends by itself in under five minutes on two
-CPU cores; the MAE loss ends near 0.8 (1.0 is predicting each cube's mean) and samples.png shows
+CPU cores; the MAE loss ends near 0.8 (predicting flat cubes gives 0.99) and samples.png shows
 clip, mask and reconstruction. Run again, any command goes on from where its last checkpoint stands.
 
 From top to bottom: flags, samples, data, model and optimiser, the loop. What a run needs whatever
