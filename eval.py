@@ -1066,8 +1066,8 @@ def panels_of(args, model, saved):
         pred = finite(model(video, masks[chosen])["pred"].float(), name)
         made = pictures.reconstruct(video, masks[chosen], pred, c)
         made = {key: pictures.to_uint8(made[key]) for key in ("reconstructed", "predicted")}
-        panels.append(("reconstruction", made["reconstructed"]))
         panels.append(("as predicted", made["predicted"]))
+        panels.append(("reconstruction", made["reconstructed"]))
     else:
         runs.say(f"note    {args.checkpoint} has no decoder: no reconstruction")
     colours = pictures.principal_components(tokens_of(model, video)[0], c)

@@ -8,6 +8,7 @@ import math
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
@@ -141,10 +142,10 @@ def draw_sheet(panels, title):
 
 
 def draw_animation(panels, title):
-    """The same panels -> a page a frame, with at most 5 panels in a row."""
+    """The same panels -> a page a frame, with at most 6 panels in a row."""
     for i in range(len(panels[0][1])):
         cells = [(name, frames[i]) for name, frames in panels]
-        rows = [cells[first : first + 5] for first in range(0, len(cells), 5)]
+        rows = [cells[first : first + 6] for first in range(0, len(cells), 6)]
         yield draw_page(rows, title, side=160)
 
 
@@ -179,7 +180,7 @@ def explore(clip, made, scores, attention, config, **about):
 
 def draw_losses(log):
     """log: the lines of a run's log.jsonl -> a Figure of its losses and held-out values over steps,
-    with the learning rate in grey."""
+    with the learning rate in grey. Losses are means of a fiftieth of the steps; pale: each step."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     left = figure.subplots(subplot_kw={"xlabel": "step"})
     right = left.twinx()
@@ -191,8 +192,16 @@ def draw_losses(log):
         ("val top-1", left, {"color": "C2", "marker": "o"}),
     ):  # fmt: skip
         points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points), label=key, linewidth=1, markersize=3, **look)
+        if not points:
+            continue
+        steps, values = zip(*points)
+        width = len(points) // 50
+        if key in ("mae", "vt", "loss") and width > 1:
+            axes.plot(steps, values, linewidth=1, alpha=0.3, **look)
+            steps = steps[width // 2 :][: len(steps) - width + 1]
+            values = np.convolve(values, np.ones(width) / width, "valid")
+        axes.plot(steps, values, label=key, linewidth=1, markersize=3, **look)
+    left.set_ylabel("loss")
     right.set_ylabel("learning rate", color="0.6")
     left.set_zorder(right.get_zorder() + 1)  # losses above the rate
     left.patch.set_visible(False)

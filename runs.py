@@ -539,14 +539,16 @@ def list_bad(path, bad):
         append(path, "".join(f"{video}\t{why}\n" for video, why in new.items()))
 
 
+@contextlib.contextmanager
 def lock_folder(out):
-    """Makes the run folder. -> a file, for process 0, that holds a lock as long as it is open: the
-    kernel frees it with its owner, and loaders do not inherit it. UserError if another run has
-    it."""
+    """Within it the run folder is there, and process 0 holds a lock, which the kernel frees with
+    its owner, and loaders do not inherit. UserError if another run has it. An empty folder goes."""
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
-        if rank_and_world()[0]:
-            return contextlib.nullcontext()
+    if rank_and_world()[0]:
+        yield
+        return
+    with naming(out):
         lock = open(out / "lock", "a")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -555,7 +557,13 @@ def lock_folder(out):
     except OSError as error:  # file systems without locks
         note = f"note    {lock.name}: {error.strerror}; nothing keeps a second run out"
         print(note, file=sys.stderr)
-    return lock
+    with lock:
+        try:
+            yield
+        finally:
+            if os.listdir(out) == ["lock"]:  # the run was refused
+                os.remove(lock.name)
+                out.rmdir()
 
 
 def load_last(args):

@@ -733,6 +733,7 @@ def finish(out):
         if count := sum(line.get(name, 0) for line in lines):
             print(f"{name:<7} {count} {what}")
     print(f"done    {out}/samples.png, {out}/losses.png, {out}/last.pt")
+    print(f"next    python eval.py show {out}/last.pt")
 
 
 def facts_of(args, records, text_from, clip, goes_on):

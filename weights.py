@@ -326,7 +326,10 @@ def load_checkpoint(source):
     head if it is fine-tuned, else perhaps decoder and predictor. In the dict: "assumed", a text,
     what sizes of a clip the file does not say; "norm_pix_loss", whether its decoder predicts
     normalised cubes, as ours do. Raises UserError if it is none of these."""
-    saved = load_file(source) if Path(source).is_file() else _load_huggingface(source)
+    here = Path(source)
+    if here.suffix in (".pt", ".pth", ".bin", ".safetensors") and not here.exists():
+        raise UserError(f"{source}: no such file")  # and nothing to ask the hub for
+    saved = load_file(source) if here.is_file() else _load_huggingface(source)
     if not isinstance(saved, dict):
         raise UserError(f"{source}: holds a {type(saved).__name__}, not a checkpoint's dict")
     state = next((saved.pop(key) for key in ("model", "module") if key in saved), saved)

@@ -204,6 +204,10 @@ def test_losses_are_drawn(workdir, manifest):
     for key, points in drawn.items():
         assert points == [[x["step"], x[key]] for x in lines if x.get(key) is not None]
     assert len(drawn["mae"]) == 3 and len(drawn["val_mae"]) == 2
+    lines = [{"step": i + 1, "mae": float(i % 2)} for i in range(100)]  # a mean of two steps
+    pale, mean = pictures.draw_losses(lines).axes[0].lines
+    assert len(pale.get_ydata()) == 100 and mean.get_ydata().tolist() == [0.5] * 99
+    assert mean.get_xdata().tolist() == [*range(2, 101)]
 
 
 def test_another_way_to_start_processes(workdir, manifest):
@@ -900,6 +904,7 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags):
         (few + "--mask tgm --clip local-dir:nowhere", "--clip local-dir:nowhere"),
     ):  # fmt: skip
         assert reason in fails(flags), flags
+    assert not os.listdir("runs")  # what was refused leaves nothing
     for device, there in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         if not there.is_available():
             said = fails(data, "--device", device)
