@@ -205,7 +205,7 @@ def test_folders_and_hub_names_of_transformers(config, tmp_path, monkeypatch):
         (whole / "config.json").write_text(text)
         refused(whole, why)
     refused("some/other", "no config.json, on disk or at a hub that can be reached")
-    refused("runs/gone/last.pt", "runs/gone/last.pt: no such file")
+    refused("runs/gone/last.pt", "no such file")
 
 
 BLOCK = "videomae.encoder.layer.0."
