@@ -782,10 +782,9 @@ def fit(args, model, classes, train, val):
             if val and epoch_ends:
                 best = choose_best(state, best, model, val, val_target, args)
 
-    draws = functools.partial(draw, out)
-    runs.leave(out, last_saved_step, unfinished=done < total, draw=draws)
+    runs.leave(out, last_saved_step, unfinished=done < total, draw=lambda: draw(out))
     if rank == 0:
-        draws()
+        draw(out)
 
 
 def draw(out):
@@ -826,7 +825,8 @@ def train_classifier(args, manifest, test):
     """Fine-tunes CHECKPOINT -> {name: model} of what was kept, names of the classes, how many clips
     chose best.pt."""
     train = labelled(manifest, args.split)
-    note_moved_clips(args, train)
+    if not args.scratch:
+        note_moved_clips(args, train)
     sides = {f"--split {args.split}": train}
     classes = class_names(train)
     runs.note_sides(args, classes)

@@ -557,13 +557,13 @@ def lock_folder(out):
     except OSError as error:  # file systems without locks
         note = f"note    {lock.name}: {error.strerror}; nothing keeps a second run out"
         print(note, file=sys.stderr)
-    with lock:
-        try:
+    try:
+        with lock:
             yield
-        finally:
-            if os.listdir(out) == ["lock"]:  # the run was refused
-                os.remove(lock.name)
-                out.rmdir()
+    finally:  # closed before: NFS keeps what is open
+        if os.listdir(out) == ["lock"]:  # the run was refused
+            os.remove(lock.name)
+            out.rmdir()
 
 
 def load_last(args):

@@ -360,6 +360,9 @@ def test_clips_that_were_pretrained_on(command, checkpoint, clips, capsys):
         ev.main(words(f"{name} moved.pt --views 1x1 --stride 2 {' '.join(flags)} --batch-size 2"))
         note = "moved.pt was trained on 10 clips of split 'train', which has 6 now: it may have"
         assert (note in capsys.readouterr().out) == (count == 10)
+        if name == "finetune":
+            ev.main(words(f"{command} moved.pt --scratch --views 1x1 --stride 2 --batch-size 2"))
+            assert note not in capsys.readouterr().out
 
 
 def test_mixed_classes_reach_the_loss(checkpoint, clips, monkeypatch):
