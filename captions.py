@@ -10,9 +10,9 @@ A manifest is JSON lines, one clip each, `video` and `maps` relative to the mani
     {"video": "a.mp4", "label": "abseiling", "split": "train", "captions": ["..."],
      "maps": "maps/a.npz"}
 
-Any command can be killed and run again: it goes on where it stopped. What is done is kept in
-MANIFEST.work/ until all is; only then is the manifest rewritten, at once. A video that cannot be
-read is reported, marked "failed" in the manifest, and tried again the next time."""
+Any command can be killed and run again; `caption` and `maps` go on where they stopped. What is done
+is kept in MANIFEST.work/ until all is; only then is the manifest rewritten, at once. A video that
+cannot be read is reported, marked "failed" in the manifest, and tried again the next time."""
 
 import argparse
 import csv
@@ -561,7 +561,7 @@ def caption_label(record):
 
 
 def caption_human(record):
-    """What the dataset itself says. It gives the class away: the paper does without it."""
+    """What the dataset itself says, which gives the class away. The paper uses none."""
     said = record.get("human_captions")
     return {"captions": said} if said else {"error": "no human_captions"}
 

@@ -36,17 +36,17 @@ Where we depart from section 3, or it is silent (positions, norms, layers are Vi
   - 3.1 embeds all cubes, then masks. Here masked cubes are dropped before: the same result.
   - 3.1 reconstructs the video. Here, as in VideoMAE, masked cubes are predicted, and the target is
     each cube normalised, per channel, by its own mean and standard deviation.
-  - 3.1 names three maskers. Random: scores are torch.rand(B,t,h,w). Tube is VideoMAE's. MGM we know
-    from this paper alone: masking the cubes of largest mean motion is our reading.
+  - 3.1 names three maskers. Random: scores are torch.rand(B,1,t*h,w), all cubes in one slice. Tube
+    is VideoMAE's. MGM we know from this paper alone: masking most mean motion is our reading.
   - 3.3 scores and masks frames: here a cube's first frame scores it, and k cubes of each time slice
     are masked, k rounded down. Ties (black borders) are broken by torch.topk, not at random.
   - 3.3 resizes patches, we do not know of which size nor how: here the cubes' own, by torch's
     bicubic interpolation (CLIP's is Pillow's), clamped to [0,1]. [CLS] and [EOS] are projected.
   - 3.3 scores the clip's frames, as text_scores does. train.py may read scores made beforehand, of
-    every 8th frame, uncropped: the largest departure (in the toy world 19% of the cubes change).
+    every 8th frame, uncropped: the largest departure (docs/data.md measures how many cubes change).
   - 3.4 pools "all patches": here the visible ones, all that the encoder sees, after its final norm.
-  - 3.4 is silent on the text (here CLIP's embedding, frozen), the temperature (0.07) and the head's
-    layers (Linear, BatchNorm, ReLU, Linear, for the video alone). We average (4) both ways.
+  - 3.4 does not say which text embedding (here 3.3's of CLIP, frozen), which temperature (0.07) nor
+    which layers (Linear, BatchNorm, ReLU, Linear, for the video alone). We average (4) both ways.
   - 3.4: all others are negatives. With `groups`, not other clips of the same video (--repeat).
 """
 

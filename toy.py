@@ -412,8 +412,9 @@ ABLATIONS = {
     "caption-source": {
         "of clips": Row("tgm"), "class name": Row("tgm", captions="label"),
         "of the class": Row("tgm", captions="llm"),
-        "of clips and of the class": Row("tgm", captions="frames-llm"),
-        "of stills": Row("tgm", captions="stills"), "of clips; tube, VT": Row("tube", "VT"),
+        "of stills": Row("tgm", captions="stills"),
+        "of stills and of the class": Row("tgm", captions="stills-llm"),
+        "of clips; tube, VT": Row("tube", "VT"),
         "of stills; tube, VT": Row("tube", "VT", captions="stills"),
     },
 }  # fmt: skip
@@ -427,17 +428,18 @@ COLUMNS = {"linear": "linear probe", "finetune": "fine-tuned", "retrieve": "retr
 
 
 def captions_from(source, record):
-    """What stands for the captions of the paper's Figure 5: BLIP-2 (frames), the oracle (label),
-    GPT-3.5 (llm), BLIP-2 + GPT-3.5; and those of stills, which show no direction."""
+    """What stands for the captions of the paper's Figure 5: those of stills, which show no direction
+    (BLIP-2), the class name (oracle), of the class (GPT-3.5); and those of whole clips."""
     of_clip, (shape, direction) = record["captions"], record["label"].split()
     beginnings = f"a {shape} moving", f"the {shape} goes", f"a {shape} drifts"
     of_class = [f"{beginning} {direction}" for beginning in beginnings]
+    stills = [caption.rsplit(" ", 2)[0] for caption in of_clip]
     return {
         "frames": of_clip,
+        "stills": stills,
         "label": [record["label"]],
         "llm": of_class,
-        "frames-llm": of_clip + of_class,
-        "stills": [caption.rsplit(" ", 2)[0] for caption in of_clip],
+        "stills-llm": stills + of_class,
     }[source]
 
 

@@ -3,9 +3,9 @@
     torchrun train.py --mask tgm --vt                      # toy world: no download, any machine
     torchrun --nproc_per_node 8 train.py --data k400.jsonl --preset base --mask tgm --vt
 
-Loss = MAE + vt_weight * VT (3.5). The paper's eight runs (Table 2): --mask tube|mgm|tgm, with
-nothing more (MAE), with --vt (MAE + VT), with --vt --no-mae (VT). With --no-mae alone the encoder
-stays random, and the predictor learns, where VT is watched: a control for Figure 4.
+Loss = MAE + vt_weight * VT (3.5). The paper's runs (Table 2): --mask tube|mgm|tgm, with nothing
+more (MAE), with --vt (MAE + VT), and tube and mgm with --vt --no-mae (VT). With --no-mae alone the
+encoder stays random, and the predictor learns, where VT is watched: a control for Figure 4.
 
 The first command builds the toy world (data/toy) and ends by itself in under five minutes on two
 CPU cores; the MAE loss ends near 0.8 (predicting flat cubes gives 0.99) and samples.png shows
@@ -87,7 +87,7 @@ def add_flags(parser):
     flag("--grad-checkpointing", False, "less memory for about a third more time")
     passes = f"passes over the data; few: as many as make {FEW_STEPS:,} steps"
     by_recipe("--epochs", passes, type=runs.positive_int)
-    warmup = "epochs of linear warm-up; a fifth of --epochs, if that is typed"
+    warmup = "epochs of linear warm-up, at most a fifth of a typed --epochs; few: a twentieth"
     by_recipe("--warmup-epochs", warmup, type=runs.not_negative)
     by_recipe("--batch-size", "clips per process and forward", type=runs.positive_int)
     flag("--accum", 1, "forwards per step", type=runs.positive_int)
@@ -118,8 +118,8 @@ def parse_args(argv=None):
     world = runs.toy_world(first.data)
     recipe = first.recipe or ("toy" if world else "paper")
     late = RECIPES[recipe] | {"recipe": recipe, "clip_given": False}
-    if first.epochs:
-        late["warmup_epochs"] = first.epochs / 5
+    if first.epochs and recipe != "few":
+        late["warmup_epochs"] = min(late["warmup_epochs"], first.epochs / 5)
     if recipe == "toy":
         world = world or Path("data/toy")
     late["clip"] = f"local-dir:{world}/clip" if world else "ViT-B-32-quickgelu"
@@ -675,7 +675,8 @@ data    {args.data}, split {args.split}: {len(data)} videos{text}
 mask    {args.mask}, {which} {masked} of {patches} patches in each of {c.grid[0]} slices
 loss    {loss}
 batch   {clips} clips = {world} x {args.batch_size} x {share.accum}{of_videos}{left}
-steps   {args.epochs} epochs x {total // args.epochs}; rate {args.blr * clips / 256:.3g}
+steps   {args.epochs} epochs x {total // args.epochs}, {args.warmup_epochs:g} of them warm-up; \
+rate {args.blr * clips / 256:.3g}
 device  {args.device}, {"bf16" if args.amp else "fp32"}; run folder {args.out}""")
     if val:
         whole = len(val) // (batch // args.repeat) * (batch // args.repeat)

@@ -331,8 +331,9 @@ def test_finetuning_on_few_clips(checkpoint, clips, capsys, monkeypatch):
     assert "--batch-size 4, not 16: there are 4 videos" in said and "from step 3" in said
     names = "epochs warmup_epochs batch_size"
     assert [saved["args"][name] for name in names.split()] == [3, 0.15, 4] and saved["step"] == 3
-    args = ev.parse_args(words(f"finetune {checkpoint} --data data.jsonl --epochs 10"))
-    assert args.warmup_epochs == 2.0
+    for epochs, warmup in ((10, 2.0), (75, 5.0)):
+        args = ev.parse_args(words(f"finetune {checkpoint} --data data.jsonl --epochs {epochs}"))
+        assert args.warmup_epochs == warmup  # Table 9's 5, at most a fifth
     assert "--recipe few is for few clips" in fails(
         f"finetune {checkpoint} --data data.jsonl --recipe other --batch-size 9 --out new"
     )

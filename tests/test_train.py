@@ -133,11 +133,13 @@ def test_the_other_flags(workdir, manifest, clip_flags, capsys):
         ("--data some.jsonl --recipe toy",
          "toy toy 14 1.0 16 local-dir:data/toy/clip runs/some-tube"),
         ("--data some.jsonl --recipe few --preset small --batch-size 3 --repeat 1 --epochs 10",
-         "few small 10 2.0 3 ViT-B-32-quickgelu runs/some-tube"),
+         "few small 10 None 3 ViT-B-32-quickgelu runs/some-tube"),
         ("--data small --recipe few --no-mae --vt",
          "few toy None None 16 local-dir:small/clip runs/small-tube-no-mae-vt"),
         ("--data some.jsonl --epochs 30 --warmup-epochs 3",
          "paper base 30 3.0 64 ViT-B-32-quickgelu runs/some-tube"),
+        ("--data some.jsonl --epochs 800",
+         "paper base 800 40.0 64 ViT-B-32-quickgelu runs/some-tube"),  # Tables 7 and 8
     ],
 )  # fmt: skip
 def test_recipes(flags, expected, workdir, world):
