@@ -428,7 +428,7 @@ COLUMNS = {"linear": "linear probe", "finetune": "fine-tuned", "retrieve": "retr
 
 
 def captions_from(source, record):
-    """What stands for the captions of the paper's Figure 5: those of stills, which show no direction
+    """What stands for the captions of the paper's Figure 5: of stills, which show no direction
     (BLIP-2), the class name (oracle), of the class (GPT-3.5); and those of whole clips."""
     of_clip, (shape, direction) = record["captions"], record["label"].split()
     beginnings = f"a {shape} moving", f"the {shape} goes", f"a {shape} drifts"
