@@ -412,9 +412,8 @@ ABLATIONS = {
     "caption-source": {
         "of clips": Row("tgm"), "class name": Row("tgm", captions="label"),
         "of the class": Row("tgm", captions="llm"),
-        "of stills": Row("tgm", captions="stills"),
-        "of stills and of the class": Row("tgm", captions="stills-llm"),
-        "of clips; tube, VT": Row("tube", "VT"),
+        "of clips and of the class": Row("tgm", captions="frames-llm"),
+        "of stills": Row("tgm", captions="stills"), "of clips; tube, VT": Row("tube", "VT"),
         "of stills; tube, VT": Row("tube", "VT", captions="stills"),
     },
 }  # fmt: skip
@@ -433,13 +432,12 @@ def captions_from(source, record):
     of_clip, (shape, direction) = record["captions"], record["label"].split()
     beginnings = f"a {shape} moving", f"the {shape} goes", f"a {shape} drifts"
     of_class = [f"{beginning} {direction}" for beginning in beginnings]
-    stills = [caption.rsplit(" ", 2)[0] for caption in of_clip]
     return {
         "frames": of_clip,
-        "stills": stills,
         "label": [record["label"]],
         "llm": of_class,
-        "stills-llm": stills + of_class,
+        "frames-llm": of_clip + of_class,
+        "stills": [caption.rsplit(" ", 2)[0] for caption in of_clip],
     }[source]
 
 

@@ -239,15 +239,13 @@ def bare_decode(path, start, crop):
                 break
 
 
-def loaders():
+def loaders(folder):
     """{name: loader}, with the peers that are installed and work; a line for those that do not."""
+    toy.write_video(path := folder / "first.mp4", footage(SPAN, 64, 64), fps=30)
     found = {"ours": ours, "motion": with_motion, "bare decode": bare_decode}
-    for name, module, loader in (
-        ("decord", "decord", with_decord),
-        ("torchcodec", "torchcodec.decoders", with_torchcodec),
-    ):
+    for name, loader in (("decord", with_decord), ("torchcodec", with_torchcodec)):
         try:
-            __import__(module)
+            loader(path, 0, dataset.Crop(0, 0, 64, 64, False))
             found[name] = loader
         except Exception as error:  # torchcodec: RuntimeError where FFmpeg's libraries are missing
             print(f"{name}: skipped, {str(error).strip().splitlines()[0]}")
@@ -271,7 +269,7 @@ def bench_load(folder, args):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
     starts = np.random.default_rng(0).integers(0, 300 - SPAN, 8).tolist()
-    found = loaders()
+    found = loaders(folder)
     avi = ("avi", "mpeg4", {"g": "250", "bf": "2", "b": "800000"})  # as XviD
     mp4 = [("mp4", "libx264", {"crf": "23", "g": str(gop)}) for gop in (250, 12)]
     for height, width in ((256, 340), (360, 640), (720, 1280)):

@@ -224,9 +224,9 @@ def test_refused(words):
     ("frames", ["a red cross moving up", "the red cross goes up", "a cross in red drifts up"]),
     ("label", ["cross up"]),
     ("llm", ["a cross moving up", "the cross goes up", "a cross drifts up"]),
-    ("stills", ["a red cross", "the red cross", "a cross in red"]),
-    ("stills-llm", ["a red cross", "the red cross", "a cross in red",
+    ("frames-llm", ["a red cross moving up", "the red cross goes up", "a cross in red drifts up",
                     "a cross moving up", "the cross goes up", "a cross drifts up"]),
+    ("stills", ["a red cross", "the red cross", "a cross in red"]),
 ])  # fmt: skip
 def test_worlds_of_other_captions(small_world, tmp_path, source, expected):
     toy.make_world(small_world, tmp_path / "runs", source)
