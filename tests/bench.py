@@ -241,11 +241,12 @@ def bare_decode(path, start, crop):
 
 def loaders(folder):
     """{name: loader}, with the peers that are installed and work; a line for those that do not."""
-    toy.write_video(path := folder / "first.mp4", footage(SPAN, 64, 64), fps=30)
+    path, crop = folder / "first.mp4", dataset.Crop(0, 0, 64, 64, False)
+    toy.write_video(path, footage(SPAN, 64, 64), fps=30)
     found = {"ours": ours, "motion": with_motion, "bare decode": bare_decode}
     for name, loader in (("decord", with_decord), ("torchcodec", with_torchcodec)):
         try:
-            loader(path, 0, dataset.Crop(0, 0, 64, 64, False))
+            loader(path, 0, crop)
             found[name] = loader
         except Exception as error:  # torchcodec: RuntimeError where FFmpeg's libraries are missing
             print(f"{name}: skipped, {str(error).strip().splitlines()[0]}")
