@@ -23,6 +23,7 @@ import operator
 import os
 import re
 import stat
+import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -537,10 +538,10 @@ class TextMap(NamedTuple):
     order: str  # how frames were numbered: Video.index.order, or "" in maps of before 2026-11-26
 
 
-def read_map(path, captions, clip=None, order=None) -> TextMap:
+def read_map(path, captions, clip=None, order=None, numbers=()) -> TextMap:
     """Reads a text map (.npz without pickles). Raises UserError if it is broken, was made of other
-    captions, or (where these are given) by another CLIP, or of a video whose frames were numbered
-    in another order (Video.index.order) then."""
+    captions, or (where these are given) by another CLIP, of a video whose frames were numbered in
+    another order (Video.index.order) then, or of a piece of it in which not all `numbers` lie."""
     again = "python captions.py maps makes it anew"
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -565,6 +566,13 @@ def read_map(path, captions, clip=None, order=None) -> TextMap:
         raise UserError(
             f"{path}: a text map from when the frames of its video were numbered in another order; "
             f"{again}"
+        )
+    every = int(saved.frames.diff().max()) if len(saved.frames) > 1 else sys.maxsize
+    first, stop = int(saved.frames[0]), int(saved.frames[-1]) + every
+    if not all(first <= number < stop for number in numbers):
+        raise UserError(
+            f"{path}: a text map of frames {first} to {stop - 1} at most, for a clip of "
+            f"{min(numbers)} to {max(numbers)}: its start or end was another; {again}"
         )
     if clip not in (None, saved.clip):
         raise UserError(
@@ -651,9 +659,9 @@ def read_manifest(path, split=None) -> Manifest:
     return Manifest(path, data, np.frombuffer(lines, np.int64).reshape(-1, 2))
 
 
-def refuse_shared_clips(manifest, sides):
-    """UserError if a clip of one of the sides, {name: records}, is on another one, too: the same
-    file, links followed, and pieces [start, end) of it that overlap."""
+def shared_clips(sides):
+    """-> a text, if clips of one of the sides, {name: records}, are on another one, too: the same
+    file, links followed, and pieces [start, end) of it that overlap. Else None."""
     resolve_folder = functools.cache(os.path.realpath)  # of 240,000 clips a few hundred folders
     earlier = {}  # file: [(start, end, side), ...] of the sides before
     for side, records in sides.items():
@@ -670,14 +678,22 @@ def refuse_shared_clips(manifest, sides):
             pieces.append((file, (start, end, side)))
         if shared:
             video, other = shared[0]
-            raise UserError(
-                f"{manifest}: {len(shared):,} of {len(records):,} clips of {side} are on another "
-                f'side, too, such as {video}, also of {other}. Give each clip one "split" (a clip '
-                "without is of every split; captions.py index ... --test-share 0.2 draws a test "
-                "split), or name another split"
+            return (
+                f"{len(shared):,} of {len(records):,} clips of {side} are on another side, too, "
+                f"such as {video}, also of {other}"
             )
         for file, piece in pieces:
             earlier.setdefault(file, []).append(piece)
+    return None
+
+
+def refuse_shared_clips(manifest, sides):
+    """UserError if `sides` have shared_clips."""
+    if shared := shared_clips(sides):
+        raise UserError(
+            f'{manifest}: {shared}. Give each clip one "split" (a clip without is of every split; '
+            "captions.py index ... --test-share 0.2 draws a test split), or name another split"
+        )
 
 
 VIDEOS = set(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())

@@ -141,8 +141,12 @@ def load_model(source):
     """-> model in eval mode, what else the checkpoint holds. ValueError if it cannot be
     loaded, or is a classifier of another kind."""
     config, state, saved = weights.load_checkpoint(source)
+    own = saved["args"] = weights.flags_of(source)  # an export's, too
     if saved["assumed"]:
         runs.say(f"note    {source} does not say the size of its clips: {saved['assumed']} assumed")
+    if "optimizer" in saved and saved["epoch"] < own.get("epochs", 0):
+        ended = f"{saved['epoch']} of {own['epochs']} epochs"
+        runs.say(f"note    {source}: of a run that has not ended, {ended}")
     fine_tuned = "head.weight" in state
     model = Classifier(config, len(state["head.weight"])) if fine_tuned else tgmae.TGMAE(config)
     if "encoder.norm.weight" not in state:  # transformers' encoder with use_mean_pooling has none
@@ -155,7 +159,7 @@ def load_model(source):
         raise UserError(f"{source}: fine-tuned, but not on the mean over cubes: it has {has}")
     model.not_in_file = model.state_dict().keys() - state.keys()  # export leaves these out
     model.norm_pix_loss = saved["norm_pix_loss"]
-    model.has_decoder = "mask_token" in state
+    model.has_decoder = "mask_token" in state and own.get("mae", True)  # --no-mae trains none
     return model.eval(), saved
 
 
@@ -163,6 +167,8 @@ def encoders(args):
     """Yields (name, model, what else the checkpoint holds): CHECKPOINT, and with --random also a
     model of the same sizes with weights as they are before training."""
     model, saved = load_model(args.checkpoint)
+    if isinstance(model, Classifier):
+        runs.say(f"note    {args.checkpoint} is fine-tuned: labels, too, have made these features")
     yield args.checkpoint, model.to(args.device), saved
     if args.random:
         torch.manual_seed(args.seed)
@@ -220,8 +226,23 @@ def targets(records, classes, where):
     return target
 
 
-def note_moved_clips(args, train):
-    """Says so if the manifest has moved clips out of the split on which CHECKPOINT was trained."""
+def trained_on(args):
+    """-> {what it is: records} of the split on which CHECKPOINT was trained; {} if its manifest is
+    gone."""
+    own = weights.flags_of(args.checkpoint)
+    manifest = own.get("data") and runs.manifest_path(own["data"])
+    if not manifest or not manifest.exists():
+        return {}
+    split = own.get("split", args.split)
+    name = f"split {split} of {manifest}, on which {args.checkpoint} was trained"
+    return {name: dataset.read_manifest(manifest, split)}
+
+
+def note_seen_clips(args, train, test):
+    """Says so if CHECKPOINT was trained on test clips, or may have been: where the manifest has
+    moved clips out of the split on which it was."""
+    if shared := dataset.shared_clips(trained_on(args) | {f"--test-split {args.test_split}": test}):
+        runs.say(f"note    {shared}")
     own = weights.flags_of(args.checkpoint)
     same = own.get("split") == args.split and runs.same_data(own["data"], args.data)
     if same and len(train) < own.get("clips", 0):
@@ -235,7 +256,7 @@ def splits_of(args, manifest):
     """-> records to train on (or to retrieve from), and to test on; names of the classes; class
     numbers of both."""
     train, test = (labelled(manifest, split) for split in (args.split, args.test_split))
-    note_moved_clips(args, train)
+    note_seen_clips(args, train, test)
     sides = {f"--split {args.split}": train, f"--test-split {args.test_split}": test}
     dataset.refuse_shared_clips(manifest, sides)
     classes = class_names(train)
@@ -694,6 +715,7 @@ def fit(args, model, classes, train, val):
     total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     settings = vars(args) | {"clips": len(data), "world": world, "classes": classes}
     settings["records"] = runs.digest_of_records(train, ("video", "start", "end", "label"))
+    settings["chosen_on"] = args.val_split  # else best.pt is the best by two measures
     if not args.scratch:
         settings |= runs.digest_of_weights(args.checkpoint, goes_on=bool(saved))
     peak, least = args.lr * share.videos / 256, args.min_lr * share.videos / 256
@@ -707,6 +729,8 @@ def fit(args, model, classes, train, val):
         f"{share.accum}"
     )
     runs.say(f"device  {args.device}, {'bf16' if args.amp else 'fp32'}; run folder {out}")
+    if share.forward == 1 and (args.mixup or args.cutmix):
+        runs.say("note    one video a forward: MixUp and CutMix have no other to mix it with")
     net = runs.distributed(model)
     about = {"config": asdict(model.config), "videos": share.videos, "classes": classes}
     about["args"] = settings
@@ -786,6 +810,7 @@ def fit(args, model, classes, train, val):
     runs.leave(out, last_saved_step, unfinished=done < total, draw=lambda: draw(out))
     if rank == 0:
         draw(out)
+        runs.say_counts(out)
 
 
 def draw(out):
@@ -800,12 +825,8 @@ def without_training(args, manifest, test):
     model, saved = load_model(args.checkpoint)
     if not isinstance(model, Classifier):
         raise UserError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
-    own = weights.flags_of(args.checkpoint)
-    if own.get("data") and runs.same_data(own["data"], args.data):
-        split = own.get("split", args.split)
-        sides = {f"--split {split} of its training": dataset.read_manifest(manifest, split)}
-        sides[f"--test-split {args.test_split}"] = test
-        dataset.refuse_shared_clips(manifest, sides)
+    test_side = {f"--test-split {args.test_split}": test}
+    dataset.refuse_shared_clips(manifest, trained_on(args) | test_side)
     classes, named_by = saved.get("classes") or [], args.checkpoint
     if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # what transformers says for no name
         classes = class_names(labelled(manifest, args.split))
@@ -827,7 +848,7 @@ def train_classifier(args, manifest, test):
     chose best.pt."""
     train = labelled(manifest, args.split)
     if not args.scratch:
-        note_moved_clips(args, train)
+        note_seen_clips(args, train, test)
     sides = {f"--split {args.split}": train}
     classes = class_names(train)
     runs.note_sides(args, classes)
@@ -939,8 +960,7 @@ def predict(args):
             "--data MANIFEST trains it to name classes"
         )
     for name in ("views", "stride", "sampling"):
-        own = saved.get("args", {}).get(name, _PAPER[name])
-        setattr(args, name, getattr(args, name) or own)
+        setattr(args, name, getattr(args, name) or saved["args"].get(name, _PAPER[name]))
     grid = args.view_grid = view_grid("--views", args.views)
     classes = saved.get("classes") or [f"class {i}" for i in range(model.head.out_features)]
     found = test_scores(model.to(args.device), "given", records, args, grid)
@@ -955,7 +975,7 @@ def predict(args):
 # ==== show: the paper's three pictures (4.7): what each masker masks, reconstruction, attention ===
 def clip_of(args, saved):
     """-> (clip, tokenizer) of --clip, else what CHECKPOINT was trained with, else train.py's."""
-    own = saved.get("args", {})
+    own = saved["args"]
     made_by = own["clip"] if own.get("text_from") == "maps" else None
     if made_by:  # maps call a CLIP by a name of their own: see dataset.clip_name
         own = {}
@@ -1028,7 +1048,7 @@ def mask_to_show(args, trained, scores):
 def panels_of(args, model, saved):
     """-> title, [(name, frames (T,S,S,3) uint8), ...], numbers of the frames, and the page to play
     with, or None without --html."""
-    c, trained = model.config, saved.get("args", {})
+    c, trained = model.config, saved["args"]
     name, captions, numbers, frames, motion = clip_to_show(args, c)
     video = tgmae.normalize(frames[None]).to(args.device)
     frames = frames.permute(1, 2, 3, 0)  # (T,S,S,3)
@@ -1070,7 +1090,7 @@ def panels_of(args, model, saved):
         panels.append(("as predicted", made["predicted"]))
         panels.append(("reconstruction", made["reconstructed"]))
     else:
-        runs.say(f"note    {args.checkpoint} has no decoder: no reconstruction")
+        runs.say(f"note    {args.checkpoint} has no trained decoder: no reconstruction")
     colours = pictures.principal_components(tokens_of(model, video)[0], c)
     panels.append(("tokens, 3 components", colours))
     layers, attention = attention_of(args, model, video)
@@ -1367,6 +1387,9 @@ def late_defaults(args):
     folder = here.parent if here.suffix or here.is_file() else Path("runs") / here.name
     data, recipe = data_and_recipe(args)
     late = RECIPES[recipe] | {"data": data, "recipe": recipe, "out": str(folder / args.command)}
+    if args.command == "finetune" and args.epochs == 0 and not args.recipe:
+        own = weights.flags_of(args.checkpoint)  # tests it as it was tested after its training
+        late |= {name: own[name] for name in ("stride", "sampling", "views") if name in own}
     if args.command == "finetune":
         scratch = "-scratch" if args.scratch else ""
         late["out"] = runs.name_run(f"{folder}/finetune-", data, scratch)

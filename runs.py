@@ -421,7 +421,8 @@ def steps(data, share, args, start, collate):
 
 def learning_rate(step, warmup, total, peak, last, first=0.0):
     """-> the rate of `step`, counted from 0, of `total`: `warmup` steps linear from `first` to
-    `peak`, then a cosine to `last`, as VideoMAE's cosine_scheduler."""
+    `peak`, then a cosine to `last`, as VideoMAE's cosine_scheduler; never above `peak`."""
+    first, last = min(first, peak), min(last, peak)
     if step < warmup:
         return first + (peak - first) * step / max(1, warmup - 1)
     half_turn = math.pi * (step - warmup) / max(1, total - warmup)
@@ -667,6 +668,17 @@ def open_log(out, start):
 def read_log(out):
     """The lines of a run's log, dicts."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def say_counts(out):
+    """What the log counts that is not as it should be."""
+    lines = read_log(out)
+    for name, what in (
+        ("bad", f"times a video could not be read, another took its place: {out}/bad_videos.txt"),
+        ("no_motion", "times a video had no motion vectors: the difference of frames stood in"),
+    ):
+        if count := sum(line.get(name, 0) for line in lines):
+            say(f"{name:<7} {count} {what}")
 
 
 def cut_log(path, step):

@@ -608,6 +608,11 @@ def compare(args, name):
     root = args.runs.absolute() / "-".join(f"{key}{value}" for key, value in of.items())
     for source in {row.captions for row in rows.values()}:
         make_world(args.out, root, source)
+    there = sum(
+        (root / f"{r.name}-seed{s}").exists() for r in rows.values() for s in range(args.seeds)
+    )
+    if there:
+        print(f"note    {there} runs are there, of the code and the torch of then: {root}")
     gpu, cores = torch.cuda.is_available(), runs.usable_cores()
     jobs = args.jobs or (1 if gpu else cores)
     env = os.environ | ({} if gpu else {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
@@ -641,8 +646,8 @@ def parse_args(argv=None):
     flag("command", "build", "what to do", nargs="?", choices=commands)
     flag("ablation", None, "for ablate", nargs="?", choices=ABLATIONS)
     flag("--out", Path("data/toy"), "folder of the world", type=Path)
-    flag("--clips", 800, "training clips; a quarter as many test clips")
-    flag("--seed", 0, "of everything in the world", type=runs.seed)
+    flag("--clips", None, "training clips; 800; a quarter as many test clips", type=int)
+    flag("--seed", None, "of everything in the world; 0", type=runs.seed)
     flag("--mask-ratio", 0.25, "of coverage", type=runs.proper_fraction)
     flag("--seeds", 3, "runs of each row, with seeds 0, 1, ...", type=runs.positive_int)
     flag("--runs", Path("runs/toy"), "folder of the rows' runs", type=Path)
@@ -650,7 +655,7 @@ def parse_args(argv=None):
     flag("--jobs", 0, "rows at a time; 0: one a CPU core, with a GPU one", type=runs.natural)
     flag("--epochs", 0, "of both trainings; 0: train.py's, eval.py's own", type=runs.natural)
     args = parser.parse_args(argv)
-    if args.clips < 16:
+    if args.clips is not None and args.clips < 16:
         parser.error(f"--clips {args.clips}: at least 16, one a class")
     if (args.command == "ablate") != bool(args.ablation):
         several = f"ablate takes one of {', '.join(ABLATIONS)}, other commands none"
@@ -661,16 +666,17 @@ def parse_args(argv=None):
 def main(argv=None):
     with runs.one_line_errors("toy.py", "fewer --jobs"):
         args = parse_args(argv)
-        build(args.out, args.clips, args.seed)
-        if args.command == "build":
-            made = json.loads((args.out / "world.json").read_text())
-            print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")
-            if made != {"clips": args.clips, "seed": args.seed}:
-                ways = "another --out, or remove it, for another world"
-                raise UserError(f"{args.out}: is there already; {ways}")
-        elif args.command == "coverage":
+        wanted = {"clips": args.clips, "seed": args.seed}
+        typed = {name: value for name, value in wanted.items() if value is not None}
+        build(args.out, **typed)
+        made = json.loads((args.out / "world.json").read_text())
+        print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")
+        if made != made | typed:
+            ways = "another --out, or remove it, for another world"
+            raise UserError(f"{args.out}: is there already; {ways}")
+        if args.command == "coverage":
             print_coverage(args.out, args.mask_ratio)
-        else:
+        elif args.command != "build":
             compare(args, args.ablation or args.command)
 
 

@@ -129,7 +129,7 @@ def parse_args(argv=None):
     parser.set_defaults(**late)
     args = parser.parse_args(argv)
     args, typed = runs.parse_like_run(parser, lambda: parser.parse_args(argv), args)
-    args.clip_typed = "clip" in typed
+    args.clip_typed = bool({"clip", "clip_pretrained"} & typed)
     args.clip_given = args.clip_given or args.clip_typed
     check_args(args)
     return args
@@ -168,7 +168,8 @@ class Clips(runs.TrainingClips):
         chosen = self.draw_captions(record, args.repeat, generator)
         text_map = None
         if self.text_from == "maps":
-            text_map = dataset.read_map(record["map_path"], record["captions"], args.clip, order)
+            made_of = record["captions"], args.clip, order, numbers
+            text_map = dataset.read_map(record["map_path"], *made_of)
         videos, masks = [], []
         for number in chosen:  # a clip of the same frames for each caption
             crop = dataset.multi_scale_crop(size, flip=args.flip, generator=generator)
@@ -349,7 +350,8 @@ def clip_of_maps(args, manifest, record):
     """The CLIP that made the text maps, of which one is read. UserError if --clip is another."""
     made_by = dataset.read_map(record["map_path"], record["captions"]).clip
     wanted = dataset.clip_name(args.clip, args.clip_pretrained)
-    if args.clip_typed and not made_by.startswith(wanted + " "):
+    same = args.clip == made_by or made_by.startswith(wanted + " ")  # a run that goes on has it
+    if args.clip_typed and not same:
         raise UserError(
             f"--clip: {wanted} is not the CLIP of the text maps, {made_by}; python captions.py "
             f"maps {manifest} makes them again, with --force"
@@ -727,12 +729,7 @@ def finish(out):
     for name in ("mae", "vt"):
         if found := [line[name] for line in last if line.get(name) is not None]:
             print(f"{name:<8}{sum(found) / len(found):.3f}, mean of the last {len(found)} steps")
-    for name, what in (
-        ("bad", f"times a video could not be read, another took its place: {out}/bad_videos.txt"),
-        ("no_motion", "times a video had no motion vectors: the difference of frames stood in"),
-    ):
-        if count := sum(line.get(name, 0) for line in lines):
-            print(f"{name:<7} {count} {what}")
+    runs.say_counts(out)
     print(f"done    {out}/samples.png, {out}/losses.png, {out}/last.pt")
     print(f"next    python eval.py show {out}/last.pt")
 

@@ -364,6 +364,46 @@ def test_clips_that_were_pretrained_on(command, checkpoint, clips, capsys):
         if name == "finetune":
             ev.main(words(f"{command} moved.pt --scratch --views 1x1 --stride 2 --batch-size 2"))
             assert note not in capsys.readouterr().out
+    text = Path("data.jsonl").read_text()
+    other = text.replace('"train"', '"old"').replace('"test"', '"train"').replace('"old"', '"test"')
+    Path("other.jsonl").write_text(other)
+    ev.main(words(f"{command} moved.pt --data other.jsonl --views 1x1 --stride 2 --batch-size 2"))
+    note = "6 of 6 clips of --test-split test are on another side, too, such as /"
+    said = capsys.readouterr().out
+    assert note in said and "split train of data.jsonl, on which moved.pt was trained" in said
+
+
+def test_what_is_said_of_a_checkpoint(checkpoint, clips, capsys):
+    """That its run has not ended, its decoder was never trained, labels have made its features."""
+    clips(4, 4)
+    saved = torch.load(checkpoint, weights_only=True) | {"optimizer": {}, "epoch": 3}
+    torch.save(saved | {"args": {"data": "data.jsonl", "epochs": 5, "mae": False}}, "new.pt")
+    save_tuned("tuned.pt", args={"data": "data.jsonl", "epochs": 3}, epoch=3, optimizer={})
+    for name, ended, drawn, labels in (("new.pt", 1, 0, 0), ("tuned.pt", 0, 0, 1)):
+        rows, said = run(
+            capsys, f"show {name} --video {dataset.read_manifest('data.jsonl')[0]['path']}"
+        )
+        assert ("of a run that has not ended, 3 of 5 epochs" in said) == ended
+        assert ("reconstruction" in str(rows["rows"])) == drawn and "no trained decoder" in said
+        _, said = run(capsys, f"retrieve {name} --views 1x1 --stride 2")
+        assert ("labels, too, have made these features" in said) == labels
+
+
+def test_one_video_a_forward_mixes_with_nothing(checkpoint, clips, capsys):
+    command = f"finetune {checkpoint} --data {clips(2, 1)} --epochs 1 --holdout 0 --views 1x1"
+    for size, flags in ((1, ""), (2, ""), (1, "--mixup 0 --cutmix 0")):
+        ev.main(words(f"{command} {flags} --batch-size {size} --no-resume --out run"))
+        said = capsys.readouterr().out
+        assert ("have no other to mix it with" in said) == (size == 1 and not flags)
+
+
+def test_unreadable_training_clips_are_counted(checkpoint, clips, capsys):
+    Path("bad.mp4").write_bytes(b"x" * 1000)
+    data = clips(4, 4, {1: {"video": "bad.mp4"}})
+    ev.main(words(f"finetune {checkpoint} --data {data} {SHORT} --epochs 2 --out run"))
+    counted = sum(line.get("bad", 0) for line in runs.read_log(Path("run")))
+    said = f"{counted} times a video could not be read, another took its place: run/bad_videos.txt"
+    assert counted and said in capsys.readouterr().out
 
 
 def test_mixed_classes_reach_the_loss(checkpoint, clips, monkeypatch):
@@ -692,6 +732,10 @@ def test_finetune_of_other_weights_or_classes_is_another_run(checkpoint, clips, 
     Path(data).write_text(text)
     assert "batch_size x accum 4 -> 2" in fails(f"{command} --batch-size 2")
     run(capsys, f"{command} --batch-size 2 --accum 2")
+    command = f"finetune start.pt --data {data} {SHORT} --out chosen --val-split"
+    Path(data).write_text(text.replace('"test"', '"a"', 1).replace('"test"', '"b"', 1))
+    run(capsys, f"{command} a")
+    assert "another run (chosen_on a -> b)" in fails(f"{command} b")
 
 
 def test_finetune_saves_before_it_is_validated(checkpoint, clips, capsys, monkeypatch):
@@ -855,7 +899,7 @@ def test_show_on_footage(footage, checkpoint, capsys):
     transformers.VideoMAEModel.from_pretrained("folder").save_pretrained("encoder")
     with pytest.warns(dataset.NoMotionVectors):
         found, said = run(capsys, f"show encoder --video {hevc}")
-    assert "has no decoder" in said and len(found["rows"]) == 6
+    assert "has no trained decoder" in said and len(found["rows"]) == 6
 
 
 def test_heat_map():
@@ -887,14 +931,18 @@ SHARED = [
     ("finetune small.pt --data data.jsonl --val-split test",
      "4 of 4 clips of --test-split test", "--val-split test"),
     ("finetune tuned.pt --epochs 0 --test-split train",
-     "4 of 4 clips of --test-split train", "--split train of its training"),
+     "4 of 4 clips of --test-split train", "split train of data.jsonl, on which .*"),
+    ("finetune tuned.pt --epochs 0 --data again.jsonl --recipe other",
+     "3 of 7 clips of --test-split test", "split train of data.jsonl, on which .*"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("command, clips_of, other", SHARED)
 def test_test_clips_are_no_training_clips(command, clips_of, other, checkpoint, clips):
     clips(4, 4, dict.fromkeys(range(8), {"split": None}), name="none.jsonl")
-    clips(4, 4)
+    data = clips(4, 4)
+    lines = open(data).read().replace('"train"', '"test"', 3)  # 3 of them train no more
+    Path("again.jsonl").write_text(lines)
     save_tuned("tuned.pt", classes=CLASSES, args={"data": "data.jsonl", "split": "train"})
     said = fails(command)
     assert re.search(f"{clips_of} are on another side, too, such as /.*, also of {other}[.]", said)
@@ -1078,14 +1126,18 @@ def test_features_of_files_and_folders(checkpoint, world, folder, capsys):
 
 @needs_transformers
 def test_predict(clips, capsys):
-    """The classes that finetune --epochs 0 counts, by the checkpoint's own views; the exported
-    folder, by those of the flags, finds the same probabilities."""
+    """The classes that finetune --epochs 0 counts, by the checkpoint's own views, both; the
+    exported folder finds the same probabilities."""
     args = {"views": "2x1", "stride": 2, "sampling": "dense"}
     save_tuned("tuned.pt", args=args, classes=CLASSES)
-    data, views = clips(8, 8), "--views 2x1 --stride 2"
+    data = clips(8, 8)
     records = dataset.read_manifest(data, "test")
     videos = [record["path"] for record in records]
-    tested, _ = run(capsys, f"finetune tuned.pt --data {data} --epochs 0 {views}")
+    tested, said = run(capsys, f"finetune tuned.pt --data {data} --epochs 0")
+    assert "Mean over 2x1 views, time x space (dense, stride 2)." in said
+    assert (
+        ev.parse_args(words("finetune tuned.pt --data a --epochs 0 --recipe ssv2")).views == "2x3"
+    )
     found, said = run(capsys, f"predict tuned.pt {' '.join(videos)}")
     rows = [found["rows"][i : i + 4] for i in range(0, 32, 4)]  # of each video, the likeliest first
     right = [best[0]["class"] == record["label"] for best, record in zip(rows, records)]
@@ -1093,7 +1145,7 @@ def test_predict(clips, capsys):
     assert all(row["video"] == path for best, path in zip(rows, videos) for row in best)
     assert all(sum(row["probability"] for row in best) == pytest.approx(1) for best in rows)
     ev.main("export tuned.pt --out folder".split())
-    again, _ = run(capsys, f"predict folder {' '.join(videos)} {views}")
+    again, _ = run(capsys, f"predict folder {' '.join(videos)}")
     for one, other in zip(found["rows"], again["rows"], strict=True):
         assert one["class"] == other["class"]
         assert one["probability"] == pytest.approx(other["probability"], abs=1e-4)

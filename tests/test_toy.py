@@ -103,7 +103,11 @@ def test_a_world_is_reused(world, capsys):
     toy.main(["--out", str(world), "--clips", "64"])
     assert "a world of 64 training clips, seed 0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="is there already; another --out"):
-        toy.main(["--out", str(world), "--clips", "16"])
+        toy.main(["coverage", "--out", str(world), "--clips", "16"])
+    with pytest.raises(SystemExit, match="is there already; another --out"):
+        toy.main(["--out", str(world), "--seed", "1"])
+    toy.main(["--out", str(world)])
+    assert "a world of 64 training clips, seed 0" in capsys.readouterr().out
     assert (world / "manifest.jsonl").stat().st_mtime_ns == before
 
 
@@ -254,7 +258,7 @@ else:
 """
 
 
-def test_what_has_its_json_is_done(world, tmp_path, monkeypatch):
+def test_what_has_its_json_is_done(world, tmp_path, monkeypatch, capsys):
     for script in ("train.py", "eval.py"):
         (tmp_path / script).write_text(WORKS)
     monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy.py"))
@@ -266,7 +270,9 @@ def test_what_has_its_json_is_done(world, tmp_path, monkeypatch):
         return sorted((tmp_path / "calls").read_text().split())
 
     assert calls("ablate num-captions") == sorted(2 * stages)
+    assert "runs are there" not in capsys.readouterr().out
     assert calls("ablate num-captions") == []
+    assert "2 runs are there, of the code and the torch of then" in capsys.readouterr().out
     (runs / "clips64-seed0-epochs0/tgm-mae-vt-frames-seed0/finetune.json").unlink()
     assert calls("ablate num-captions") == ["finetune"]
     assert calls("ablate bottom-k") == sorted(2 * stages)  # a row is there already

@@ -832,11 +832,17 @@ def test_wrong_maps_stop_the_run(mapped):
     lines = [json.loads(line) for line in mapped.read_text().splitlines()]
     whole = (mapped.parent / lines[1]["maps"]).read_bytes()
     (mapped.parent / "half.npz").write_bytes(whole[:900])
+    found = dict(np.load(mapped.parent / lines[1]["maps"]))
+    piece = {"similarity": found["similarity"][:, :2], "frames": found["frames"][:2]}
+    np.savez(mapped.parent / "piece.npz", **(found | piece))
     for change, flags, reason in (
         ({"captions": ["a blue star"]}, "", "a text map of other captions"),
         ({"maps": None}, "", "has no text map, others have"),
         ({"maps": "nowhere.npz"}, "", "has no text map at nowhere.npz"),
         ({"maps": "half.npz"}, "", "half.npz: not a whole text map"),
+        ({"maps": "piece.npz"}, "", "piece.npz: a text map of frames 0 to 7 at most"),
+        ({}, "--clip-pretrained laion400m_e32",
+         "is not the CLIP of the text maps, local-dir:clip"),
         ({}, "--clip ViT-B-32",
          "--clip: ViT-B-32/openai is not the CLIP of the text maps, local-dir:clip"),
     ):  # fmt: skip
