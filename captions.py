@@ -14,7 +14,6 @@ Any command can be killed and run again; `caption` and `maps` go on where they s
 is kept in MANIFEST.work/ until all is; only then is the manifest rewritten, at once. A video that
 cannot be read is reported, marked "failed" in the manifest, and tried again the next time."""
 
-import argparse
 import csv
 import functools
 import hashlib
@@ -263,8 +262,8 @@ DATASETS = {
 
 def finder(root, others):
     """-> find(stem, *hints): the video under root with that name, whatever its folder and suffix;
-    of several, the one whose folders have the most of the hints (label, split), and .mp4 before
-    others."""
+    of several, the one whose folders have the most of the hints (label, split), then .mp4, then
+    the largest."""
 
     def plain(text):
         return text.lower().replace(" ", "_")
@@ -471,9 +470,8 @@ def share(manifest, settings, units, load, compute, *, workers=0, unit="clip"):
         folder.mkdir(exist_ok=True)
     done = read_work(folder, settings).keys()
     runs.wait_for_all()  # all have read what was done before any adds to it
-    runs.append(
-        folder / f"{rank}.jsonl", f"\n{json.dumps(settings)}\n"
-    )  # a kill may have cut a line
+    # It begins a line: a kill may have cut the last one.
+    runs.append(folder / f"{rank}.jsonl", f"\n{json.dumps(settings)}\n")
     todo = [keys for keys in units if not done >= set(keys)][rank::world]
     collate = functools.partial(try_each, load)
     loaded = runs.batches_of(todo, min(workers, len(todo)), batch_size=None, collate_fn=collate)
@@ -602,7 +600,7 @@ def load_model(kind, args):
 
 
 class Blip2:
-    """Keyframes -> a caption each (3.2), greedily, as BLIP-2's own generate does by default."""
+    """Keyframes -> a caption each (3.2), greedily, as transformers does (LAVIS: with 5 beams)."""
 
     def __init__(self, args):
         self.args, self.processor = args, from_pretrained("Blip2Processor", args.model)
@@ -723,8 +721,8 @@ def map_size(size, image_size, patch_size):
 
 
 def is_current(args, path, record, made_by, numbers, order):
-    """Whether the wanted map is there. Half a map, or one of other captions or frames, is made
-    anew; one of another CLIP or geometry may be wanted by somebody: UserError."""
+    """Whether the wanted map is there. Half a map, or one of other captions or order of frames, is
+    made anew; one of another CLIP, geometry or frames may be wanted by somebody: UserError."""
     try:
         saved = dataset.read_map(path, record["captions"], order=order)
     except UserError:  # none at all, most often
@@ -822,16 +820,14 @@ def parse_args(argv=None):
     about = "Manifest, captions and text maps for train.py."
     parser = runs.Parser(prog="captions.py", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
 
     def command(name, help):
-        adds = commands.add_parser(name, help=help, description=help, formatter_class=formatter)
+        adds = commands.add_parser(name, help=help, description=help)
         return functools.partial(runs.add_flag, adds)
 
     flag = command("index", "a dataset's videos and annotation files -> manifest")
-    whose = {"nargs": "?", "choices": DATASETS}
     what = "whose annotation files to read; list: of `path label`; folder: none, folders are labels"
-    flag("dataset", "folder", what, **whose)
+    flag("dataset", "folder", what, nargs="?", choices=DATASETS)
     flag("root", None, "the folder with the videos", type=Path)
     where = "folder of the annotation files (list: or a file); ROOT"
     flag("--annotations", None, where, type=Path)
@@ -850,12 +846,7 @@ def parse_args(argv=None):
     flag("--source", None, sources, required=True, choices=("blip2", "label", "llm", "human"))
     models = ", ".join(f"{source}: {model}" for source, model in MODELS.items())
     flag("--model", None, f"hub name or folder for transformers; {models}")
-    flag(
-        "--frames",
-        3,
-        "blip2: keyframes, a caption each (1: the centre frame)",
-        type=runs.positive_int,
-    )
+    flag("--frames", 3, "blip2: keyframes, a caption each; 1: the centre", type=runs.positive_int)
     flag("--batch-size", 8, "blip2: clips per forward", type=runs.positive_int)
     flag("--per-prompt", 3, "llm: answers to each of the three prompts", type=runs.positive_int)
     flag("--max-new-tokens", 60, "longest caption, in the model's tokens", type=runs.positive_int)
@@ -869,12 +860,7 @@ def parse_args(argv=None):
     flag("--clip", "ViT-B-32-quickgelu", "open_clip model, hf-hub:NAME or local-dir:FOLDER")
     flag("--clip-pretrained", "openai", "tag of open_clip, or a file of weights")
     flag("--every", 8, "frames from one mapped frame to the next", type=runs.positive_int)
-    flag(
-        "--image-size",
-        224,
-        "the frame's short side in pixels, as the model's",
-        type=runs.positive_int,
-    )
+    flag("--image-size", 224, "pixels of the short side, as the model's", type=runs.positive_int)
     flag("--patch-size", 16, "pixels, as the model's patch_size", type=runs.positive_int)
     flag("--force", False, "make maps anew that are there")
     flag("--workers", None, runs.WORKERS, type=runs.natural)

@@ -38,7 +38,7 @@ from av.video.reformatter import VideoReformatter
 from torchvision.transforms.v2 import functional as TF
 
 # ==== Reading: file -> frames (T,H,W,3) uint8 [+ motion (T,H/8,W/8)] ==============================
-# A frame's number is its rank in order of presentation. Motion: Fan et al., MGM (ICCV 2023).
+# A frame's number is its rank in order of presentation. Motion: as this paper tells of MGM (2.2).
 MOTION_CELL = 8  # pixels: the codec's smallest block
 MAX_PIXELS = 8192 * 4320  # of a frame; a broken header may claim anything
 

@@ -14,7 +14,6 @@ of transformers' VideoMAE; sizes are read from it. Testing gives the same metric
 of processes: a test clip that cannot be read is reported and left out, never replaced, and none is
 counted twice."""
 
-import argparse
 import functools
 import json
 import math
@@ -77,7 +76,7 @@ RECIPES = {
 }  # fmt: skip
 FEW_STEPS = 500
 RATES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # learning rates that `linear` tries
-MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares its datasets
+MAX_SOURCE = 320  # pixels of the short side before augmentation, as VideoMAE prepares Kinetics
 
 
 # ==== Models: a checkpoint of any kind -> TGMAE, or Classifier if it is fine-tuned ================
@@ -122,7 +121,7 @@ def add_drop_path(encoder, rate):
 
 
 def pooled(model, video):
-    """(B,3,T,S,S) -> (B,D): the mean over all cubes, none masked, of the encoder's output."""
+    """(B,3,T,S,S) -> (B,D): the encoder's mean, none masked; a Classifier's is normed."""
     return model.features(video) if isinstance(model, Classifier) else model.encode(video).mean(1)
 
 
@@ -138,7 +137,7 @@ def tokens_of(model, video, layer=None):
 
 
 def load_model(source):
-    """-> model in eval mode, what else the checkpoint holds. ValueError if it cannot be
+    """-> model in eval mode, what else the checkpoint holds. UserError if it cannot be
     loaded, or is a classifier of another kind."""
     config, state, saved = weights.load_checkpoint(source)
     own = saved["args"] = weights.flags_of(source)  # an export's, too
@@ -187,7 +186,7 @@ def manifest_of(data):
 
 
 def labelled(manifest, split):
-    """Records of a split, of which each must have a label: ValueError."""
+    """Records of a split, of which each must have a label: UserError."""
     records = dataset.read_manifest(manifest, split)
     bare = [record["video"] for record in records if record.get("label") in (None, "")]
     if bare:
@@ -227,15 +226,16 @@ def targets(records, classes, where):
 
 
 def trained_on(args):
-    """-> {what it is: records} of the split on which CHECKPOINT was trained; {} if its manifest is
-    gone."""
+    """-> {what it is: records} of the split on which CHECKPOINT was trained, as its manifest is
+    now; {} if that is gone."""
     own = weights.flags_of(args.checkpoint)
     manifest = own.get("data") and runs.manifest_path(own["data"])
     if not manifest or not manifest.exists():
         return {}
     split = own.get("split", args.split)
     name = f"split {split} of {manifest}, on which {args.checkpoint} was trained"
-    return {name: dataset.read_manifest(manifest, split)}
+    records = dataset.read_manifest(manifest)
+    return {name: [record for record in records if record.get("split", split) == split]}
 
 
 def note_seen_clips(args, train, test):
@@ -305,9 +305,6 @@ class Views(Dataset):
     def __init__(self, records, config, args, grid):
         self.records, self.config, self.args, self.grid = records, config, args, grid
 
-    def __len__(self):
-        return len(self.records)
-
     def __getitem__(self, number):
         record, args, c = self.records[number], self.args, self.config
         try:
@@ -327,7 +324,7 @@ class Views(Dataset):
 
 
 def finite(values, name):
-    """-> values, which are of `name`. ValueError if they hold NaN or infinity."""
+    """-> values, which are of `name`. UserError if they hold NaN or infinity."""
     if not values.isfinite().all():
         raise UserError(f"{name}: not finite; the weights hold NaN, or bf16 overflows (--no-amp)")
     return values
@@ -347,7 +344,7 @@ def compute_clips(split, records, args, config, grid, compute, *, by=""):
     read. by: of what model the bar is, if there are several.
 
     Processes share batches that are the same however many share them, so what comes out is the
-    same, too. ValueError that names a clip of which NaN or infinity comes out."""
+    same, too. UserError that names a clip of which NaN or infinity comes out."""
     rank, world = runs.rank_and_world()
     size = max(1, args.batch_size // math.prod(grid))
     batches = [part.tolist() for part in torch.arange(len(records)).split(size)][rank::world]
@@ -472,8 +469,8 @@ def view_scores(head, x):
 
 
 def hold_out(count, args, least=0):
-    """Of `count` training clips, at random -> numbers of the --holdout share that chooses, of those
-    that train."""
+    """Of `count` training clips, at random -> numbers of the --holdout share (`least` or more) that
+    chooses, of those that train. UserError if these are fewer than two."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
     held, kept = order.tensor_split([max(least, round(args.holdout * count))])
     if len(kept) < 2:
@@ -572,11 +569,10 @@ def augmentation(args, size):
     # timm's rand-m7-n4-mstd0.5-inc1: each of 4 operations with probability 0.5. Its noise on the
     # magnitude is left out.
     randaug = v2.RandAugment(1, args.randaug, interpolation=bilinear, fill=mean)
-    box = {"scale": (args.crop_scale, 1.0), "ratio": (0.75, 1 / 0.75)}
     return v2.Compose(
         [
             *([v2.RandomApply([randaug], 0.5)] * 4 if args.randaug else []),
-            v2.RandomResizedCrop(size, **box, antialias=True),
+            v2.RandomResizedCrop(size, scale=(args.crop_scale, 1.0), ratio=(0.75, 1 / 0.75)),
             v2.RandomHorizontalFlip(0.5 if args.flip else 0.0),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(tgmae.IMAGENET_MEAN, tgmae.IMAGENET_STD),
@@ -626,7 +622,7 @@ def collate(samples):
 
 def mix(video, target, num_classes, args):
     """MixUp or CutMix, either half the time, of clips (B,3,T,S,S) with classes (B,) -> clips and
-    shares (B,K)."""
+    shares (B,K); with neither, clips and classes as they are."""
     ways = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
     ways += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
     if not ways:
@@ -637,7 +633,7 @@ def mix(video, target, num_classes, args):
 
 
 def layer_scales(model, decay):
-    """{parameter's name: factor of the learning rate}: 1 for head and fc_norm, `decay` less for
+    """{parameter's name: factor of the learning rate}: 1 for head and fc_norm, times `decay` for
     each block below, the patch embedding last; as VideoMAE's LayerDecayValueAssigner."""
     depth = len(model.encoder.blocks)
 
@@ -781,13 +777,10 @@ def fit(args, model, classes, train, val):
             optimizer.step()
             done = step + 1
 
-            clips, took = (
-                args.repeat * share.forward * share.accum * world,
-                time.perf_counter() - began,
-            )
+            took = time.perf_counter() - began
             line = {"step": done, "epoch": epoch, "loss": round(all_loss / world, 6), "lr": lr}
             line |= {"grad_norm": round(norm, 4), "bad": int(all_bad)}
-            line["clips_per_s"] = round(clips / took, 2)
+            line["clips_per_s"] = round(args.repeat * share.forward * share.accum * world / took, 2)
             if rank == 0:
                 runs.append_log(out / "log.jsonl", line)
             bar.set_postfix({"loss": line["loss"]}, refresh=False)
@@ -1168,12 +1161,11 @@ def export(args):
     if saved.get("classes"):
         net.config.id2label = dict(enumerate(saved["classes"]))
         net.config.label2id = {label: i for i, label in enumerate(saved["classes"])}
-    with runs.naming(out):
-        net.save_pretrained(out)
     size = {"shortest_edge": c.image_size}, {"height": c.image_size, "width": c.image_size}
     colours = {"image_mean": list(tgmae.IMAGENET_MEAN), "image_std": list(tgmae.IMAGENET_STD)}
     processor = transformers.VideoMAEImageProcessor(size=size[0], crop_size=size[1], **colours)
     with runs.naming(out):
+        net.save_pretrained(out)
         processor.save_pretrained(out)
     rest = {name: saved[name] for name in ("args", "classes") if saved.get(name)}
     config = asdict(c) | {"norm_pix_loss": model.norm_pix_loss}
@@ -1212,7 +1204,7 @@ def common_flags(flag, out=None):
     flag("--amp", None, "bf16 autocast; where the hardware has it", action=runs.YES_NO)
     flag("--seed", 0, "of weights, order, augmentation, splits and masks", type=runs.seed)
     if out:
-        flag("--out", None, f"{out}; named after CHECKPOINT")
+        flag("--out", None, f"{out}; beside CHECKPOINT, or in runs/")
 
 
 def data_flags(flag, train_split=True, test_split=True):
@@ -1232,7 +1224,7 @@ def data_flags(flag, train_split=True, test_split=True):
 
 
 def test_flags(flag):
-    by_recipe(flag, "views", "of each test clip, time x space")
+    by_recipe(flag, "views", "of a test clip (retrieve: of any), time x space")
     sizes = "per process: videos a forward (finetune), views at a time (tests)"
     by_recipe(flag, "batch_size", sizes, type=runs.positive_int)
 
@@ -1244,10 +1236,8 @@ def finetune_flags(flag):
     by_recipe(flag, "lr", "learning rate per 256 videos of global batch", type=runs.not_negative)
     least = "per 256 videos, where warm-up begins and the cosine ends"
     flag("--min-lr", 1e-6, least, type=runs.not_negative)
-    tests = (
-        f"passes over the data; 0 tests a fine-tuned checkpoint as it is; few: {FEW_STEPS} steps"
-    )
-    by_recipe(flag, "epochs", tests, type=runs.natural)
+    few = f"passes over the data; 0 tests a fine-tuned checkpoint as it is; few: {FEW_STEPS} steps"
+    by_recipe(flag, "epochs", few, type=runs.natural)
     warmup = "epochs of linear warm-up, at most a fifth of a typed --epochs; few: a twentieth"
     by_recipe(flag, "warmup_epochs", warmup, type=runs.not_negative)
     flag("--accum", 1, "forwards per step", type=runs.positive_int)
@@ -1261,9 +1251,7 @@ def finetune_flags(flag):
     by_recipe(flag, "cutmix", "alpha of CutMix; 0: none", type=runs.not_negative)
     bins = "RandAugment's bin of 31, in each of 4 operations; 0: none"
     by_recipe(flag, "randaug", bins, type=runs.randaug_bin)
-    by_recipe(
-        flag, "crop_scale", "least area of a crop, as a share of the frame", type=runs.fraction
-    )
+    by_recipe(flag, "crop_scale", "least area of a crop, share of the frame", type=runs.fraction)
     by_recipe(flag, "erasing", "chance to erase a box of a clip", type=runs.fraction)
     by_recipe(flag, "flip", "mirror half the clips", action=runs.YES_NO)
     by_recipe(flag, "repeat", "augmented clips from each decoded video", type=runs.positive_int)
@@ -1333,12 +1321,13 @@ def show_flags(flag):
     flag("--start", None, "seconds; the clip is from the middle of what follows", type=float)
     whose = "of the reconstruction; CHECKPOINT's own, or tube"
     flag("--mask", None, whose, choices=tuple(MASK_RATIOS))
-    flag("--mask-ratio", None, f"of that mask; {MASK_RATIOS}", type=runs.proper_fraction)
+    flag(
+        "--mask-ratio",
+        None,
+        f"of it; CHECKPOINT's own, or {MASK_RATIOS}",
+        type=runs.proper_fraction,
+    )
     flag("--layers", None, "of attention, from 1; first, middle, last", type=int, nargs="+")
-
-
-def export_flags(flag):
-    common_flags(flag, out="folder")
 
 
 COMMANDS = {
@@ -1348,7 +1337,7 @@ COMMANDS = {
     "features": (features, features_flags),
     "predict": (predict, predict_flags),
     "show": (show, show_flags),
-    "export": (export, export_flags),
+    "export": (export, functools.partial(common_flags, out="folder")),
 }
 
 
@@ -1406,10 +1395,8 @@ def late_defaults(args):
 def parse_args(argv=None):
     parser = runs.Parser(prog="eval.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     for name, (run, add_flags) in COMMANDS.items():
-        about = run.__doc__
-        own = commands.add_parser(name, help=about, description=about, formatter_class=formatter)
+        own = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         add_flags(functools.partial(runs.add_flag, own))
     first = parser.parse_args(argv)
     own = commands.choices[first.command]

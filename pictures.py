@@ -25,7 +25,7 @@ def reconstruct(video, mask, pred, config):
     """video (B,3,T,H,W) ImageNet-normalised, mask (B,N), pred (B,Nm,P) of TGMAE.forward, or None ->
     dict of videos (B,3,T,H,W) in [0,1]: `clip`, `masked` (in grey), and with pred `reconstructed`,
     in which masked cubes have their true mean and std put back, and `predicted`, in which they have
-    not: 0.5 + pred/6 (4.7)."""
+    not: 0.5 + pred/6."""
     c, sizes = config, (config.patch_size, config.tubelet_size)
     cubes = tgmae.patchify(tgmae.denormalize(video), *sizes)  # (B,N,P), pixels in [0,1]
     _, ids_mask = tgmae.split_mask(mask, video.device)
@@ -129,7 +129,7 @@ def draw_samples(made, captions, mask, every=1):
         for name, text in (("clip", said), ("masked", mask), ("reconstructed", "reconstruction")):
             if name in made:
                 frames = to_uint8(made[name][b : b + 1])
-                frames = frames[:: max(1, len(frames) // 8)]
+                frames = frames[:: -(-len(frames) // 8)]
                 rows.append(list(zip([text] + [""] * len(frames), frames)))
     return draw_page(rows)
 

@@ -4,7 +4,7 @@ are to be read without it.
 
 A run that was stopped, by whatever, goes on to the same weights, since nothing depends on what came
 before but the checkpoint: `steps` orders the clips of an epoch by its number, `TrainingClips` draws
-a sample by (seed, epoch, place), and the log is cut back to the checkpoint's step."""
+a sample by (seed, epoch, index), and the log is cut back to the checkpoint's step."""
 
 import argparse
 import atexit
@@ -102,7 +102,7 @@ def sum_over_ranks(numbers):
 
 
 def say(line):
-    """Of process 0."""
+    """Prints a line, in process 0 alone."""
     if rank_and_world()[0] == 0:
         print(line, flush=True)
 
@@ -130,7 +130,10 @@ YES_NO = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line, like all others."""
+    """Help names defaults; errors are one line, like all others."""
+
+    def __init__(self, **more):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
 
     def error(self, message):
         if message.startswith("argument --"):  # --epochs 0: must be positive
@@ -265,8 +268,8 @@ class TrainingClips(Dataset):
 
 
 def end_loaders():
-    """At exit: multiprocessing asks loaders that are left to end, by SIGTERM, which they ignore,
-    and waits."""
+    """Kills the loaders that are left; multiprocessing, at exit, would ask them by SIGTERM, which
+    they ignore, and wait."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
     for child in mp.active_children():
         if child.daemon:
@@ -682,7 +685,7 @@ def say_counts(out):
 
 
 def cut_log(path, step):
-    """Drops what comes after `step`: it will be taken again. -> the last line left, a dict."""
+    """Drops the lines after `step`, which the run repeats. -> the last line left, a dict."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     with replacing(path, "w") as file:

@@ -247,8 +247,7 @@ def tube_scores(batch, grid, *, generator=None):
 
 def motion_scores(motion, grid, *, generator=None):
     """motion (B,T,h',w'), lengths of motion vectors in pixels; grid (t,h,w), t divides T ->
-    (B,t,h,w): the mean over a cube's frames and the cells that it touches, B pooled as channels
-    are. Chance decides where
+    (B,t,h,w): the mean over a cube's frames and the cells that it touches. Chance decides where
     nothing moves, by noise of at most 1e-4 pixels (generator: of the CPU)."""
     assert motion.shape[1] % grid[0] == 0, f"{motion.shape[1]} frames in {grid[0]} time slices"
     scores = F.adaptive_avg_pool3d(motion.float(), grid)
@@ -433,8 +432,7 @@ class ContrastiveHead(nn.Sequential):
 class TGMAE(nn.Module):
     """Video MAE with an optional video-text contrastive loss. Under DDP freeze what gets no
     gradient: without text the predictor; with mae=False decoder, encoder_to_decoder, mask_token
-    (and, if watch is set, the encoder).
-    torch.export takes `model.encoder`, with (cubes, ids_keep)."""
+    (and, if watch is set, the encoder). torch.export takes `model.encoder`, (cubes, ids_keep)."""
 
     def __init__(self, config: Config):
         super().__init__()

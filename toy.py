@@ -12,7 +12,6 @@ class, shape x direction of the actor (16), needs the video; distractors have sh
 uses. A tiny CLIP (open_clip's own class, opened with local-dir:) is trained on captioned crops.
 Everything follows from the seed; two CPU cores take a minute."""
 
-import argparse
 import functools
 import json
 import math
@@ -637,10 +636,9 @@ def compare(args, name):
 
 
 def parse_args(argv=None):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     about = "Make the toy world, measure on it what each masker hides, or run the paper's "
     about += "comparisons on it."
-    parser = runs.Parser(prog="toy.py", description=about, formatter_class=formatter)
+    parser = runs.Parser(prog="toy.py", description=about)
     commands = "build", "coverage", "table2", "ablate", "figure4"
     flag = functools.partial(runs.add_flag, parser)
     flag("command", "build", "what to do", nargs="?", choices=commands)
@@ -651,7 +649,7 @@ def parse_args(argv=None):
     flag("--mask-ratio", 0.25, "of coverage", type=runs.proper_fraction)
     flag("--seeds", 3, "runs of each row, with seeds 0, 1, ...", type=runs.positive_int)
     flag("--runs", Path("runs/toy"), "folder of the rows' runs", type=Path)
-    flag("--report", None, "folder of table, plot and their log; that of --runs", type=Path)
+    flag("--report", None, "folder of plot and log; that of --runs", type=Path)
     flag("--jobs", 0, "rows at a time; 0: one a CPU core, with a GPU one", type=runs.natural)
     flag("--epochs", 0, "of both trainings; 0: train.py's, eval.py's own", type=runs.natural)
     args = parser.parse_args(argv)

@@ -14,7 +14,6 @@ clip, mask and reconstruction. Run again, any command goes on from where its las
 From top to bottom: flags, samples, data, model and optimiser, the loop. What a run needs whatever
 it trains (processes, loaders, the run folder, signals) is in runs.py."""
 
-import argparse
 import functools
 import itertools
 import json
@@ -80,7 +79,7 @@ def add_flags(parser):
     flag("--temperature", 0.07, "of the contrastive loss", type=runs.positive)
     clips = "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is at least watched"
     flag("--clip", None, f"{clips}; a toy world's own, else ViT-B-32-quickgelu")
-    flag("--clip-pretrained", "openai", "tag of open_clip, or a file of weights")
+    flag("--clip-pretrained", "openai", "tag of open_clip, or a file of weights; as --clip")
     flag("--maps", True, "use the text maps of --data; --no-maps: CLIP online", dest="use_maps")
     flag("--num-captions", 0, "captions to draw from, evenly spread; 0: all", type=runs.natural)
     flag("--init", None, "checkpoint to start from: ours, VideoMAE's, transformers'")
@@ -109,10 +108,7 @@ def add_flags(parser):
 
 
 def parse_args(argv=None):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = runs.Parser(
-        prog="train.py", description=__doc__.splitlines()[0], formatter_class=formatter
-    )
+    parser = runs.Parser(prog="train.py", description=__doc__.splitlines()[0])
     add_flags(parser)
     first = parser.parse_args(argv)
     world = runs.toy_world(first.data)
@@ -251,7 +247,7 @@ def collate(samples):
 
 
 def prepare(batch, clip, args, config):
-    """A batch on the device -> video (B,3,T,S,S) float, mask (B,N) on the CPU, text (B,E) or None.
+    """A batch -> video (B,3,T,S,S) float, on the device, mask (B,N) on the CPU, text (B,E) or None.
     clip: (clip, tokenizer), or None where text comes from maps, or there is none."""
     to_gpu = args.device == "cuda"  # elsewhere the source may be gone before it is copied
     video = tgmae.normalize(batch["video"].to(args.device, non_blocking=to_gpu))
@@ -276,7 +272,7 @@ def load_data(args):
         sides = {f"--split {args.split}": records, f"--val-split {args.val_split}": val}
         dataset.refuse_shared_clips(manifest, sides)
     # VT is watched where that costs no download that nobody asked for: on the toy world, or with
-    # --clip.
+    # --clip or --clip-pretrained.
     watched = runs.toy_world(args.data) or args.clip_given
     if not (args.mask == "tgm" or args.vt or watched):
         if not args.mae:
@@ -474,9 +470,8 @@ def clip_gradients(model, args):
     limit = args.clip_grad or math.inf
     watching = [] if args.vt else list(model.predictor.parameters())
     watched = set(watching)
-    norm = torch.nn.utils.clip_grad_norm_(
-        [p for p in model.parameters() if p not in watched], limit
-    )
+    others = [p for p in model.parameters() if p not in watched]
+    norm = torch.nn.utils.clip_grad_norm_(others, limit)
     of_watching = torch.nn.utils.clip_grad_norm_(watching, limit)
     return norm.item() if of_watching.isfinite() else of_watching.item()
 
@@ -497,7 +492,7 @@ def go_on(saved, model, optimizer, args, settings, total):
 
 # ==== The loop ====================================================================================
 # Why a run that was killed goes on to the same weights: last.pt holds the weights, the moments and
-# the step. All else follows from (seed, epoch, place): which clips a step takes, their crops, masks
+# the step. All else follows from (seed, epoch, index): which clips a step takes, their crops, masks
 # and captions; nothing else draws. What comes after last.pt in the log is cut off, and done again.
 #
 # What a second process changes: each takes every other clip of a step, gradients are averaged over

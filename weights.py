@@ -31,7 +31,7 @@ def first_line(error):
 
 
 def bf16_is_fast(device) -> bool:
-    """Whether bf16 pays here: on GPUs since Ampere, and on CPUs with bf16 matrix units."""
+    """Whether bf16 pays here: on GPUs since Ampere, and on CPUs with bf16 instructions."""
     kind = torch.device(device).type
     if kind != "cpu":
         return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
