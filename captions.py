@@ -211,7 +211,13 @@ def index_list(args, files, find):
     """`path label` a line, see path_and_label: VideoMAE's and mmaction2's lists, and CSV. A file,
     or a folder of .csv, .tsv, .txt; the split is what the file's name says (train otherwise). The
     path is absolute or under ROOT. --classes: the names of integer labels, a line each."""
-    names = dict(enumerate(files.lines(args.classes))) if args.classes else None
+    names = None
+    if args.classes:
+        text, files.where = args.classes.read_text(encoding="utf-8-sig"), str(args.classes)
+        names = dict(enumerate(line.strip() for line in text.rstrip().split("\n")))
+        numbered = all(re.match(r"\d+\s+\S", name) for name in names.values())
+        if numbered or "" in names.values() or len(set(names.values())) < len(names):
+            raise UserError("must be names alone, each once, of the classes 0, 1, ..., a line each")
     lists = [files.folder]
     if not files.folder.is_file():
         shown = sorted(files.folder.glob("[!.]*"))
@@ -596,7 +602,13 @@ def captions_or_error(texts, who):
 
 def load_model(kind, args):
     dtype = torch.bfloat16 if weights.bf16_is_fast(args.device) else torch.float32
-    return from_pretrained(kind, args.model, dtype=dtype).eval().to(args.device)
+    model, found = from_pretrained(kind, args.model, dtype=dtype, output_loading_info=True)
+    if lacking := sorted(found["missing_keys"]):
+        runs.say(
+            f"note    --model {args.model}: lacks {len(lacking)} weights, which are random now: "
+            f"{lacking[0]}, ..."
+        )
+    return model.eval().to(args.device)
 
 
 class Blip2:
@@ -640,6 +652,7 @@ class Llm:
                 add_generation_prompt=True,
                 return_dict=True,
                 return_tensors="pt",
+                enable_thinking=False,  # where a template knows it
             )
         else:
             tokens = tokenizer(prompt, return_tensors="pt")
@@ -656,7 +669,10 @@ class Llm:
             pad_token_id=pad,
         )
         said = said[:, tokens["input_ids"].shape[1] :]  # what follows the prompt
-        return tokenizer.batch_decode(said, skip_special_tokens=True)
+        said = tokenizer.batch_decode(said, skip_special_tokens=True)
+        if "<think>" in "".join(said):
+            raise UserError(f"--model {args.model}: thinks aloud: another --model")
+        return said
 
     def __call__(self, keys, labels):
         asked = ([prompt.format(phrase(label)) for prompt in PROMPTS] for label in labels)
@@ -724,7 +740,7 @@ def is_current(args, path, record, made_by, numbers, order):
     """Whether the wanted map is there. Half a map, or one of other captions or order of frames, is
     made anew; one of another CLIP, geometry or frames may be wanted by somebody: UserError."""
     try:
-        saved = dataset.read_map(path, record["captions"], order=order)
+        saved = dataset.read_map(path, record["captions"], video=record["path"], order=order)
     except UserError:  # none at all, most often
         return False
     resized = map_size(saved.size, args.image_size, args.patch_size)
@@ -787,6 +803,7 @@ def make_map(args, clip, tokenizer, made_by, clips, paths, keys, loaded):
             geometry = {"source_size": size, "resized_size": frames.shape[-2:]}
             geometry |= {"frames": numbers, "patch_size": args.patch_size}
             about = {"captions": captions, "clip": made_by, "order": order}
+            about["bytes"] = os.path.getsize(clips[key]["path"])
             np.savez(file, similarity=similarity, text=text, **geometry, **about)
     return [{} for _ in keys]
 
@@ -799,6 +816,9 @@ def maps(args):
     paths = {key: path_of_map(args.manifest, key, clips[key]["video"]) for key in clips}
     clip = weights.load_clip(args.clip, args.clip_pretrained, args.device)
     made_by = clip_id(args, clip[0])
+    runs.note_clip(
+        args, clip[1], {text for record in clips.values() for text in record["captions"]}
+    )
     names = "command every image_size patch_size force"
     settings = {name: getattr(args, name) for name in names.split()} | {"clip": made_by}
     load = functools.partial(load_frames, args, made_by, clips, paths)

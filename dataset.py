@@ -23,7 +23,6 @@ import operator
 import os
 import re
 import stat
-import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -536,12 +535,14 @@ class TextMap(NamedTuple):
     resized: tuple[int, int]  # as CLIP saw it: h'*patch_size, w'*patch_size
     patch_size: int
     order: str  # how frames were numbered: Video.index.order, or "" in maps of before 2026-11-26
+    bytes: int  # of the video's file; 0 in maps of before 2026-11-27
 
 
-def read_map(path, captions, clip=None, order=None, numbers=()) -> TextMap:
+def read_map(path, captions, clip=None, video=None, order=None, numbers=()) -> TextMap:
     """Reads a text map (.npz without pickles). Raises UserError if it is broken, was made of other
-    captions, or (where these are given) by another CLIP, of a video whose frames were numbered in
-    another order (Video.index.order) then, or of a piece of it in which not all `numbers` lie."""
+    captions, or (where these are given) by another CLIP, of another file than `video`, of one whose
+    frames were numbered in another order (Video.index.order) then, or of a piece of it in which not
+    all `numbers` lie."""
     again = "python captions.py maps makes it anew"
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -552,6 +553,7 @@ def read_map(path, captions, clip=None, order=None, numbers=()) -> TextMap:
                 tuple(file["resized_size"].tolist()),
                 int(file["patch_size"]),
                 str(file["order"]) if "order" in file else "",
+                int(file["bytes"]) if "bytes" in file else 0,
             )
             made_of = file["captions"].tolist()
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
@@ -561,14 +563,18 @@ def read_map(path, captions, clip=None, order=None, numbers=()) -> TextMap:
         raise UserError(
             f"{path}: a text map of other captions ({made_of}, now {captions}); {again}"
         )
+    if video and saved.bytes not in (0, now := os.path.getsize(video)):
+        raise UserError(
+            f"{path}: a text map of when {video} had {saved.bytes:,} bytes, not {now:,}; {again}"
+        )
     # Maps of before have no order; where frames are numbered by time the numbers are the same now.
     if order not in (None, saved.order) and (saved.order or order == "decoder"):
         raise UserError(
             f"{path}: a text map from when the frames of its video were numbered in another order; "
             f"{again}"
         )
-    every = int(saved.frames.diff().max()) if len(saved.frames) > 1 else sys.maxsize
-    first, stop = int(saved.frames[0]), int(saved.frames[-1]) + every
+    every = saved.frames.diff().max().item() if len(saved.frames) > 1 else math.inf
+    first, stop = saved.frames[0].item(), saved.frames[-1].item() + every
     if not all(first <= number < stop for number in numbers):
         raise UserError(
             f"{path}: a text map of frames {first} to {stop - 1} at most, for a clip of "
@@ -595,7 +601,7 @@ VALUES = {  # of a record's known keys
 
 
 def _present(record):
-    return {key: value for key, value in record.items() if value is not None and value == value}
+    return {key: v for key, v in record.items() if v not in (None, "") and v == v}
 
 
 class Manifest(Sequence):
@@ -622,7 +628,7 @@ class Manifest(Sequence):
 def read_manifest(path, split=None) -> Manifest:
     """Records of a manifest (JSON lines, one clip each) as dicts; with `split`, those of that split
     and those that name none. Adds `path` and `map_path`: `video` and `maps` with the manifest's
-    folder in front. A value that is null or NaN is absent, as data frames write it.
+    folder in front. A value that is null, NaN or "" is absent, as data frames write it.
 
     Raises UserError that names file and line for a line that is not such a record."""
     path, lines, end = Path(path), array.array("q"), 0
@@ -647,7 +653,10 @@ def read_manifest(path, split=None) -> Manifest:
                     raise UserError(
                         f"{path}:{number}: {key} must be {what}, or absent: {record[key]!r}"
                     )
-        if split is None or record.get("split", split) == split:
+        own = record.get("split", split)
+        if split not in (None, own) and own.strip().lower() == split.lower():
+            raise UserError(f"{path}:{number}: split {own!r}: is {split!r} meant?")
+        if split in (None, own):
             lines.extend((start, end))
     if not lines:
         if split is None:

@@ -605,7 +605,8 @@ class Augmented(runs.TrainingClips):
             if min(frames.shape[2:]) > MAX_SOURCE:
                 frames = v2.functional.resize(frames, [MAX_SOURCE], antialias=True)
             videos = [self.augment(frames).transpose(0, 1) for _ in range(args.repeat)]
-        return {"video": torch.stack(videos), "target": self.target[place], "name": record["video"]}
+        sample = {"video": torch.stack(videos), "target": self.target[place]}
+        return sample | {"name": record["video"], "short": len(set(numbers)) < len(numbers)}
 
 
 def collate(samples):
@@ -617,6 +618,7 @@ def collate(samples):
         "target": target.repeat(len(video)),
         "names": [sample["name"] for sample in samples],
         "bad": sum((sample["bad"] for sample in samples), []),
+        "short": sum(sample["short"] for sample in samples),
     }
 
 
@@ -748,7 +750,7 @@ def fit(args, model, classes, train, val):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             optimizer.zero_grad()
-            loss_sum, bad, names = zero, 0, []
+            loss_sum, bad, short, names = zero, 0, 0, []
             for micro, batch in enumerate(batches):
                 # Drop path and mixing draw from here, so a run that goes on draws the same.
                 torch.manual_seed(runs.seed_of(args.seed, step, micro, rank, 2))
@@ -763,15 +765,16 @@ def fit(args, model, classes, train, val):
                     loss.backward()
                 loss_sum = loss_sum + loss.detach()
                 bad += len(batch["bad"])
+                short += batch["short"]
                 names += batch["names"]
                 runs.list_bad(out / "bad_videos.txt", batch["bad"])
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
             loss_finite = bool(loss_sum.isfinite())
             broken = not (loss_finite and math.isfinite(norm))
-            counts = zero.new_tensor([bad, broken, runs.asked_to_stop()])
+            counts = zero.new_tensor([bad, short, broken, runs.asked_to_stop()])
             sums = runs.sum_over_ranks(torch.cat([loss_sum[None], counts]))
-            all_loss, all_bad, any_broken, any_stop = sums  # of all processes
+            all_loss, all_bad, all_short, any_broken, any_stop = sums  # of all processes
             if any_broken:
                 runs.stop_not_finite(args, step + 1, names if world == 1 or not loss_finite else [])
             optimizer.step()
@@ -779,7 +782,7 @@ def fit(args, model, classes, train, val):
 
             took = time.perf_counter() - began
             line = {"step": done, "epoch": epoch, "loss": round(all_loss / world, 6), "lr": lr}
-            line |= {"grad_norm": round(norm, 4), "bad": int(all_bad)}
+            line |= {"grad_norm": round(norm, 4), "bad": int(all_bad), "short": int(all_short)}
             line["clips_per_s"] = round(args.repeat * share.forward * share.accum * world / took, 2)
             if rank == 0:
                 runs.append_log(out / "log.jsonl", line)

@@ -486,6 +486,15 @@ def note_sides(args, texts):
         say(f"note    half the clips are mirrored, and texts say {sided[0]!r}: --no-flip, perhaps")
 
 
+def note_clip(args, tokenizer, texts):
+    """Says what a file of weights does not tell, and which texts CLIP does not read to the end."""
+    if os.path.isfile(args.clip_pretrained):
+        say(f"note    {args.clip_pretrained}: read as {args.clip}, with its activation and colours")
+    longer = (text for text in texts if len(text) > 150)  # 77 tokens are; tokenizing takes long
+    if cut := [text for text in longer if tokenizer([text])[0, -1]]:
+        say(f"note    {len(cut):,} captions are longer than CLIP reads, such as {min(cut)!r}")
+
+
 # ==== The run folder ==============================================================================
 @contextlib.contextmanager
 def naming(path):
@@ -679,6 +688,7 @@ def say_counts(out):
     for name, what in (
         ("bad", f"times a video could not be read, another took its place: {out}/bad_videos.txt"),
         ("no_motion", "times a video had no motion vectors: the difference of frames stood in"),
+        ("short", "times a video had fewer frames than a clip spans: some were repeated"),
     ):
         if count := sum(line.get(name, 0) for line in lines):
             say(f"{name:<7} {count} {what}")

@@ -164,7 +164,7 @@ class Clips(runs.TrainingClips):
         chosen = self.draw_captions(record, args.repeat, generator)
         text_map = None
         if self.text_from == "maps":
-            made_of = record["captions"], args.clip, order, numbers
+            made_of = record["captions"], args.clip, record["path"], order, numbers
             text_map = dataset.read_map(record["map_path"], *made_of)
         videos, masks = [], []
         for number in chosen:  # a clip of the same frames for each caption
@@ -190,6 +190,7 @@ class Clips(runs.TrainingClips):
             "name": record["video"],
             "group": place,
             "no_motion": no_motion,
+            "short": len(set(numbers)) < len(numbers),
         }
 
     def read(self, record, generator):
@@ -243,6 +244,7 @@ def collate(samples):
         "groups": torch.tensor([sample["group"] for sample in samples]).repeat_interleave(repeat),
         "bad": sum((sample["bad"] for sample in samples), []),
         "no_motion": sum(sample["no_motion"] for sample in samples),
+        "short": sum(sample["short"] for sample in samples),
     }
 
 
@@ -346,8 +348,14 @@ def clip_of_maps(args, manifest, record):
     """The CLIP that made the text maps, of which one is read. UserError if --clip is another."""
     made_by = dataset.read_map(record["map_path"], record["captions"]).clip
     wanted = dataset.clip_name(args.clip, args.clip_pretrained)
-    same = args.clip == made_by or made_by.startswith(wanted + " ")  # a run that goes on has it
-    if args.clip_typed and not same:
+    if not args.clip_typed or args.clip == made_by:  # the latter in a run that goes on
+        return made_by
+    same = made_by.startswith(wanted + " ")
+    here = map(os.path.exists, (args.clip.removeprefix("local-dir:"), args.clip_pretrained))
+    if same and any(here):  # two paths may end alike
+        clip, _ = weights.load_clip(args.clip, args.clip_pretrained, "cpu")
+        same = made_by == f"{wanted} {weights.digest(clip.state_dict(), torch.bfloat16)}"
+    if not same:
         raise UserError(
             f"--clip: {wanted} is not the CLIP of the text maps, {made_by}; python captions.py "
             f"maps {manifest} makes them again, with --force"
@@ -510,7 +518,7 @@ def train(args, share, saved, settings, model, clip, data, val):
     peak = args.blr * share.videos * args.repeat / 256
     least = args.min_lr * share.videos * args.repeat / 256
     optimizer = make_optimizer(model, args)
-    describe(args, c, data, val, share, total)
+    describe(args, c, data, val, share, total, clip)
     start = go_on(saved, model, optimizer, args, settings, total) if saved else 0
     if args.compile:  # each by itself: between them the mask's counts break a graph
         model.encoder.compile()
@@ -536,7 +544,7 @@ def train(args, share, saved, settings, model, clip, data, val):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            mae_sum, vt_sum, bad, no_motion, waited, names = zero, zero, 0, 0, 0.0, []
+            mae_sum, vt_sum, bad, no_motion, short, waited, names = zero, zero, 0, 0, 0, 0.0, []
             for micro, batch in enumerate(batches, 1):
                 video, mask, text = prepare(batch, clip, args, c)
                 groups = batch["groups"].to(args.device)
@@ -554,6 +562,7 @@ def train(args, share, saved, settings, model, clip, data, val):
                 vt_sum = vt_sum + vt.detach().float() / share.accum
                 bad += len(batch["bad"])
                 no_motion += batch["no_motion"]
+                short += batch["short"]
                 waited += batch["waited"]
                 names += batch["names"]
                 runs.list_bad(out / "bad_videos.txt", batch["bad"])
@@ -561,9 +570,9 @@ def train(args, share, saved, settings, model, clip, data, val):
             norm = clip_gradients(model, args)
             loss_finite = bool((mae_sum + vt_sum).isfinite())
             broken = not (loss_finite and math.isfinite(norm))
-            counts = zero.new_tensor([bad, no_motion, broken, runs.asked_to_stop()])
+            counts = zero.new_tensor([broken, runs.asked_to_stop(), bad, no_motion, short])
             sums = runs.sum_over_ranks(torch.cat([torch.stack([mae_sum, vt_sum]), counts]))
-            all_mae, all_vt, all_bad, all_no_motion, any_broken, any_stop = sums  # of all processes
+            all_mae, all_vt, any_broken, any_stop, *all_counts = sums  # of all processes
             if any_broken:
                 runs.stop_not_finite(args, step + 1, names if world == 1 or not loss_finite else [])
             optimizer.step()
@@ -578,7 +587,7 @@ def train(args, share, saved, settings, model, clip, data, val):
             line |= {"lr": lr, "grad_norm": round(norm, 4)}
             line["clips_per_s"] = round(args.batch_size * share.accum * world / took, 2)
             line |= {"wait": round(waited / took, 3)}
-            line |= {"bad": int(all_bad), "no_motion": int(all_no_motion)}
+            line |= zip(("bad", "no_motion", "short"), map(int, all_counts))
             if rank == 0:
                 runs.append_log(out / "log.jsonl", line)
             bar.set_postfix({k: line[k] for k in ("mae", "vt", "wait") if k in line}, refresh=False)
@@ -644,7 +653,7 @@ def validate(step, epoch, net, data, clip, args):
 
 
 # ==== The run =====================================================================================
-def describe(args, c, data, val, share, total):
+def describe(args, c, data, val, share, total, clip):
     """Prints what the run of `total` steps is. c: the model's Config."""
     world, patches = runs.rank_and_world()[1], c.grid[1] * c.grid[2]
     batch, clips = args.batch_size * world, share.videos * args.repeat
@@ -657,6 +666,8 @@ def describe(args, c, data, val, share, total):
         how = {"clip": "CLIP online", "maps": "text maps"}[data.text_from]
         distinct = {r["captions"][i] for r in data.records for i in data.captions_used(r)}
         runs.note_sides(args, distinct)
+        if clip:
+            runs.note_clip(args, clip[1], distinct)
         text = f"; {how} ({args.clip}); {len(distinct):,} distinct captions"
         negatives = batch - args.repeat
         loss += f"; {negatives} negatives a clip: by chance VT is {math.log(negatives + 1):.2f}"

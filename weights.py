@@ -55,6 +55,7 @@ def load_clip(name, pretrained, device):
     return clip, tokenizer
 
 
+IMAGENET = [list(tgmae.IMAGENET_MEAN), list(tgmae.IMAGENET_STD)]
 PATCH_EMBED = "encoder.patch_embed.proj.weight"
 QKV = ("query", "key", "value")
 # (ours, transformers'), replaced wherever they stand, in this order. Older files of transformers
@@ -208,6 +209,11 @@ def _load_huggingface(source):
                 break
         else:
             raise OSError("no model.safetensors and no pytorch_model.bin")
+        if path := _find(source, "preprocessor_config.json"):
+            colours, mean, std = json.loads(path.read_text()), *IMAGENET
+            for key, own in (("image_mean", mean), ("image_std", std)):
+                if colours.get(key, own) != own:
+                    raise UserError(f"{source}: its {key} is {colours[key]}; ours is {own}")
         saved, names = {"model": state, "transformers": config}, config.get("id2label", {})
         if "classifier.bias" in state:
             count = len(state["classifier.bias"])

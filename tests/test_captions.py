@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -339,6 +341,8 @@ MISTAKES = (
      "Diving48_V2_test.json: entry 1: 2 is unknown or missing"),
     ("list", {}, "there is no *.csv or *.txt"),
     ("list", {"train.txt": "word\n"}, "train.txt:1: not `path label`"),
+    *(("--classes data/a.names list", {"train.txt": "a.mp4 1\n", "a.names": names},
+       "data/a.names: must be names alone") for names in ("1 a\n2 b\n", "a\n\nb\n", "a\nb\na\n")),
 )  # fmt: skip
 
 
@@ -497,7 +501,7 @@ def test_llm(bare, llm, monkeypatch):
 
 
 @needs_transformers
-def test_chat_template_is_used(llm):
+def test_chat_template_is_used(llm, monkeypatch):
     args = captions.parse_args(["caption", "x", "--source", "llm", "--model", str(llm)])
     args.device = "cpu"
     teller = captions.Llm(args)
@@ -507,6 +511,25 @@ def test_chat_template_is_used(llm):
     teller.answers("word7")
     (seen,) = teller.model.generate.call_args.kwargs["input_ids"]
     assert teller.tokenizer.decode(seen, skip_special_tokens=True) == "word1 word7 word2"
+    teller.tokenizer.chat_template = "{{ 'word1' if enable_thinking is false else 'word2' }}"
+    teller.answers("word7")
+    (seen,) = teller.model.generate.call_args.kwargs["input_ids"]
+    assert teller.tokenizer.decode(seen, skip_special_tokens=True) == "word1"
+    monkeypatch.setattr(teller.tokenizer, "batch_decode", lambda *_, **__: ["<think>", "word3"])
+    with pytest.raises(ValueError, match="thinks aloud"):
+        teller.answers("word7")
+
+
+@needs_transformers
+def test_a_model_that_lacks_weights(bare, blip2, tmp_path, capsys):
+    folder = shutil.copytree(blip2, tmp_path / "part")
+    whole = safetensors.torch.load_file(folder / "model.safetensors")
+    part = {name: value for name, value in whole.items() if "qformer" not in name}
+    safetensors.torch.save_file(part, folder / "model.safetensors", {"format": "pt"})
+    bare(1)
+    run("caption some.jsonl --source blip2 --model", folder)
+    lacking = f"lacks {len(whole) - len(part)} weights, which are random now: qformer."
+    assert lacking in capsys.readouterr().out
 
 
 def test_append_and_human(manifest):
@@ -684,6 +707,32 @@ def test_stale_maps(world, manifest):
         assert what in said and "--force makes all anew" in said
     run(*map_command(world, every=2), "--force")
     assert dataset.read_map(paths[1], two["captions"]).similarity.shape[1] == 12
+    video, size = Path(two["video"]), Path(two["video"]).stat().st_size
+    toy.write_video("other.mp4", np.zeros((24, 96, 64, 3), np.uint8))
+    captions.write_manifest(data, [two | {"video": "other.mp4"}])
+    run(*map_command(world))
+    (first,) = records(data)
+    shutil.copy(video, "other.mp4")
+    with pytest.raises(ValueError, match=f"had [0-9,]+ bytes, not {size:,}; .*maps makes it anew"):
+        dataset.read_map(first["maps"], first["captions"], video="other.mp4")
+    run(*map_command(world))
+    made = dataset.read_map(first["maps"], first["captions"], video="other.mp4")
+    assert made.size == (64, 64) and made.bytes == size
+
+
+def test_captions_that_clip_cuts(world, manifest, capsys):
+    data = manifest(2)
+    one, two = records(data)
+    long = " ".join(["red square"] * 60)
+    captions.write_manifest(data, [one | {"captions": [long]}, two])
+    shutil.copytree(world / "clip", "clip")
+    run(*map_command(world), "--clip-pretrained", "clip/open_clip_config.json")
+    said = capsys.readouterr().out
+    assert "1 captions are longer than CLIP reads, such as 'red square red" in said
+    assert f"open_clip_config.json: read as local-dir:{world / 'clip'}, with its activation" in said
+    captions.write_manifest(data, [one, two])
+    run(*map_command(world))
+    assert "longer than CLIP" not in capsys.readouterr().out
 
 
 def test_maps_of_bad_videos(world, manifest, capsys):

@@ -298,6 +298,7 @@ def test_repeats_of_a_video_are_not_mixed_with_each_other():
     for i in range(4):
         video = torch.full((2, 3, 4, 8, 8), float(i))
         samples.append({"video": video, "target": torch.tensor(i), "name": "", "bad": []})
+        samples[-1]["short"] = False
     batch = ev.collate(samples)
     assert batch["target"].tolist() == [0, 1, 2, 3] * 2
     assert batch["video"].mean((1, 2, 3, 4)).tolist() == [0, 1, 2, 3] * 2
@@ -400,10 +401,12 @@ def test_one_video_a_forward_mixes_with_nothing(checkpoint, clips, capsys):
 def test_unreadable_training_clips_are_counted(checkpoint, clips, capsys):
     Path("bad.mp4").write_bytes(b"x" * 1000)
     data = clips(4, 4, {1: {"video": "bad.mp4"}})
-    ev.main(words(f"finetune {checkpoint} --data {data} {SHORT} --epochs 2 --out run"))
-    counted = sum(line.get("bad", 0) for line in runs.read_log(Path("run")))
-    said = f"{counted} times a video could not be read, another took its place: run/bad_videos.txt"
-    assert counted and said in capsys.readouterr().out
+    flags = f"{SHORT} --epochs 2 --stride 24 --holdout 0"
+    ev.main(words(f"finetune {checkpoint} --data {data} {flags} --out run"))
+    said = capsys.readouterr().out
+    for name, count in (("bad", 2), ("short", 8)):
+        assert sum(line[name] for line in runs.read_log(Path("run"))) == count
+        assert f"{name:<7} {count} times a video" in said
 
 
 def test_mixed_classes_reach_the_loss(checkpoint, clips, monkeypatch):
@@ -538,6 +541,8 @@ def test_export_is_transformers(checkpoint, capsys):
         torch.testing.assert_close(found, model.encode(video), atol=1e-5, rtol=1e-5)
         pred = full(video.transpose(1, 2), bool_masked_pos=mask).logits
         torch.testing.assert_close(pred, model(video, mask)["pred"], atol=1e-4, rtol=1e-4)
+    transformers.VideoMAEImageProcessor(image_mean=[0.5] * 3).save_pretrained("folder")
+    assert "folder: its image_mean is [0.5, 0.5, 0.5]; ours is [0.485" in fails("linear folder")
 
 
 @needs_transformers

@@ -727,12 +727,22 @@ def test_lines_of_lists(tmp_path, line, path, label):
 @pytest.mark.parametrize("line", [
     MARK + '{"video": "a.mp4"}',
     '{"video": "a.mp4", "split": null, "start": NaN, "end": null, "captions": null}',
+    '{"video": "a.mp4", "split": "", "label": ""}',
 ])  # fmt: skip
 def test_manifests_of_other_tools(tmp_path, line):
     """A byte order mark; of data frames null and NaN, which are absent."""
     (tmp_path / "m.jsonl").write_text(line + "\n", encoding="utf-8")
     (record,) = dataset.read_manifest(tmp_path / "m.jsonl", "train")
     assert record == {"video": "a.mp4", "path": str(tmp_path / "a.mp4")}
+
+
+@pytest.mark.parametrize("name", ["Train", " train"])
+def test_a_split_that_is_almost_the_wanted_one(tmp_path, name):
+    lines = [{"video": "a.mp4", "split": "train"}, {"video": "b.mp4", "split": name}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert len(dataset.read_manifest(tmp_path / "m.jsonl")) == 2
+    with pytest.raises(ValueError, match=f"m.jsonl:2: split '{name}': is 'train' meant"):
+        dataset.read_manifest(tmp_path / "m.jsonl", "train")
 
 
 def test_annotations_with_a_byte_order_mark(tmp_path):

@@ -581,16 +581,20 @@ def test_checkpoints_of_before_go_on(workdir, manifest, clip_flags, capsys):
     assert "(num_captions 0 -> 2)" in fails("--data data.jsonl", flags, "--num-captions 2")
 
 
-def test_maps_made_otherwise_are_another_run(mapped):
+def test_maps_made_otherwise_are_another_run(mapped, monkeypatch):
     flags = f"--data {mapped.name} --mask tgm {FEW} --out run"
     run(flags)
     run(flags)
+    monkeypatch.setattr(tgmae, "load_clip", LOAD_CLIP)
     run(flags, "--clip local-dir:data/toy/clip")  # the one that made the maps
     first = dataset.read_manifest(mapped)[0]["map_path"]
     with np.load(first) as file:
         values = dict(file)
     np.savez(first, **values | {"frames": values["frames"] * 2})
     assert "(maps 64 pixels, patches of 8, every " in fails(flags)
+
+
+LOAD_CLIP = tgmae.load_clip
 
 
 def interrupt(*args, **more):
@@ -828,7 +832,7 @@ def test_a_sample_is_what_its_map_says(mapped, monkeypatch):
         assert mask.sum() == 38 and slice_[mask].min() >= slice_[~mask].max()
 
 
-def test_wrong_maps_stop_the_run(mapped):
+def test_wrong_maps_stop_the_run(mapped, world, monkeypatch):
     lines = [json.loads(line) for line in mapped.read_text().splitlines()]
     whole = (mapped.parent / lines[1]["maps"]).read_bytes()
     (mapped.parent / "half.npz").write_bytes(whole[:900])
@@ -848,6 +852,14 @@ def test_wrong_maps_stop_the_run(mapped):
     ):  # fmt: skip
         write_lines(mapped.parent / "bad.jsonl", [lines[0], lines[1] | change, *lines[2:]])
         assert reason in fails("--data bad.jsonl --mask tgm --out bad --no-resume", FEW, flags)
+    monkeypatch.setattr(tgmae, "load_clip", LOAD_CLIP)
+    own = "--data some.jsonl --mask tgm --out bad --no-resume --clip local-dir:clip"
+    shutil.copytree(world / "clip", "clip")
+    run(own, FEW)
+    file = "clip/open_clip_model.safetensors"
+    others = {name: value + 0.01 for name, value in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(others, file)
+    assert "--clip: local-dir:clip is not the CLIP of the text maps" in fails(own, FEW)
 
 
 def test_bad_videos_are_replaced_and_listed(workdir, manifest, clip_flags, capsys):
@@ -861,7 +873,10 @@ def test_bad_videos_are_replaced_and_listed(workdir, manifest, clip_flags, capsy
     assert broken.startswith("broken.mp4\t") and gone.startswith("gone.mp4\t")
     assert "gone.mp4: No such file" in gone
     assert sum(line["bad"] for line in log("run")) == 4  # two an epoch
-    assert "4 times a video could not be read" in capsys.readouterr().out
+    assert sum(line["short"] for line in log("run")) >= 2  # short.mp4, once an epoch or more
+    said = capsys.readouterr().out
+    assert "4 times a video could not be read" in said
+    assert "times a video had fewer frames than a clip spans" in said
     run(flags, "--out again", workers=2)
     assert_same_run("run", "again")
 
