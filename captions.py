@@ -214,10 +214,11 @@ def index_list(args, files, find):
     names = None
     if args.classes:
         text, files.where = args.classes.read_text(encoding="utf-8-sig"), str(args.classes)
-        names = dict(enumerate(line.strip() for line in text.rstrip().split("\n")))
-        numbered = all(re.match(r"\d+\s+\S", name) for name in names.values())
-        if numbered or "" in names.values() or len(set(names.values())) < len(names):
+        lines = [line.strip() for line in text.rstrip().split("\n")]
+        numbered = all(re.match(r"\d+\s+\S", line) for line in lines)
+        if numbered or "" in lines or len(set(lines)) < len(lines):
             raise UserError("must be names alone, each once, of the classes 0, 1, ..., a line each")
+        names = dict(enumerate(lines))
     lists = [files.folder]
     if not files.folder.is_file():
         shown = sorted(files.folder.glob("[!.]*"))
@@ -670,8 +671,9 @@ class Llm:
         )
         said = said[:, tokens["input_ids"].shape[1] :]  # what follows the prompt
         said = tokenizer.batch_decode(said, skip_special_tokens=True)
-        if "<think>" in "".join(said):
-            raise UserError(f"--model {args.model}: thinks aloud: another --model")
+        asked = tokenizer.decode(tokens["input_ids"][0]).strip()
+        if asked.endswith("<think>") or "think>" in "".join(said):
+            raise UserError(f"--model {args.model}: thinks before it answers: another --model")
         return said
 
     def __call__(self, keys, labels):

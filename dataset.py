@@ -556,7 +556,8 @@ def read_map(path, captions, clip=None, video=None, order=None, numbers=()) -> T
                 int(file["bytes"]) if "bytes" in file else 0,
             )
             made_of = file["captions"].tolist()
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            saved.frames[0]  # of one at least
+    except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: not a whole text map ({reason}); {again}") from error
     if made_of != [caption.rstrip("\0") for caption in captions]:  # as NumPy keeps texts
@@ -573,12 +574,12 @@ def read_map(path, captions, clip=None, video=None, order=None, numbers=()) -> T
             f"{path}: a text map from when the frames of its video were numbered in another order; "
             f"{again}"
         )
-    every = saved.frames.diff().max().item() if len(saved.frames) > 1 else math.inf
-    first, stop = saved.frames[0].item(), saved.frames[-1].item() + every
-    if not all(first <= number < stop for number in numbers):
+    every = saved.frames.diff().max() if len(saved.frames) > 1 else math.inf
+    first, last = saved.frames[0].item(), saved.frames[-1].item()
+    if not all(first - every < number < last + every for number in numbers):
         raise UserError(
-            f"{path}: a text map of frames {first} to {stop - 1} at most, for a clip of "
-            f"{min(numbers)} to {max(numbers)}: its start or end was another; {again}"
+            f"{path}: a text map of frames {first} to {last}, for a clip of {min(numbers)} to "
+            f"{max(numbers)}: its start or end was another; {again}"
         )
     if clip not in (None, saved.clip):
         raise UserError(
@@ -592,7 +593,8 @@ def _texts(value):
 
 
 VALUES = {  # of a record's known keys
-    "a text": ({"video", "split", "maps", "failed"}, lambda value: type(value) is str),
+    "a text": ({"video", "maps", "failed"}, lambda value: type(value) is str),
+    "a non-empty text": ({"split"}, lambda value: type(value) is str and value),
     "a text or a whole number": ({"label"}, lambda value: type(value) in (str, int)),
     "a whole number": ({"class_id"}, lambda value: type(value) is int),
     "a number, of seconds": ({"start", "end"}, lambda value: type(value) in (int, float)),
@@ -601,7 +603,7 @@ VALUES = {  # of a record's known keys
 
 
 def _present(record):
-    return {key: v for key, v in record.items() if v not in (None, "") and v == v}
+    return {key: value for key, value in record.items() if value is not None and value == value}
 
 
 class Manifest(Sequence):
@@ -628,7 +630,7 @@ class Manifest(Sequence):
 def read_manifest(path, split=None) -> Manifest:
     """Records of a manifest (JSON lines, one clip each) as dicts; with `split`, those of that split
     and those that name none. Adds `path` and `map_path`: `video` and `maps` with the manifest's
-    folder in front. A value that is null, NaN or "" is absent, as data frames write it.
+    folder in front. A value that is null or NaN is absent, as data frames write it.
 
     Raises UserError that names file and line for a line that is not such a record."""
     path, lines, end = Path(path), array.array("q"), 0
@@ -655,7 +657,9 @@ def read_manifest(path, split=None) -> Manifest:
                     )
         own = record.get("split", split)
         if split not in (None, own) and own.strip().lower() == split.lower():
-            raise UserError(f"{path}:{number}: split {own!r}: is {split!r} meant?")
+            raise UserError(
+                f"{path}:{number}: split {own!r}, asked for is {split!r}: one of the two"
+            )
         if split in (None, own):
             lines.extend((start, end))
     if not lines:

@@ -143,9 +143,7 @@ def load_model(source):
     own = saved["args"] = weights.flags_of(source)  # an export's, too
     if saved["assumed"]:
         runs.say(f"note    {source} does not say the size of its clips: {saved['assumed']} assumed")
-    if "optimizer" in saved and saved["epoch"] < own.get("epochs", 0):
-        ended = f"{saved['epoch']} of {own['epochs']} epochs"
-        runs.say(f"note    {source}: of a run that has not ended, {ended}")
+    runs.note_unended(source, saved)
     fine_tuned = "head.weight" in state
     model = Classifier(config, len(state["head.weight"])) if fine_tuned else tgmae.TGMAE(config)
     if "encoder.norm.weight" not in state:  # transformers' encoder with use_mean_pooling has none
@@ -158,7 +156,7 @@ def load_model(source):
         raise UserError(f"{source}: fine-tuned, but not on the mean over cubes: it has {has}")
     model.not_in_file = model.state_dict().keys() - state.keys()  # export leaves these out
     model.norm_pix_loss = saved["norm_pix_loss"]
-    model.has_decoder = "mask_token" in state and own.get("mae", True)  # --no-mae trains none
+    model.has_decoder = "mask_token" in state and (own.get("mae", True) or own.get("init"))
     return model.eval(), saved
 
 
@@ -225,40 +223,49 @@ def targets(records, classes, where):
     return target
 
 
-def trained_on(args):
-    """-> {what it is: records} of the split on which CHECKPOINT was trained, as its manifest is
-    now; {} if that is gone."""
-    own = weights.flags_of(args.checkpoint)
-    manifest = own.get("data") and runs.manifest_path(own["data"])
-    if not manifest or not manifest.exists():
+def seen_clips(checkpoint, own):
+    """-> {what it is: records} of the splits on which a run with the flags `own` was trained, and
+    which chose its best.pt, as they are now. Says so where they were others, or are gone."""
+    if "data" not in own or "split" not in own:
         return {}
-    split = own.get("split", args.split)
-    name = f"split {split} of {manifest}, on which {args.checkpoint} was trained"
-    records = dataset.read_manifest(manifest)
-    return {name: [record for record in records if record.get("split", split) == split]}
+    sides, manifest = {}, runs.manifest_path(own["data"])
+    try:
+        name = f"split {own['split']} of {manifest}, on which {checkpoint} was trained"
+        sides[name] = dataset.read_manifest(manifest, own["split"])
+        if "holdout" in own and own.get("val_split"):  # of finetune
+            name = f"split {own['val_split']} of {manifest}, which chose {checkpoint}"
+            sides[name] = dataset.read_manifest(manifest, own["val_split"])
+        if own.get("split_clips", now := runs.digest_of_split(manifest, own["split"])) != now:
+            runs.say(
+                f"note    {checkpoint}: split {own['split']!r} of {manifest} is not what it was "
+                "trained on: it may have seen test clips"
+            )
+    except UserError as error:
+        runs.say(f"note    test clips are not compared with those of {checkpoint}: {error}")
+    return sides
 
 
-def note_seen_clips(args, train, test):
-    """Says so if CHECKPOINT was trained on test clips, or may have been: where the manifest has
-    moved clips out of the split on which it was."""
-    if shared := dataset.shared_clips(trained_on(args) | {f"--test-split {args.test_split}": test}):
-        runs.say(f"note    {shared}")
-    own = weights.flags_of(args.checkpoint)
-    same = own.get("split") == args.split and runs.same_data(own["data"], args.data)
-    if same and len(train) < own.get("clips", 0):
-        runs.say(
-            f"note    {args.checkpoint} was trained on {own['clips']} clips of split {args.split!r}"
-            f", which has {len(train)} now: it may have seen the test clips"
-        )
+def look_for_seen_clips(args, test, refuse=False):
+    """Says so if CHECKPOINT, or one that its weights began with, was trained on test clips.
+    refuse: UserError if CHECKPOINT itself was."""
+    source, known = args.checkpoint, set()
+    while source and source not in known and (own := weights.flags_of(source)):
+        sides = seen_clips(source, own) | {f"--test-split {args.test_split}": test}
+        if refuse and not known:
+            dataset.refuse_shared_clips(args.data, sides)
+        elif shared := dataset.shared_clips(sides):
+            runs.say(f"note    {shared}")
+        known.add(source)
+        source = None if own.get("scratch") else own.get("init") or own.get("checkpoint")
 
 
 def splits_of(args, manifest):
     """-> records to train on (or to retrieve from), and to test on; names of the classes; class
     numbers of both."""
     train, test = (labelled(manifest, split) for split in (args.split, args.test_split))
-    note_seen_clips(args, train, test)
     sides = {f"--split {args.split}": train, f"--test-split {args.test_split}": test}
     dataset.refuse_shared_clips(manifest, sides)
+    look_for_seen_clips(args, test)
     classes = class_names(train)
     where = f"{manifest}, split {args.test_split!r}"
     return train, test, classes, targets(train, classes, args.split), targets(test, classes, where)
@@ -712,8 +719,9 @@ def fit(args, model, classes, train, val):
         )
     total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     settings = vars(args) | {"clips": len(data), "world": world, "classes": classes}
+    settings["split_clips"] = runs.digest_of_split(runs.manifest_path(args.data), args.split)
     settings["records"] = runs.digest_of_records(train, ("video", "start", "end", "label"))
-    settings["chosen_on"] = args.val_split  # else best.pt is the best by two measures
+    settings["best_chosen_on"] = args.val_split  # else it would be the best by two measures
     if not args.scratch:
         settings |= runs.digest_of_weights(args.checkpoint, goes_on=bool(saved))
     peak, least = args.lr * share.videos / 256, args.min_lr * share.videos / 256
@@ -750,7 +758,8 @@ def fit(args, model, classes, train, val):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             optimizer.zero_grad()
-            loss_sum, bad, short, names = zero, 0, 0, []
+            loss_sum, names = zero, []
+            bad, short = 0, 0
             for micro, batch in enumerate(batches):
                 # Drop path and mixing draw from here, so a run that goes on draws the same.
                 torch.manual_seed(runs.seed_of(args.seed, step, micro, rank, 2))
@@ -821,8 +830,7 @@ def without_training(args, manifest, test):
     model, saved = load_model(args.checkpoint)
     if not isinstance(model, Classifier):
         raise UserError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
-    test_side = {f"--test-split {args.test_split}": test}
-    dataset.refuse_shared_clips(manifest, trained_on(args) | test_side)
+    look_for_seen_clips(args, test, refuse=True)
     classes, named_by = saved.get("classes") or [], args.checkpoint
     if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # what transformers says for no name
         classes = class_names(labelled(manifest, args.split))
@@ -843,8 +851,6 @@ def train_classifier(args, manifest, test):
     """Fine-tunes CHECKPOINT -> {name: model} of what was kept, names of the classes, how many clips
     chose best.pt."""
     train = labelled(manifest, args.split)
-    if not args.scratch:
-        note_seen_clips(args, train, test)
     sides = {f"--split {args.split}": train}
     classes = class_names(train)
     runs.note_sides(args, classes)
@@ -856,6 +862,8 @@ def train_classifier(args, manifest, test):
     else:
         val, train = (train[sorted(part.tolist())] for part in hold_out(len(train), args))
     dataset.refuse_shared_clips(manifest, sides | {f"--test-split {args.test_split}": test})
+    if not args.scratch:
+        look_for_seen_clips(args, test)
     last, source = Path(args.out) / "last.pt", args.checkpoint
     if args.resume and last.exists() and not Path(source).exists():
         source = last  # gone, or at a hub: the run that goes on has its own weights
@@ -1096,7 +1104,11 @@ def panels_of(args, model, saved):
     scores = {way: score for way, score in scores.items() if score.shape[1:] == c.grid}
     if captions[0]:
         scores["tgm"] = like
-    about = {"mask": chosen, "ratio": ratios[chosen], "lowest": own.get("bottom_k", False)}
+    about = {
+        "mask": chosen if chosen in scores else "tube",
+        "ratio": ratios[chosen],
+        "lowest": own.get("bottom_k", False),
+    }
     about |= {"captions": captions if captions[0] else [], "title": what}
     about["layers"] = [f"{layer} of {c.depth}" for layer in layers]
     page = pictures.explore(frames, made, scores, attention, c, **about)
@@ -1379,9 +1391,13 @@ def late_defaults(args):
     folder = here.parent if here.suffix or here.is_file() else Path("runs") / here.name
     data, recipe = data_and_recipe(args)
     late = RECIPES[recipe] | {"data": data, "recipe": recipe, "out": str(folder / args.command)}
-    if args.command == "finetune" and args.epochs == 0 and not args.recipe:
-        own = weights.flags_of(args.checkpoint)  # tests it as it was tested after its training
-        late |= {name: own[name] for name in ("stride", "sampling", "views") if name in own}
+    own, names = weights.flags_of(args.checkpoint), ()
+    if own.get("data") and (not data or runs.same_data(data, own["data"])):
+        names = "stride", "flip"
+    if args.command == "finetune" and args.epochs == 0:  # tested as it was after its training
+        names = "stride", "sampling", "views"
+    if not args.recipe:
+        late |= {name: own[name] for name in names if name in own}
     if args.command == "finetune":
         scratch = "-scratch" if args.scratch else ""
         late["out"] = runs.name_run(f"{folder}/finetune-", data, scratch)

@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import dataset
 import tgmae
 import weights
 from dataset import UserError, VideoError
@@ -487,12 +488,19 @@ def note_sides(args, texts):
 
 
 def note_clip(args, tokenizer, texts):
-    """Says what a file of weights does not tell, and which texts CLIP does not read to the end."""
+    """Says what a file of weights does not tell, and that CLIP does not read a text to its end."""
     if os.path.isfile(args.clip_pretrained):
-        say(f"note    {args.clip_pretrained}: read as {args.clip}, with its activation and colours")
-    longer = (text for text in texts if len(text) > 150)  # 77 tokens are; tokenizing takes long
-    if cut := [text for text in longer if tokenizer([text])[0, -1]]:
-        say(f"note    {len(cut):,} captions are longer than CLIP reads, such as {min(cut)!r}")
+        say(f"note    {args.clip_pretrained}: assumed to have {args.clip}'s activation and colours")
+    longest = sorted(texts, key=len)[-1000:]
+    if cut := [t for t in longest if torch.equal(tokenizer([t]), tokenizer([f"{t} a"]))]:
+        say(f"note    some captions are longer than CLIP reads, such as {cut[-1]!r}")
+
+
+def note_unended(source, saved):
+    """Says so if a checkpoint, of which `saved` holds all but the weights, is of amid a run."""
+    epochs = saved.get("args", {}).get("epochs", 0)
+    if "optimizer" in saved and saved["epoch"] < epochs:
+        say(f"note    {source}: {saved['epoch']} of {epochs} epochs, of a run that has not ended")
 
 
 # ==== The run folder ==============================================================================
@@ -600,7 +608,8 @@ def load_last(args):
 # What the machine decides, anew each time; and all that a run may change when it goes on.
 OF_MACHINE = ("workers", "device", "out", "resume", "json", "world", "torch")
 MAY_CHANGE = (*OF_MACHINE, "amp", "compile", "grad_checkpointing", "save_minutes", "val_split",
-              "test_split", "views", "view_grid", "batch_size", "accum", "clip_given")  # fmt: skip
+              "test_split", "views", "view_grid", "batch_size", "accum", "clip_given",
+              "split_clips")  # fmt: skip
 # Flags that say where something is: compared by a digest of it, if the checkpoint has one.
 BY_CONTENT = {"data": "records", "init": "init_weights", "checkpoint": "init_weights",
               "clip": "clip_weights", "clip_pretrained": "clip_weights"}  # fmt: skip
@@ -626,6 +635,11 @@ def digest_of_records(records, keys):
     for record in records:
         digest.update(json.dumps([record.get(key) for key in keys]).encode())
     return digest.hexdigest()[:16]
+
+
+def digest_of_split(manifest, split):
+    """A digest of which clips are of a manifest's split."""
+    return digest_of_records(dataset.read_manifest(manifest, split), ("video", "start", "end"))
 
 
 def digest_of_weights(source, goes_on):

@@ -611,7 +611,9 @@ def compare(args, name):
         (root / f"{r.name}-seed{s}").exists() for r in rows.values() for s in range(args.seeds)
     )
     if there:
-        print(f"note    {there} runs are there, of the code and the torch of then: {root}")
+        print(
+            f"note    {there} runs in {root} are reused; other code, or torch, may have made them"
+        )
     gpu, cores = torch.cuda.is_available(), runs.usable_cores()
     jobs = args.jobs or (1 if gpu else cores)
     env = os.environ | ({} if gpu else {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
@@ -664,8 +666,9 @@ def parse_args(argv=None):
 def main(argv=None):
     with runs.one_line_errors("toy.py", "fewer --jobs"):
         args = parse_args(argv)
-        wanted = {"clips": args.clips, "seed": args.seed}
-        typed = {name: value for name, value in wanted.items() if value is not None}
+        typed = {
+            key: getattr(args, key) for key in ("clips", "seed") if getattr(args, key) is not None
+        }
         build(args.out, **typed)
         made = json.loads((args.out / "world.json").read_text())
         print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")

@@ -79,7 +79,7 @@ def add_flags(parser):
     flag("--temperature", 0.07, "of the contrastive loss", type=runs.positive)
     clips = "open_clip model, hf-hub:NAME or local-dir:FOLDER; if given, vt is at least watched"
     flag("--clip", None, f"{clips}; a toy world's own, else ViT-B-32-quickgelu")
-    flag("--clip-pretrained", "openai", "tag of open_clip, or a file of weights; as --clip")
+    flag("--clip-pretrained", "openai", "tag of open_clip, or a file of weights")
     flag("--maps", True, "use the text maps of --data; --no-maps: CLIP online", dest="use_maps")
     flag("--num-captions", 0, "captions to draw from, evenly spread; 0: all", type=runs.natural)
     flag("--init", None, "checkpoint to start from: ours, VideoMAE's, transformers'")
@@ -126,7 +126,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args, typed = runs.parse_like_run(parser, lambda: parser.parse_args(argv), args)
     args.clip_typed = bool({"clip", "clip_pretrained"} & typed)
-    args.clip_given = args.clip_given or args.clip_typed
+    args.clip_given = args.clip_given or "clip" in typed
     check_args(args)
     return args
 
@@ -164,8 +164,9 @@ class Clips(runs.TrainingClips):
         chosen = self.draw_captions(record, args.repeat, generator)
         text_map = None
         if self.text_from == "maps":
-            made_of = record["captions"], args.clip, record["path"], order, numbers
-            text_map = dataset.read_map(record["map_path"], *made_of)
+            text_map = dataset.read_map(
+                record["map_path"], record["captions"], args.clip, record["path"], order, numbers
+            )
         videos, masks = [], []
         for number in chosen:  # a clip of the same frames for each caption
             crop = dataset.multi_scale_crop(size, flip=args.flip, generator=generator)
@@ -274,7 +275,7 @@ def load_data(args):
         sides = {f"--split {args.split}": records, f"--val-split {args.val_split}": val}
         dataset.refuse_shared_clips(manifest, sides)
     # VT is watched where that costs no download that nobody asked for: on the toy world, or with
-    # --clip or --clip-pretrained.
+    # --clip.
     watched = runs.toy_world(args.data) or args.clip_given
     if not (args.mask == "tgm" or args.vt or watched):
         if not args.mae:
@@ -350,12 +351,12 @@ def clip_of_maps(args, manifest, record):
     wanted = dataset.clip_name(args.clip, args.clip_pretrained)
     if not args.clip_typed or args.clip == made_by:  # the latter in a run that goes on
         return made_by
-    same = made_by.startswith(wanted + " ")
-    here = map(os.path.exists, (args.clip.removeprefix("local-dir:"), args.clip_pretrained))
-    if same and any(here):  # two paths may end alike
-        clip, _ = weights.load_clip(args.clip, args.clip_pretrained, "cpu")
-        same = made_by == f"{wanted} {weights.digest(clip.state_dict(), torch.bfloat16)}"
-    if not same:
+    on_disk = os.path.isdir(args.clip.removeprefix("local-dir:"))
+    on_disk = on_disk or os.path.isfile(args.clip_pretrained)
+    if on_disk and made_by.startswith(f"{wanted} ") and runs.rank_and_world()[0] == 0:
+        clip, _ = weights.load_clip(args.clip, args.clip_pretrained, "cpu")  # paths may end alike
+        wanted = f"{wanted} {weights.digest(clip.state_dict(), torch.bfloat16)}"
+    if not f"{made_by} ".startswith(f"{wanted} "):
         raise UserError(
             f"--clip: {wanted} is not the CLIP of the text maps, {made_by}; python captions.py "
             f"maps {manifest} makes them again, with --force"
@@ -446,6 +447,7 @@ def load_weights(config, args):
     if there - ours:
         line += f"; left out: {', '.join(sorted(there - ours))}"
     runs.say(line)
+    runs.note_unended(args.init, rest)
     if rest["assumed"]:
         runs.say(
             f"note    {args.init} does not say the size of its clips: {rest['assumed']} assumed"
@@ -544,7 +546,8 @@ def train(args, share, saved, settings, model, clip, data, val):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            mae_sum, vt_sum, bad, no_motion, short, waited, names = zero, zero, 0, 0, 0, 0.0, []
+            mae_sum, vt_sum, waited, names = zero, zero, 0.0, []
+            bad, no_motion, short = 0, 0, 0
             for micro, batch in enumerate(batches, 1):
                 video, mask, text = prepare(batch, clip, args, c)
                 groups = batch["groups"].to(args.device)
@@ -572,7 +575,8 @@ def train(args, share, saved, settings, model, clip, data, val):
             broken = not (loss_finite and math.isfinite(norm))
             counts = zero.new_tensor([broken, runs.asked_to_stop(), bad, no_motion, short])
             sums = runs.sum_over_ranks(torch.cat([torch.stack([mae_sum, vt_sum]), counts]))
-            all_mae, all_vt, any_broken, any_stop, *all_counts = sums  # of all processes
+            all_mae, all_vt, any_broken, any_stop = sums[:4]  # of all processes
+            all_bad, all_no_motion, all_short = map(int, sums[4:])
             if any_broken:
                 runs.stop_not_finite(args, step + 1, names if world == 1 or not loss_finite else [])
             optimizer.step()
@@ -587,7 +591,7 @@ def train(args, share, saved, settings, model, clip, data, val):
             line |= {"lr": lr, "grad_norm": round(norm, 4)}
             line["clips_per_s"] = round(args.batch_size * share.accum * world / took, 2)
             line |= {"wait": round(waited / took, 3)}
-            line |= zip(("bad", "no_motion", "short"), map(int, all_counts))
+            line |= {"bad": all_bad, "no_motion": all_no_motion, "short": all_short}
             if rank == 0:
                 runs.append_log(out / "log.jsonl", line)
             bar.set_postfix({k: line[k] for k in ("mae", "vt", "wait") if k in line}, refresh=False)
@@ -746,6 +750,7 @@ def facts_of(args, records, text_from, clip, goes_on):
     if text_from:
         keys.append("captions")
     facts = {"clips": len(records), "text_from": text_from, "world": runs.rank_and_world()[1]}
+    facts["split_clips"] = runs.digest_of_split(runs.manifest_path(args.data), args.split)
     facts |= {"torch": str(torch.__version__), "records": runs.digest_of_records(records, keys)}
     if clip:
         facts["clip_weights"] = weights.digest(clip[0].state_dict(), torch.bfloat16)

@@ -42,6 +42,8 @@ def bf16_is_fast(device) -> bool:
 def load_clip(name, pretrained, device):
     """tgmae.load_clip for --clip and --clip-pretrained, its image tower in bf16 where that is fast.
     UserError that names the flags and the ways out."""
+    if name.startswith(("local-dir:", "hf-hub:")) and str(pretrained) != "openai":
+        raise UserError(f"--clip-pretrained {pretrained}: --clip {name} has weights of its own")
     try:
         clip, tokenizer = tgmae.load_clip(name, pretrained, device)
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -55,7 +57,6 @@ def load_clip(name, pretrained, device):
     return clip, tokenizer
 
 
-IMAGENET = [list(tgmae.IMAGENET_MEAN), list(tgmae.IMAGENET_STD)]
 PATCH_EMBED = "encoder.patch_embed.proj.weight"
 QKV = ("query", "key", "value")
 # (ours, transformers'), replaced wherever they stand, in this order. Older files of transformers
@@ -209,11 +210,14 @@ def _load_huggingface(source):
                 break
         else:
             raise OSError("no model.safetensors and no pytorch_model.bin")
-        if path := _find(source, "preprocessor_config.json"):
-            colours, mean, std = json.loads(path.read_text()), *IMAGENET
-            for key, own in (("image_mean", mean), ("image_std", std)):
-                if colours.get(key, own) != own:
-                    raise UserError(f"{source}: its {key} is {colours[key]}; ours is {own}")
+        if (path := path.with_name("preprocessor_config.json")).exists():
+            colours = json.loads(path.read_text())
+            for key, own in (
+                ("image_mean", tgmae.IMAGENET_MEAN),
+                ("image_std", tgmae.IMAGENET_STD),
+            ):
+                if tuple(colours.get(key) or own) != own:
+                    raise UserError(f"{source}: its {key} is {colours[key]}; ours is {list(own)}")
         saved, names = {"model": state, "transformers": config}, config.get("id2label", {})
         if "classifier.bias" in state:
             count = len(state["classifier.bias"])
@@ -225,7 +229,7 @@ def _load_huggingface(source):
             f"{first_line(error)}"
         ) from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{source}: its config.json or index is none of transformers'") from error
+        raise UserError(f"{source}: a .json of it is none of transformers'") from error
 
 
 SIZES = {  # of a Config: in transformers' config.json

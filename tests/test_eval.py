@@ -352,26 +352,37 @@ def test_mirrored_clips_of_sided_classes(checkpoint, clips, capsys):
 
 @pytest.mark.parametrize("command", ["linear", "retrieve", "finetune --epochs 1 --holdout 0"])
 def test_clips_that_were_pretrained_on(command, checkpoint, clips, capsys):
-    """They are test clips now."""
+    """They are test clips now: in its manifest, in another one, of a checkpoint before it."""
     clips(6, 4)
     saved = torch.load(checkpoint, weights_only=True)
-    for count in (10, 6):
-        args = {"mask": "tube", "data": "data.jsonl", "split": "train", "clips": count}
-        torch.save(saved | {"args": args}, "moved.pt")
-        name, *flags = command.split()
-        ev.main(words(f"{name} moved.pt --views 1x1 --stride 2 {' '.join(flags)} --batch-size 2"))
-        note = "moved.pt was trained on 10 clips of split 'train', which has 6 now: it may have"
-        assert (note in capsys.readouterr().out) == (count == 10)
-        if name == "finetune":
-            ev.main(words(f"{command} moved.pt --scratch --views 1x1 --stride 2 --batch-size 2"))
-            assert note not in capsys.readouterr().out
+    args = {"mask": "tube", "data": "data.jsonl", "split": "train", "epochs": 5}
+    flags = "--data {} --views 1x1 --stride 2 --batch-size 2".format
+
+    def said(name, data, **more):
+        torch.save(saved | {"args": args | more}, "old.pt")
+        torch.save(saved | {"args": {**args, "data": "third.jsonl", "init": "old.pt"}}, "new.pt")
+        again = "--no-resume" if "finetune" in command else ""
+        ev.main(words(f"{command} {name} {flags(data)} {again}"))
+        return capsys.readouterr().out
+
     text = Path("data.jsonl").read_text()
+    Path("third.jsonl").write_text(text)
+    digest = runs.digest_of_split("data.jsonl", "train")
+    others = "old.pt: split 'train' of data.jsonl is not what it was trained on: it may have seen"
+    assert "note    " not in said("old.pt", "data.jsonl", split_clips=digest)
+    assert others in said("old.pt", "data.jsonl", split_clips="another")
     other = text.replace('"train"', '"old"').replace('"test"', '"train"').replace('"old"', '"test"')
     Path("other.jsonl").write_text(other)
-    ev.main(words(f"{command} moved.pt --data other.jsonl --views 1x1 --stride 2 --batch-size 2"))
     note = "6 of 6 clips of --test-split test are on another side, too, such as /"
-    said = capsys.readouterr().out
-    assert note in said and "split train of data.jsonl, on which moved.pt was trained" in said
+    of_old = "split train of data.jsonl, on which old.pt was trained"
+    found = said("old.pt", "other.jsonl")
+    assert note in found and of_old in found
+    Path("third.jsonl").unlink()
+    found = said("new.pt", "other.jsonl")
+    assert "test clips are not compared with those of new.pt: third.jsonl: cannot be read" in found
+    assert note in found and of_old in found
+    if "finetune" in command:
+        assert of_old not in said("old.pt --scratch", "other.jsonl")
 
 
 def test_what_is_said_of_a_checkpoint(checkpoint, clips, capsys):
@@ -384,7 +395,7 @@ def test_what_is_said_of_a_checkpoint(checkpoint, clips, capsys):
         rows, said = run(
             capsys, f"show {name} --video {dataset.read_manifest('data.jsonl')[0]['path']}"
         )
-        assert ("of a run that has not ended, 3 of 5 epochs" in said) == ended
+        assert ("new.pt: 3 of 5 epochs, of a run that has not ended" in said) == ended
         assert ("reconstruction" in str(rows["rows"])) == drawn and "no trained decoder" in said
         _, said = run(capsys, f"retrieve {name} --views 1x1 --stride 2")
         assert ("labels, too, have made these features" in said) == labels
@@ -740,7 +751,7 @@ def test_finetune_of_other_weights_or_classes_is_another_run(checkpoint, clips, 
     command = f"finetune start.pt --data {data} {SHORT} --out chosen --val-split"
     Path(data).write_text(text.replace('"test"', '"a"', 1).replace('"test"', '"b"', 1))
     run(capsys, f"{command} a")
-    assert "another run (chosen_on a -> b)" in fails(f"{command} b")
+    assert "another run (best_chosen_on a -> b)" in fails(f"{command} b")
 
 
 def test_finetune_saves_before_it_is_validated(checkpoint, clips, capsys, monkeypatch):
@@ -937,6 +948,8 @@ SHARED = [
      "4 of 4 clips of --test-split test", "--val-split test"),
     ("finetune tuned.pt --epochs 0 --test-split train",
      "4 of 4 clips of --test-split train", "split train of data.jsonl, on which .*"),
+    ("finetune tuned.pt --epochs 0 --test-split val",
+     "1 of 1 clips of --test-split val", "split val of data.jsonl, which chose .*"),
     ("finetune tuned.pt --epochs 0 --data again.jsonl --recipe other",
      "3 of 7 clips of --test-split test", "split train of data.jsonl, on which .*"),
 ]  # fmt: skip
@@ -946,9 +959,12 @@ SHARED = [
 def test_test_clips_are_no_training_clips(command, clips_of, other, checkpoint, clips):
     clips(4, 4, dict.fromkeys(range(8), {"split": None}), name="none.jsonl")
     data = clips(4, 4)
+    with open(data, "a") as file:
+        file.write(json.dumps({"video": "/v.mp4", "label": CLASSES[0], "split": "val"}) + "\n")
     lines = open(data).read().replace('"train"', '"test"', 3)  # 3 of them train no more
     Path("again.jsonl").write_text(lines)
-    save_tuned("tuned.pt", classes=CLASSES, args={"data": "data.jsonl", "split": "train"})
+    args = {"data": "data.jsonl", "split": "train", "val_split": "val", "holdout": 0.1}
+    save_tuned("tuned.pt", classes=CLASSES, args=args)
     said = fails(command)
     assert re.search(f"{clips_of} are on another side, too, such as /.*, also of {other}[.]", said)
     assert 'Give each clip one "split"' in said
@@ -988,6 +1004,10 @@ def test_the_data_are_those_of_the_checkpoint(checkpoint, clips, folder, monkeyp
             args = ev.parse_args(f"{command} {flags}".split())
             assert (args.data, args.recipe) == (data, recipe), (command, flags)
             assert args.stride == ev.RECIPES[recipe]["stride"], (command, flags)
+            if command in ("linear", "show"):  # what it was trained with
+                torch.save(small | {"args": {"data": "data.jsonl", "stride": 3}}, "strided.pt")
+                assert ev.parse_args([command, "strided.pt"]).stride == 3
+                assert ev.parse_args([command, "strided.pt", "--recipe", "k400"]).stride == 4
         out = ev.parse_args(f"finetune {flags}".split()).out
         assert Path(out).name == f"finetune-{Path(data).stem}"
     assert all(call.kwargs["mmap"] for call in torch.load.call_args_list)  # reads no weights

@@ -212,6 +212,7 @@ def test_a_masker_of_ones_own_trains(workdir, manifest):
     the masker that uses text."""
     for name in "tgmae dataset weights runs pictures toy train eval".split():
         shutil.copy(ROOT / f"{name}.py", f"{name}.py")
+    shutil.copy(ROOT / "pictures.html", "pictures.html")
     (snippet,) = [text for text in SNIPPETS if "random_scores" in text]
     own = (
         "".join(re.findall(r"def \w+_scores.*?\n\n\n", snippet, re.S))
@@ -230,10 +231,9 @@ MASK_RATIOS |= {"blocks": 0.8, "still": 0.75, "sampled": 0.6}
         name, *lines = part.splitlines()
         texts = ["".join(f"{x[1:]}\n" for x in lines if x[0] != sign) for sign in "+-"]
         changes.append((name.split(",")[0], *texts))
-    of_text = 'args.mask == "tgm"', 'args.mask in ("tgm", "sampled")'
-    changes += [("train.py", f"{x} {of_text[0]}", f"{x} {of_text[1]}") for x in ("=", "elif")]
-    online, sampled = "        mask = tgmae.topk_mask(scores.cpu()", "tgmae.sampled_scores(scores)"
-    changes.append(("train.py", online, f"        scores = {sampled}\n{online}"))
+    of_text = 'elif args.mask == "tgm"', 'elif args.mask in ("tgm", "sampled")'
+    changes.append(("train.py", *of_text))
+    sampled = "tgmae.sampled_scores(scores, generator=generator)"
     from_map = "            masks.append("
     also = f"            scores = {sampled} if args.mask == 'sampled' else scores\n{from_map}"
     changes.append(("train.py", from_map, also))
@@ -251,10 +251,15 @@ MASK_RATIOS |= {"blocks": 0.8, "still": 0.75, "sampled": 0.6}
     few = "--epochs 1 --warmup-epochs 0 --batch-size 16 --workers 1 --vt"
     assert "random, highest" in call(f"train.py --mask random {few} --out run")
     assert len((workdir / "run/log.jsonl").read_text().splitlines()) == 4
+    call("eval.py show run/last.pt --html")
+    page = re.search(
+        r'id="data"[^>]*>(.*?)</script>', (workdir / "run/show.html").read_text(), re.S
+    )
+    data = json.loads(page[1])
+    assert data["mask"] in data["scores"]  # else the page could not begin
     shown = call("eval.py show run/last.pt --mask blocks --mask-ratio 0.5")
     for title in ("random mask 90%", "blocks mask 50%", "still mask 75%", "sampled mask 60%"):
         assert f"| {title} |" in shown
-    assert "CLIP online" in call(f"train.py --mask sampled {few} --out online")
     maps = f"maps {manifest(16)} --clip local-dir:data/toy/clip --image-size 64 --patch-size 8"
     captions.main(maps.split())
     assert "text maps" in call(

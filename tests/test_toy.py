@@ -147,7 +147,8 @@ def test_label_captions(manifest):
     ('{"video": "a", "captions": [""]}', "m.jsonl:2: captions"),
     ('{"video": "a", "captions": "x"}', "m.jsonl:2: captions"),
     ('{"video": "a", "start": "0.5"}', "m.jsonl:2: start must be a number"),
-    ('{"video": "a", "split": 1}', "m.jsonl:2: split must be a text"),
+    ('{"video": "a", "split": 1}', "m.jsonl:2: split must be a non-empty text"),
+    ('{"video": "a", "split": ""}', "m.jsonl:2: split must be a non-empty text"),
     ('{"video": "a", "label": 1.5}', "m.jsonl:2: label must be a text or a whole number"),
     ('{"video": "a", "maps": 3}', "m.jsonl:2: maps"),
 ])  # fmt: skip
@@ -270,9 +271,9 @@ def test_what_has_its_json_is_done(world, tmp_path, monkeypatch, capsys):
         return sorted((tmp_path / "calls").read_text().split())
 
     assert calls("ablate num-captions") == sorted(2 * stages)
-    assert "runs are there" not in capsys.readouterr().out
+    assert "are reused" not in capsys.readouterr().out
     assert calls("ablate num-captions") == []
-    assert "2 runs are there, of the code and the torch of then" in capsys.readouterr().out
+    assert "2 runs in" in capsys.readouterr().out
     (runs / "clips64-seed0-epochs0/tgm-mae-vt-frames-seed0/finetune.json").unlink()
     assert calls("ablate num-captions") == ["finetune"]
     assert calls("ablate bottom-k") == sorted(2 * stages)  # a row is there already
