@@ -156,7 +156,7 @@ def load_model(source):
         raise UserError(f"{source}: fine-tuned, but not on the mean over cubes: it has {has}")
     model.not_in_file = model.state_dict().keys() - state.keys()  # export leaves these out
     model.norm_pix_loss = saved["norm_pix_loss"]
-    model.has_decoder = "mask_token" in state and (own.get("mae", True) or own.get("init"))
+    model.has_decoder = "mask_token" in state and (own.get("mae", True) or bool(own.get("init")))
     return model.eval(), saved
 
 
@@ -235,7 +235,8 @@ def seen_clips(checkpoint, own):
         if "holdout" in own and own.get("val_split"):  # of finetune
             name = f"split {own['val_split']} of {manifest}, which chose {checkpoint}"
             sides[name] = dataset.read_manifest(manifest, own["val_split"])
-        if own.get("split_clips", now := runs.digest_of_split(manifest, own["split"])) != now:
+        now = runs.digest_of_split(manifest, own["split"])
+        if own.get("split_clips", now) != now:
             runs.say(
                 f"note    {checkpoint}: split {own['split']!r} of {manifest} is not what it was "
                 "trained on: it may have seen test clips"

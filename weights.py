@@ -42,7 +42,7 @@ def bf16_is_fast(device) -> bool:
 def load_clip(name, pretrained, device):
     """tgmae.load_clip for --clip and --clip-pretrained, its image tower in bf16 where that is fast.
     UserError that names the flags and the ways out."""
-    if name.startswith(("local-dir:", "hf-hub:")) and str(pretrained) != "openai":
+    if name.startswith(("local-dir:", "hf-hub:")) and pretrained not in (None, "openai"):
         raise UserError(f"--clip-pretrained {pretrained}: --clip {name} has weights of its own")
     try:
         clip, tokenizer = tgmae.load_clip(name, pretrained, device)
@@ -229,7 +229,7 @@ def _load_huggingface(source):
             f"{first_line(error)}"
         ) from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{source}: a .json of it is none of transformers'") from error
+        raise UserError(f"{source}: its config.json or index is none of transformers'") from error
 
 
 SIZES = {  # of a Config: in transformers' config.json
