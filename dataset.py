@@ -556,8 +556,9 @@ def read_map(path, captions, clip=None, video=None, order=None, numbers=()) -> T
                 int(file["bytes"]) if "bytes" in file else 0,
             )
             made_of = file["captions"].tolist()
-            saved.frames[0]  # of one at least
-    except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
+            if not len(saved.frames):
+                raise ValueError("no frames")
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: not a whole text map ({reason}); {again}") from error
     if made_of != [caption.rstrip("\0") for caption in captions]:  # as NumPy keeps texts
@@ -574,6 +575,7 @@ def read_map(path, captions, clip=None, video=None, order=None, numbers=()) -> T
             f"{path}: a text map from when the frames of its video were numbered in another order; "
             f"{again}"
         )
+    # Each is less than `every` from a mapped frame; of a map of one frame nothing is known.
     every = saved.frames.diff().max() if len(saved.frames) > 1 else math.inf
     first, last = saved.frames[0].item(), saved.frames[-1].item()
     if not all(first - every < number < last + every for number in numbers):
@@ -657,9 +659,7 @@ def read_manifest(path, split=None) -> Manifest:
                     )
         own = record.get("split", split)
         if split not in (None, own) and own.strip().lower() == split.lower():
-            raise UserError(
-                f"{path}:{number}: split {own!r}, asked for is {split!r}: one of the two"
-            )
+            raise UserError(f"{path}:{number}: split {own!r} is spelled unlike {split!r}")
         if split in (None, own):
             lines.extend((start, end))
     if not lines:

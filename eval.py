@@ -136,14 +136,15 @@ def tokens_of(model, video, layer=None):
     return encoder.blocks[:layer](x + encoder.pos_embed.to(x.dtype))
 
 
-def load_model(source):
-    """-> model in eval mode, what else the checkpoint holds. UserError if it cannot be
-    loaded, or is a classifier of another kind."""
+def load_model(source, goes_on=False):
+    """-> model in eval mode, what else the checkpoint holds. goes_on: its run does. UserError if it
+    cannot be loaded, or is a classifier of another kind."""
     config, state, saved = weights.load_checkpoint(source)
     own = saved["args"] = weights.flags_of(source)  # an export's, too
     if saved["assumed"]:
         runs.say(f"note    {source} does not say the size of its clips: {saved['assumed']} assumed")
-    runs.note_unended(source, saved)
+    if not goes_on:
+        runs.note_unended(source, saved)
     fine_tuned = "head.weight" in state
     model = Classifier(config, len(state["head.weight"])) if fine_tuned else tgmae.TGMAE(config)
     if "encoder.norm.weight" not in state:  # transformers' encoder with use_mean_pooling has none
@@ -156,7 +157,7 @@ def load_model(source):
         raise UserError(f"{source}: fine-tuned, but not on the mean over cubes: it has {has}")
     model.not_in_file = model.state_dict().keys() - state.keys()  # export leaves these out
     model.norm_pix_loss = saved["norm_pix_loss"]
-    model.has_decoder = "mask_token" in state and (own.get("mae", True) or bool(own.get("init")))
+    model.has_decoder = "mask_token" in state and own.get("mae", True)
     return model.eval(), saved
 
 
@@ -223,41 +224,47 @@ def targets(records, classes, where):
     return target
 
 
-def seen_clips(checkpoint, own):
-    """-> {what it is: records} of the splits on which a run with the flags `own` was trained, and
-    which chose its best.pt, as they are now. Says so where they were others, or are gone."""
-    if "data" not in own or "split" not in own:
-        return {}
-    sides, manifest = {}, runs.manifest_path(own["data"])
-    try:
-        name = f"split {own['split']} of {manifest}, on which {checkpoint} was trained"
-        sides[name] = dataset.read_manifest(manifest, own["split"])
-        if "holdout" in own and own.get("val_split"):  # of finetune
-            name = f"split {own['val_split']} of {manifest}, which chose {checkpoint}"
-            sides[name] = dataset.read_manifest(manifest, own["val_split"])
-        now = runs.digest_of_split(manifest, own["split"])
-        if own.get("split_clips", now) != now:
+def ancestors(checkpoint):
+    """Yields (checkpoint, flags of its run), then those of the checkpoint that this run began with,
+    and so on, as far as they are there."""
+    known = set()
+    while checkpoint not in known and (own := weights.flags_of(checkpoint)):
+        yield checkpoint, own
+        known.add(checkpoint)
+        if own.get("scratch") or not (own.get("init") or own.get("checkpoint")):
+            return
+        checkpoint = own.get("init") or own.get("checkpoint")
+
+
+def look_for_seen_clips(args, manifest, test, refuse=False):
+    """Says so if CHECKPOINT, or an ancestor, was trained on test clips, as its manifest is now, or
+    chose its best epoch by them. refuse: UserError if CHECKPOINT itself was trained on them."""
+    test_side, looked_at = {f"--test-split {args.test_split}": test}, set()
+    for checkpoint, own in ancestors(args.checkpoint):
+        split, chooses = own.get("split"), own.get("val_split") if "holdout" in own else None
+        facts = own.get("data"), split, chooses, own.get("split_clips")
+        if not own.get("data") or facts in looked_at:
+            continue
+        looked_at.add(facts)
+        data = runs.manifest_path(own["data"])
+        try:
+            train = dataset.read_manifest(data, split)
+            chose = dataset.read_manifest(data, chooses) if chooses else []
+        except UserError as error:
+            runs.say(f"note    test clips are not compared with those of {checkpoint}: {error}")
+            continue
+        trained = {f"split {split} of {data}, on which {checkpoint} was trained": train}
+        chosen = {f"split {chooses} of {data}, by which its run chose best.pt": chose}
+        if refuse and checkpoint == args.checkpoint:
+            dataset.refuse_shared_clips(manifest, trained | test_side)
+        for side in (trained, chosen):
+            if shared := dataset.shared_clips(side | test_side):
+                runs.say(f"note    {shared}")
+        if own.get("split_clips") not in (None, runs.digest_of_clips(train)):
             runs.say(
-                f"note    {checkpoint}: split {own['split']!r} of {manifest} is not what it was "
-                "trained on: it may have seen test clips"
+                f"note    split {split!r} of {data} has changed since {checkpoint} was trained on "
+                "it: it may have seen test clips"
             )
-    except UserError as error:
-        runs.say(f"note    test clips are not compared with those of {checkpoint}: {error}")
-    return sides
-
-
-def look_for_seen_clips(args, test, refuse=False):
-    """Says so if CHECKPOINT, or one that its weights began with, was trained on test clips.
-    refuse: UserError if CHECKPOINT itself was."""
-    source, known = args.checkpoint, set()
-    while source and source not in known and (own := weights.flags_of(source)):
-        sides = seen_clips(source, own) | {f"--test-split {args.test_split}": test}
-        if refuse and not known:
-            dataset.refuse_shared_clips(args.data, sides)
-        elif shared := dataset.shared_clips(sides):
-            runs.say(f"note    {shared}")
-        known.add(source)
-        source = None if own.get("scratch") else own.get("init") or own.get("checkpoint")
 
 
 def splits_of(args, manifest):
@@ -266,7 +273,7 @@ def splits_of(args, manifest):
     train, test = (labelled(manifest, split) for split in (args.split, args.test_split))
     sides = {f"--split {args.split}": train, f"--test-split {args.test_split}": test}
     dataset.refuse_shared_clips(manifest, sides)
-    look_for_seen_clips(args, test)
+    look_for_seen_clips(args, manifest, test)
     classes = class_names(train)
     where = f"{manifest}, split {args.test_split!r}"
     return train, test, classes, targets(train, classes, args.split), targets(test, classes, where)
@@ -720,9 +727,10 @@ def fit(args, model, classes, train, val):
         )
     total, warmup = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     settings = vars(args) | {"clips": len(data), "world": world, "classes": classes}
-    settings["split_clips"] = runs.digest_of_split(runs.manifest_path(args.data), args.split)
+    whole = dataset.read_manifest(runs.manifest_path(args.data), args.split)  # held-out ones, too
+    settings["split_clips"] = runs.digest_of_clips(whole)
     settings["records"] = runs.digest_of_records(train, ("video", "start", "end", "label"))
-    settings["best_chosen_on"] = args.val_split  # else it would be the best by two measures
+    settings["best_chosen_on"] = args.val_split  # a run that goes on chooses by the same
     if not args.scratch:
         settings |= runs.digest_of_weights(args.checkpoint, goes_on=bool(saved))
     peak, least = args.lr * share.videos / 256, args.min_lr * share.videos / 256
@@ -831,7 +839,7 @@ def without_training(args, manifest, test):
     model, saved = load_model(args.checkpoint)
     if not isinstance(model, Classifier):
         raise UserError(f"--epochs 0: {args.checkpoint} is not fine-tuned, it has no head to test")
-    look_for_seen_clips(args, test, refuse=True)
+    look_for_seen_clips(args, manifest, test, refuse=True)
     classes, named_by = saved.get("classes") or [], args.checkpoint
     if classes == [f"LABEL_{i}" for i in range(len(classes))]:  # what transformers says for no name
         classes = class_names(labelled(manifest, args.split))
@@ -864,11 +872,11 @@ def train_classifier(args, manifest, test):
         val, train = (train[sorted(part.tolist())] for part in hold_out(len(train), args))
     dataset.refuse_shared_clips(manifest, sides | {f"--test-split {args.test_split}": test})
     if not args.scratch:
-        look_for_seen_clips(args, test)
+        look_for_seen_clips(args, manifest, test)
     last, source = Path(args.out) / "last.pt", args.checkpoint
     if args.resume and last.exists() and not Path(source).exists():
         source = last  # gone, or at a hub: the run that goes on has its own weights
-    start, _ = load_model(source)
+    start, _ = load_model(source, goes_on=source == last)
     if isinstance(start, Classifier) and source != last and not args.scratch:
         runs.say(
             f"note    {args.checkpoint} is fine-tuned: its encoder is taken, a new head begins"
@@ -1095,7 +1103,9 @@ def panels_of(args, model, saved):
         panels.append(("as predicted", made["predicted"]))
         panels.append(("reconstruction", made["reconstructed"]))
     else:
-        runs.say(f"note    {args.checkpoint} has no trained decoder: no reconstruction")
+        runs.say(
+            f"note    {args.checkpoint} has no decoder, or an untrained one: no reconstruction"
+        )
     colours = pictures.principal_components(tokens_of(model, video)[0], c)
     panels.append(("tokens, 3 components", colours))
     layers, attention = attention_of(args, model, video)
@@ -1105,11 +1115,8 @@ def panels_of(args, model, saved):
     scores = {way: score for way, score in scores.items() if score.shape[1:] == c.grid}
     if captions[0]:
         scores["tgm"] = like
-    about = {
-        "mask": chosen if chosen in scores else "tube",
-        "ratio": ratios[chosen],
-        "lowest": own.get("bottom_k", False),
-    }
+    shown = chosen if chosen in scores else "tube"
+    about = {"mask": shown, "ratio": ratios[shown], "lowest": own.get("bottom_k", False)}
     about |= {"captions": captions if captions[0] else [], "title": what}
     about["layers"] = [f"{layer} of {c.depth}" for layer in layers]
     page = pictures.explore(frames, made, scores, attention, c, **about)
@@ -1233,7 +1240,7 @@ def data_flags(flag, train_split=True, test_split=True):
         flag("--split", "train", "split of the manifest to train on, or to retrieve from")
     if test_split:
         by_recipe(flag, "test_split", "split of the manifest to test on")
-    strides = "frames from one frame of a clip to the next"
+    strides = "frames from one frame of a clip to the next; on CHECKPOINT's data its own"
     by_recipe(flag, "stride", strides, type=runs.positive_int)
     ways = "dense: every stride-th frame; tsn: one of each of num_frames parts"
     by_recipe(flag, "sampling", ways, choices=("dense", "tsn"))
@@ -1269,7 +1276,9 @@ def finetune_flags(flag):
     by_recipe(flag, "randaug", bins, type=runs.randaug_bin)
     by_recipe(flag, "crop_scale", "least area of a crop, share of the frame", type=runs.fraction)
     by_recipe(flag, "erasing", "chance to erase a box of a clip", type=runs.fraction)
-    by_recipe(flag, "flip", "mirror half the clips", action=runs.YES_NO)
+    by_recipe(
+        flag, "flip", "mirror half the clips; on CHECKPOINT's data its own", action=runs.YES_NO
+    )
     by_recipe(flag, "repeat", "augmented clips from each decoded video", type=runs.positive_int)
     chooses = "share of the training clips that chooses best.pt; 0: no best.pt"
     by_recipe(flag, "holdout", chooses, type=runs.fraction)
@@ -1393,12 +1402,13 @@ def late_defaults(args):
     data, recipe = data_and_recipe(args)
     late = RECIPES[recipe] | {"data": data, "recipe": recipe, "out": str(folder / args.command)}
     own, names = weights.flags_of(args.checkpoint), ()
-    if own.get("data") and (not data or runs.same_data(data, own["data"])):
-        names = "stride", "flip"
-    if args.command == "finetune" and args.epochs == 0:  # tested as it was after its training
+    if args.recipe:
+        pass  # its defaults
+    elif args.command == "finetune" and args.epochs == 0:  # tested as it was after its training
         names = "stride", "sampling", "views"
-    if not args.recipe:
-        late |= {name: own[name] for name in names if name in own}
+    elif own.get("data") and (not data or runs.same_data(data, own["data"])):
+        names = "stride", "flip"
+    late |= {name: own[name] for name in names if name in own}
     if args.command == "finetune":
         scratch = "-scratch" if args.scratch else ""
         late["out"] = runs.name_run(f"{folder}/finetune-", data, scratch)

@@ -37,7 +37,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import dataset
 import tgmae
 import weights
 from dataset import UserError, VideoError
@@ -488,16 +487,17 @@ def note_sides(args, texts):
 
 
 def note_clip(args, tokenizer, texts):
-    """Says what a file of weights does not tell, and that CLIP does not read a text to its end."""
+    """Says what is assumed of a file of weights, and if CLIP cuts captions."""
     if os.path.isfile(args.clip_pretrained):
         say(f"note    {args.clip_pretrained}: assumed to have {args.clip}'s activation and colours")
+    # The longest alone, since this takes long. If a text is cut, another word changes nothing.
     longest = sorted(texts, key=len)[-1000:]
     if cut := [t for t in longest if torch.equal(tokenizer([t]), tokenizer([f"{t} a"]))]:
         say(f"note    some captions are longer than CLIP reads, such as {cut[-1]!r}")
 
 
 def note_unended(source, saved):
-    """Says so if a checkpoint, of which `saved` holds all but the weights, is of amid a run."""
+    """Says so if the run that made a checkpoint has not ended. saved: all of it but the weights."""
     epochs = saved.get("args", {}).get("epochs", 0)
     if "optimizer" in saved and saved["epoch"] < epochs:
         say(f"note    {source}: {saved['epoch']} of {epochs} epochs, of a run that has not ended")
@@ -637,9 +637,10 @@ def digest_of_records(records, keys):
     return digest.hexdigest()[:16]
 
 
-def digest_of_split(manifest, split):
-    """A digest of which clips are of a manifest's split."""
-    return digest_of_records(dataset.read_manifest(manifest, split), ("video", "start", "end"))
+def digest_of_clips(records):
+    """A digest of which clips they are, in whatever order."""
+    clips = ([record.get(key) for key in ("video", "start", "end")] for record in records)
+    return hashlib.sha256("".join(sorted(map(json.dumps, clips))).encode()).hexdigest()[:16]
 
 
 def digest_of_weights(source, goes_on):

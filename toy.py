@@ -666,9 +666,8 @@ def parse_args(argv=None):
 def main(argv=None):
     with runs.one_line_errors("toy.py", "fewer --jobs"):
         args = parse_args(argv)
-        typed = {
-            key: getattr(args, key) for key in ("clips", "seed") if getattr(args, key) is not None
-        }
+        wanted = {"clips": args.clips, "seed": args.seed}
+        typed = {name: value for name, value in wanted.items() if value is not None}
         build(args.out, **typed)
         made = json.loads((args.out / "world.json").read_text())
         print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")

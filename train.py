@@ -280,6 +280,8 @@ def load_data(args):
     if not (args.mask == "tgm" or args.vt or watched):
         if not args.mae:
             raise UserError("--no-mae without --vt leaves nothing to learn, unless VT is watched")
+        if args.clip_typed:
+            raise UserError("--clip-pretrained: needs --mask tgm, --vt or --clip")
         return records, val, None
     records = without_failed(manifest, records)
     val = val and without_failed(manifest, val)
@@ -351,12 +353,11 @@ def clip_of_maps(args, manifest, record):
     wanted = dataset.clip_name(args.clip, args.clip_pretrained)
     if not args.clip_typed or args.clip == made_by:  # the latter in a run that goes on
         return made_by
-    on_disk = os.path.isdir(args.clip.removeprefix("local-dir:"))
-    on_disk = on_disk or os.path.isfile(args.clip_pretrained)
-    if on_disk and made_by.startswith(f"{wanted} ") and runs.rank_and_world()[0] == 0:
-        clip, _ = weights.load_clip(args.clip, args.clip_pretrained, "cpu")  # paths may end alike
+    folder = args.clip.removeprefix("local-dir:")
+    if os.path.isdir(folder) or os.path.isfile(args.clip_pretrained):  # two paths may end alike
+        clip, _ = weights.load_clip(args.clip, args.clip_pretrained, "cpu")
         wanted = f"{wanted} {weights.digest(clip.state_dict(), torch.bfloat16)}"
-    if not f"{made_by} ".startswith(f"{wanted} "):
+    if wanted not in (made_by, made_by.rsplit(" ", 1)[0]):
         raise UserError(
             f"--clip: {wanted} is not the CLIP of the text maps, {made_by}; python captions.py "
             f"maps {manifest} makes them again, with --force"
@@ -546,8 +547,9 @@ def train(args, share, saved, settings, model, clip, data, val):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            mae_sum, vt_sum, waited, names = zero, zero, 0.0, []
-            bad, no_motion, short = 0, 0, 0
+            mae_sum = vt_sum = zero
+            bad = no_motion = short = 0
+            waited, names = 0.0, []
             for micro, batch in enumerate(batches, 1):
                 video, mask, text = prepare(batch, clip, args, c)
                 groups = batch["groups"].to(args.device)
@@ -750,7 +752,8 @@ def facts_of(args, records, text_from, clip, goes_on):
     if text_from:
         keys.append("captions")
     facts = {"clips": len(records), "text_from": text_from, "world": runs.rank_and_world()[1]}
-    facts["split_clips"] = runs.digest_of_split(runs.manifest_path(args.data), args.split)
+    whole = dataset.read_manifest(runs.manifest_path(args.data), args.split)  # failed ones, too
+    facts["split_clips"] = runs.digest_of_clips(whole)
     facts |= {"torch": str(torch.__version__), "records": runs.digest_of_records(records, keys)}
     if clip:
         facts["clip_weights"] = weights.digest(clip[0].state_dict(), torch.bfloat16)

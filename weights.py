@@ -43,7 +43,10 @@ def load_clip(name, pretrained, device):
     """tgmae.load_clip for --clip and --clip-pretrained, its image tower in bf16 where that is fast.
     UserError that names the flags and the ways out."""
     if name.startswith(("local-dir:", "hf-hub:")) and pretrained not in (None, "openai"):
-        raise UserError(f"--clip-pretrained {pretrained}: --clip {name} has weights of its own")
+        raise UserError(
+            f"--clip-pretrained {pretrained}: --clip {name} has weights of its own; leave it out, "
+            "or say openai, the default"
+        )
     try:
         clip, tokenizer = tgmae.load_clip(name, pretrained, device)
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -210,7 +213,7 @@ def _load_huggingface(source):
                 break
         else:
             raise OSError("no model.safetensors and no pytorch_model.bin")
-        if (path := path.with_name("preprocessor_config.json")).exists():
+        if path := _find(source, "preprocessor_config.json"):
             colours = json.loads(path.read_text())
             for key, own in (
                 ("image_mean", tgmae.IMAGENET_MEAN),
@@ -229,7 +232,7 @@ def _load_huggingface(source):
             f"{first_line(error)}"
         ) from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{source}: its config.json or index is none of transformers'") from error
+        raise UserError(f"{source}: one of its .json files is none of transformers'") from error
 
 
 SIZES = {  # of a Config: in transformers' config.json

@@ -1,5 +1,6 @@
 """captions.py: annotation files, captions from tiny models of the real classes, maps, and kills."""
 
+import argparse
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from test_ranks import torchrun
 
 import captions
 import dataset
+import runs
 import tgmae
 import toy
 import train
@@ -731,6 +733,9 @@ def test_captions_that_clip_cuts(world, manifest, capsys):
     captions.write_manifest(data, [one, two])
     run(*map_command(world))
     assert "longer than CLIP" not in capsys.readouterr().out
+    args = argparse.Namespace(clip="ViT-B-32", clip_pretrained=data)
+    runs.note_clip(args, tgmae.load_clip(f"local-dir:{world / 'clip'}")[1], [])
+    assert "some.jsonl: assumed to have ViT-B-32's activation" in capsys.readouterr().out
 
 
 def test_maps_of_bad_videos(world, manifest, capsys):

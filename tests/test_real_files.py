@@ -740,7 +740,7 @@ def test_a_split_that_is_almost_the_wanted_one(tmp_path, name):
     lines = [{"video": "a.mp4", "split": "train"}, {"video": "b.mp4", "split": name}]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert len(dataset.read_manifest(tmp_path / "m.jsonl")) == 2
-    with pytest.raises(ValueError, match=f"m.jsonl:2: split '{name}', asked for is 'train'"):
+    with pytest.raises(ValueError, match=f"m.jsonl:2: split '{name}' is spelled unlike 'train'"):
         dataset.read_manifest(tmp_path / "m.jsonl", "train")
 
 

@@ -200,7 +200,7 @@ def test_folders_and_hub_names_of_transformers(config, tmp_path, monkeypatch):
     refused(whole, "model.safetensors: cannot be loaded")
     for text, why in (
         ('{"model_type": "bert"}', "a bert, not a VideoMAE"),
-        ("{", "its config.json or index is none of transformers'"),
+        ("{", "one of its .json files is none of transformers'"),
     ):
         (whole / "config.json").write_text(text)
         refused(whole, why)
