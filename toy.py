@@ -611,9 +611,10 @@ def compare(args, name):
         (root / f"{r.name}-seed{s}").exists() for r in rows.values() for s in range(args.seeds)
     )
     if there:
-        print(
+        note = (
             f"note    {there} runs in {root} are reused; other code, or torch, may have made them"
         )
+        print(note, file=sys.stderr)
     gpu, cores = torch.cuda.is_available(), runs.usable_cores()
     jobs = args.jobs or (1 if gpu else cores)
     env = os.environ | ({} if gpu else {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
@@ -670,7 +671,8 @@ def main(argv=None):
         typed = {name: value for name, value in wanted.items() if value is not None}
         build(args.out, **typed)
         made = json.loads((args.out / "world.json").read_text())
-        print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")
+        if args.command == "build":
+            print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")
         if made != made | typed:
             ways = "another --out, or remove it, for another world"
             raise UserError(f"{args.out}: is there already; {ways}")

@@ -271,9 +271,9 @@ def test_what_has_its_json_is_done(world, tmp_path, monkeypatch, capsys):
         return sorted((tmp_path / "calls").read_text().split())
 
     assert calls("ablate num-captions") == sorted(2 * stages)
-    assert "are reused" not in capsys.readouterr().out
+    assert "are reused" not in capsys.readouterr().err
     assert calls("ablate num-captions") == []
-    assert "2 runs in" in capsys.readouterr().out
+    assert "2 runs in" in capsys.readouterr().err
     (runs / "clips64-seed0-epochs0/tgm-mae-vt-frames-seed0/finetune.json").unlink()
     assert calls("ablate num-captions") == ["finetune"]
     assert calls("ablate bottom-k") == sorted(2 * stages)  # a row is there already
