@@ -488,6 +488,8 @@ def test_optimizer_and_schedule(workdir, manifest):
     cosine = [last + (peak - last) * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
     rates = [line["lr"] for line in log("run")]
     assert rates == pytest.approx([0, peak / 3, 2 * peak / 3, peak, *cosine])
+    low = [runs.learning_rate(step, 2, 8, 1e-6, 1e-5, first=1e-5) for step in range(8)]
+    assert low == pytest.approx([1e-6] * 8)  # never above the peak
 
 
 def test_resume_is_exact(workdir, manifest, clip_flags, monkeypatch):
@@ -916,6 +918,8 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags):
         (few + "--val-split train", shared.replace("dev", "train")),
         (few + "--mask-ratio 0.001", "--mask-ratio 0.001: masks 0 of 64"),
         (few + "--no-mae", "--no-mae without --vt leaves nothing to learn, unless VT is watched"),
+        (few + "--clip-pretrained a", "--clip-pretrained: needs --mask tgm, --vt or --clip"),
+        (few + f"{clip_flags} --clip-pretrained a", "--clip-pretrained a: --clip local-dir:"),
         (data + "--batch-size 3 --repeat 2", "--batch-size 3 is not divisible by --repeat 2"),
         (few + "--batch-size 16", "8 clips of split 'train' are fewer than a step takes"),
         (few + f"--batch-size 1 --vt {clip_flags}", "--vt with a global batch of 1"),
