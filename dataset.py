@@ -538,11 +538,11 @@ class TextMap(NamedTuple):
     bytes: int  # of the video's file; 0 in maps of before 2026-11-27
 
 
-def read_map(path, captions, clip=None, video=None, order=None, numbers=()) -> TextMap:
+def read_map(path, captions, clip=None, order=None, video=None, numbers=()) -> TextMap:
     """Reads a text map (.npz without pickles). Raises UserError if it is broken, was made of other
-    captions, or (where these are given) by another CLIP, of another file than `video`, of one whose
-    frames were numbered in another order (Video.index.order) then, or of a piece of it in which not
-    all `numbers` lie."""
+    captions, or (where these are given) by another CLIP, of a video whose frames were numbered in
+    another order (Video.index.order) then, of another file than `video`, or of a piece of it in
+    which not all `numbers` lie."""
     again = "python captions.py maps makes it anew"
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -162,15 +162,15 @@ def load_model(source, goes_on=False):
 
 
 def encoders(args):
-    """Yields (name, model, what else the checkpoint holds): CHECKPOINT, and with --random also a
-    model of the same sizes with weights as they are before training."""
-    model, saved = load_model(args.checkpoint)
+    """Yields (name, model): CHECKPOINT, and with --random also a model of the same sizes with
+    weights as they are before training."""
+    model, _ = load_model(args.checkpoint)
     if isinstance(model, Classifier):
         runs.say(f"note    {args.checkpoint} is fine-tuned: labels, too, have made these features")
-    yield args.checkpoint, model.to(args.device), saved
+    yield args.checkpoint, model.to(args.device)
     if args.random:
         torch.manual_seed(args.seed)
-        yield "random weights, same sizes", tgmae.TGMAE(model.config).eval().to(args.device), saved
+        yield "random weights, same sizes", tgmae.TGMAE(model.config).eval().to(args.device)
 
 
 # ==== Clips and their labels ======================================================================
@@ -508,7 +508,7 @@ def linear(args):
     """Train a linear classifier on frozen features, then test it (4.2)."""
     train, test, classes, train_target, test_target = splits_of(args, manifest_of(args.data))
     rows, chosen, rates = [], {}, []
-    for name, model, _ in encoders(args):
+    for name, model in encoders(args):
         features, c = functools.partial(pooled, model), model.config
         seen = compute_clips(args.split, train, args, c, args.train_view_grid, features, by=name)
         tested = compute_clips(args.test_split, test, args, c, args.view_grid, features, by=name)
@@ -561,7 +561,7 @@ def retrieve(args):
     gallery, query, _, gallery_target, query_target = splits_of(args, manifest_of(args.data))
     rows, clips = [], {}
     what = {"retrieval": "clip -> a training clip of its class"}
-    for name, model, _ in encoders(args):
+    for name, model in encoders(args):
         features, c = functools.partial(pooled, model), model.config
         tested = compute_clips(args.test_split, query, args, c, args.view_grid, features, by=name)
         seen = compute_clips(args.split, gallery, args, c, args.view_grid, features, by=name)
@@ -1402,13 +1402,12 @@ def late_defaults(args):
     data, recipe = data_and_recipe(args)
     late = RECIPES[recipe] | {"data": data, "recipe": recipe, "out": str(folder / args.command)}
     own, names = weights.flags_of(args.checkpoint), ()
-    if args.recipe:
-        pass  # its defaults
-    elif args.command == "finetune" and args.epochs == 0:  # tested as it was after its training
+    if args.command == "finetune" and args.epochs == 0:  # tested as it was after its training
         names = "stride", "sampling", "views"
     elif own.get("data") and (not data or runs.same_data(data, own["data"])):
         names = "stride", "flip"
-    late |= {name: own[name] for name in names if name in own}
+    if not args.recipe:
+        late |= {name: own[name] for name in names if name in own}
     if args.command == "finetune":
         scratch = "-scratch" if args.scratch else ""
         late["out"] = runs.name_run(f"{folder}/finetune-", data, scratch)

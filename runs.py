@@ -493,7 +493,7 @@ def note_clip(args, tokenizer, texts):
     # The longest alone, since this takes long. If a text is cut, another word changes nothing.
     longest = sorted(texts, key=len)[-1000:]
     if cut := [t for t in longest if torch.equal(tokenizer([t]), tokenizer([f"{t} a"]))]:
-        say(f"note    some captions are longer than CLIP reads, such as {cut[-1]!r}")
+        say(f"note    some captions are longer than CLIP reads, such as {cut[-1][:60]!r}")
 
 
 def note_unended(source, saved):

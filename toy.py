@@ -611,10 +611,9 @@ def compare(args, name):
         (root / f"{r.name}-seed{s}").exists() for r in rows.values() for s in range(args.seeds)
     )
     if there:
-        note = (
-            f"note    {there} runs in {root} are reused; other code, or torch, may have made them"
+        print(
+            f"note    {there} runs in {root} are reused, whatever code made them", file=sys.stderr
         )
-        print(note, file=sys.stderr)
     gpu, cores = torch.cuda.is_available(), runs.usable_cores()
     jobs = args.jobs or (1 if gpu else cores)
     env = os.environ | ({} if gpu else {"OMP_NUM_THREADS": str(max(1, cores // jobs))})
@@ -673,7 +672,7 @@ def main(argv=None):
         made = json.loads((args.out / "world.json").read_text())
         if args.command == "build":
             print(f"{args.out}: a world of {made['clips']} training clips, seed {made['seed']}")
-        if made != made | typed:
+        if not typed.items() <= made.items():
             ways = "another --out, or remove it, for another world"
             raise UserError(f"{args.out}: is there already; {ways}")
         if args.command == "coverage":

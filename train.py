@@ -165,7 +165,7 @@ class Clips(runs.TrainingClips):
         text_map = None
         if self.text_from == "maps":
             text_map = dataset.read_map(
-                record["map_path"], record["captions"], args.clip, record["path"], order, numbers
+                record["map_path"], record["captions"], args.clip, order, record["path"], numbers
             )
         videos, masks = [], []
         for number in chosen:  # a clip of the same frames for each caption
@@ -281,7 +281,8 @@ def load_data(args):
         if not args.mae:
             raise UserError("--no-mae without --vt leaves nothing to learn, unless VT is watched")
         if args.clip_typed:
-            raise UserError("--clip-pretrained: needs --mask tgm, --vt or --clip")
+            tag = args.clip_pretrained
+            raise UserError(f"--clip-pretrained {tag}: needs --mask tgm, --vt or --clip")
         return records, val, None
     records = without_failed(manifest, records)
     val = val and without_failed(manifest, val)

@@ -517,9 +517,11 @@ def test_chat_template_is_used(llm, monkeypatch):
     teller.answers("word7")
     (seen,) = teller.model.generate.call_args.kwargs["input_ids"]
     assert teller.tokenizer.decode(seen, skip_special_tokens=True) == "word1"
-    monkeypatch.setattr(teller.tokenizer, "batch_decode", lambda *_, **__: ["<think>", "word3"])
-    with pytest.raises(ValueError, match="thinks before it answers"):
-        teller.answers("word7")
+    for asked, said in (("word1", "<think> word2"), ("word1", "</think>"), ("a <think>", "word2")):
+        monkeypatch.setattr(teller.tokenizer, "decode", lambda *_, text=asked, **__: text)
+        monkeypatch.setattr(teller.tokenizer, "batch_decode", lambda *_, text=said, **__: [text])
+        with pytest.raises(ValueError, match="thinks before it answers"):
+            teller.answers("word7")
 
 
 @needs_transformers

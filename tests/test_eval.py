@@ -394,12 +394,17 @@ def test_what_is_said_of_a_checkpoint(checkpoint, clips, capsys):
     saved = torch.load(checkpoint, weights_only=True) | {"optimizer": {}, "epoch": 3}
     torch.save(saved | {"args": {"data": "data.jsonl", "epochs": 5, "mae": False}}, "new.pt")
     save_tuned("tuned.pt", args={"data": "data.jsonl", "epochs": 3}, epoch=3, optimizer={})
-    for name, ended, drawn, labels in (("new.pt", 1, 0, 0), ("tuned.pt", 0, 0, 1)):
-        rows, said = run(
-            capsys, f"show {name} --video {dataset.read_manifest('data.jsonl')[0]['path']}"
-        )
-        assert ("new.pt: 3 of 5 epochs, of a run that has not ended" in said) == ended
-        assert ("reconstruction" in str(rows["rows"])) == drawn and "has no decoder, or" in said
+    torch.save(saved | {"args": {"data": "data.jsonl", "epochs": 3}}, "ended.pt")
+    video = dataset.read_manifest("data.jsonl")[0]["path"]
+    for name, unended, drawn, labels in (
+        ("new.pt", True, False, False),
+        ("tuned.pt", False, False, True),
+        ("ended.pt", False, True, False),
+    ):
+        rows, said = run(capsys, f"show {name} --video {video}")
+        assert ("3 of 5 epochs, of a run that has not ended" in said) == unended
+        assert ("reconstruction" in str(rows["rows"])) == drawn
+        assert ("has no decoder, or an untrained one" in said) != drawn
         _, said = run(capsys, f"retrieve {name} --views 1x1 --stride 2")
         assert ("labels, too, have made these features" in said) == labels
 
@@ -1002,12 +1007,16 @@ def test_the_data_are_those_of_the_checkpoint(checkpoint, clips, folder, monkeyp
             args = ev.parse_args(f"{command} {flags}".split())
             assert (args.data, args.recipe) == (data, recipe), (command, flags)
             assert args.stride == ev.RECIPES[recipe]["stride"], (command, flags)
-            if command in ("linear", "show"):  # what it was trained with
-                torch.save(small | {"args": {"data": "data.jsonl", "stride": 3}}, "strided.pt")
-                assert ev.parse_args([command, "strided.pt"]).stride == 3
-                assert ev.parse_args([command, "strided.pt", "--recipe", "k400"]).stride == 4
         out = ev.parse_args(f"finetune {flags}".split()).out
         assert Path(out).name == f"finetune-{Path(data).stem}"
+    own = {"data": "data.jsonl", "stride": 3, "flip": False}
+    torch.save(small | {"args": own}, "own.pt")
+    for flags, stride, flip in (
+        ("", 3, False), ("--recipe k400", 4, True), ("--data other.jsonl", 4, True),
+    ):  # fmt: skip
+        args = ev.parse_args(f"finetune own.pt {flags}".split())
+        assert (args.stride, args.flip) == (stride, flip)
+        assert ev.parse_args(f"show own.pt {flags}".split()).stride == stride
     assert all(call.kwargs["mmap"] for call in torch.load.call_args_list)  # reads no weights
 
 

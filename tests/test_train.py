@@ -29,6 +29,8 @@ import toy
 import train
 import weights
 
+LOAD_CLIP = tgmae.load_clip  # of which tests take the place
+
 
 def run(*flags, workers=0):
     train.main(argv(*flags, "--workers", workers))
@@ -598,9 +600,6 @@ def test_maps_made_otherwise_are_another_run(mapped, monkeypatch):
     assert "(maps 64 pixels, patches of 8, every " in fails(flags)
 
 
-LOAD_CLIP = tgmae.load_clip
-
-
 def interrupt(*args, **more):
     raise KeyboardInterrupt
 
@@ -863,7 +862,8 @@ def test_wrong_maps_stop_the_run(mapped, world, monkeypatch):
     file = "clip/open_clip_model.safetensors"
     others = {name: value + 0.01 for name, value in safetensors.torch.load_file(file).items()}
     safetensors.torch.save_file(others, file)
-    assert "--clip: local-dir:clip " in (said := fails(own, FEW)) and "is not the CLIP of" in said
+    said = fails(own, FEW)
+    assert said.startswith("train.py: --clip: local-dir:clip ") and "is not the CLIP of" in said
 
 
 def test_bad_videos_are_replaced_and_listed(workdir, manifest, clip_flags, capsys):
@@ -918,7 +918,7 @@ def test_mistakes_are_one_line(workdir, manifest, clip_flags):
         (few + "--val-split train", shared.replace("dev", "train")),
         (few + "--mask-ratio 0.001", "--mask-ratio 0.001: masks 0 of 64"),
         (few + "--no-mae", "--no-mae without --vt leaves nothing to learn, unless VT is watched"),
-        (few + "--clip-pretrained a", "--clip-pretrained: needs --mask tgm, --vt or --clip"),
+        (few + "--clip-pretrained a", "--clip-pretrained a: needs --mask tgm, --vt or --clip"),
         (few + f"{clip_flags} --clip-pretrained a", "--clip-pretrained a: --clip local-dir:"),
         (data + "--batch-size 3 --repeat 2", "--batch-size 3 is not divisible by --repeat 2"),
         (few + "--batch-size 16", "8 clips of split 'train' are fewer than a step takes"),
